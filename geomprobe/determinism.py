@@ -1,0 +1,290 @@
+"""Seeds, strict flags, RNG states, and the manifest of everything in the environment that moves bits."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import random
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+
+from geomprobe import __version__
+from geomprobe.errors import EnvironmentMismatch
+
+# Read by their libraries at start-up only: `geomprobe record` and `replay` start Python again with these set.
+START_UP = {"PYTHONHASHSEED": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+
+# A difference in one of these can change bits although every flag below reads the same.
+BIT_CHANGING_VARIABLES = (
+    *START_UP,
+    "ATEN_CPU_CAPABILITY",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "NCCL_ALGO",
+    "NCCL_PROTO",
+    "NVIDIA_TF32_OVERRIDE",
+    "ONEDNN_MAX_CPU_ISA",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)
+
+# Sections of the manifest whose every entry must be equal for a replay to be the same run.
+# "host" and "measure" are there to read; they change no bits of the training.
+BINDING_SECTIONS = ("seed", "strict", "script", "sources", "software", "hardware", "environment", "flags")
+FIRST_STEP_SECTIONS = ("flags", "optimizer", "model", "loader")
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators (all devices).
+
+    Args:
+        seed: 0 to 2**32 - 1, the range that NumPy accepts.
+
+    Raises:
+        ValueError: for a seed outside that range.
+
+    >>> seed_everything(3); first = torch.rand(1)
+    >>> seed_everything(3); bool(first == torch.rand(1))
+    True
+    """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed {seed} is outside 0 .. 4294967295, the range that NumPy accepts")
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def draw_seed() -> int:
+    """A fresh seed from the operating system, for a run that names none.
+
+    >>> 0 <= draw_seed() < 2**32
+    True
+    """
+    return int.from_bytes(os.urandom(4), "little")
+
+
+@contextlib.contextmanager
+def strict_mode(enabled: bool) -> Iterator[None]:
+    """Deterministic algorithms while inside, and the caller's own settings afterwards.
+
+    Filling uninitialized memory, which torch switches on with it, is left off: it costs a write per
+    allocation, and a run that reads uninitialized memory is caught by the replay's comparison.
+
+    >>> with strict_mode(True):
+    ...     torch.are_deterministic_algorithms_enabled()
+    True
+    """
+    if not enabled:
+        yield
+        return
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    before = torch.get_deterministic_debug_mode()
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[assignment]
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[assignment]
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
+
+
+@dataclass(frozen=True)
+class RNGState:
+    """The global generators' states: Python, NumPy, torch's CPU and, where initialized, each CUDA device."""
+
+    python: Any
+    numpy: Any
+    torch: torch.Tensor
+    cuda: tuple[torch.Tensor, ...]
+
+
+def capture_rng() -> RNGState:
+    """The state of every global generator, drawing nothing from any.
+
+    >>> state = capture_rng(); first = random.random()
+    >>> restore_rng(state); first == random.random()
+    True
+    """
+    cuda = tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else ()
+    return RNGState(random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state(), cuda)
+
+
+def restore_rng(state: RNGState) -> None:
+    """Set every global generator back to ``state``; see :func:`capture_rng`."""
+    random.setstate(state.python)
+    np.random.set_state(state.numpy)
+    torch.set_rng_state(state.torch)
+    if state.cuda:
+        torch.cuda.set_rng_state_all(list(state.cuda))
+
+
+@contextlib.contextmanager
+def untouched_rng() -> Iterator[None]:
+    """Put every global generator back on leaving.
+
+    >>> before = capture_rng().torch
+    >>> with untouched_rng():
+    ...     _ = torch.rand(3)
+    >>> torch.equal(before, capture_rng().torch)
+    True
+    """
+    state = capture_rng()
+    try:
+        yield
+    finally:
+        restore_rng(state)
+
+
+def _sha256(path: Path) -> str | None:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
+def source_digests(root: Path) -> dict[str, str]:
+    """SHA-256 of every imported module's file below ``root``: the user's own code beside the script.
+
+    Args:
+        root: the script's folder.
+
+    Returns:
+        Digests by path relative to ``root``; installed packages below it are left out.
+    """
+    package = Path(__file__).parent
+    found = {}
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None)
+        path = Path(file) if isinstance(file, str) else None
+        if path is None or not path.is_relative_to(root) or path.is_relative_to(package):
+            continue
+        if "site-packages" in path.parts or (digest := _sha256(path)) is None:
+            continue
+        found[str(path.relative_to(root))] = digest
+    return dict(sorted(found.items()))
+
+
+def changed_sources(recorded: Mapping[str, str], root: Path) -> list[str]:
+    """Recorded files that are gone or different below ``root``."""
+    return [name for name, digest in recorded.items() if _sha256(root / name) != digest]
+
+
+def start_manifest(*, seed: int, strict: bool, script: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of the environment before the script runs.
+
+    Args:
+        seed: the seed given to every global generator.
+        strict: whether deterministic algorithms are enforced.
+        script: what is run: kind, path, argv, cwd, sha256.
+
+    Returns:
+        A JSON-serializable dict of sections; ``host`` is for reading only.
+    """
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "geomprobe": __version__,
+        "seed": seed,
+        "strict": strict,
+        "script": dict(script),
+        "software": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "cuda": torch.version.cuda if devices else None,
+            "cudnn": torch.backends.cudnn.version() if devices else None,
+        },
+        "hardware": {
+            "machine": platform.machine(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "devices": devices,
+        },
+        "environment": {name: os.environ.get(name) for name in BIT_CHANGING_VARIABLES},
+        "host": {
+            "name": socket.gethostname(),
+            "platform": platform.platform(),
+            "h5py": h5py.__version__,
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
+        },
+    }
+
+
+def flags() -> dict[str, Any]:
+    """torch's switches that move bits, as they stand now.
+
+    >>> flags()["num_threads"] == torch.get_num_threads()
+    True
+    """
+    return {
+        "num_threads": torch.get_num_threads(),
+        "num_interop_threads": torch.get_num_interop_threads(),
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "default_dtype": str(torch.get_default_dtype()),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "mkldnn": bool(torch.backends.mkldnn.enabled),
+        "cudnn": bool(torch.backends.cudnn.enabled),
+        "cudnn_benchmark": bool(torch.backends.cudnn.benchmark),
+        "cudnn_deterministic": bool(torch.backends.cudnn.deterministic),
+        "flush_denormal": _flushes_denormals(),
+    }
+
+
+def _flushes_denormals() -> bool:
+    return float(torch.tensor(1e-310, dtype=torch.float64) * 1.0) == 0.0
+
+
+def first_mismatch(
+    recorded: Mapping[str, Any], present: Mapping[str, Any], sections: tuple[str, ...]
+) -> tuple[str, Any, Any] | None:
+    """The first entry of ``sections`` whose value differs: its dotted name and both values.
+
+    >>> first_mismatch({"flags": {"threads": 2}}, {"flags": {"threads": 1}}, ("flags",))
+    ('flags.threads', 2, 1)
+    """
+    for section in sections:
+        if section in recorded or section in present:
+            found = _difference(section, recorded.get(section), present.get(section))
+            if found is not None:
+                return found
+    return None
+
+
+def _difference(name: str, recorded: Any, present: Any) -> tuple[str, Any, Any] | None:
+    if isinstance(recorded, Mapping) and isinstance(present, Mapping):
+        pairs = [(f"{name}.{key}", recorded.get(key), present.get(key)) for key in {**recorded, **present}]
+    elif isinstance(recorded, list) and isinstance(present, list) and len(recorded) == len(present):
+        pairs = [(f"{name}[{i}]", a, b) for i, (a, b) in enumerate(zip(recorded, present, strict=True))]
+    else:
+        return None if recorded == present else (name, recorded, present)
+    return next((found for pair in pairs if (found := _difference(*pair)) is not None), None)
+
+
+def require_same(
+    recorded: Mapping[str, Any], present: Mapping[str, Any], sections: tuple[str, ...], run: Path
+) -> None:
+    """Refuse a replay whose environment differs from the recording's.
+
+    Raises:
+        EnvironmentMismatch: naming the entry and both values.
+    """
+    found = first_mismatch(recorded, present, sections)
+    if found is None:
+        return
+    name, before, now = found
+    raise EnvironmentMismatch(
+        f"{run} was recorded with {name} = {before!r}, but here it is {now!r}, which can change bits: "
+        f"nothing was replayed. Restore {name} to {before!r} and replay again, or record anew with "
+        f"`geomprobe record`. (`replay --uncertified` goes on without a certificate.)"
+    )

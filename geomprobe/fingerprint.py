@@ -1,0 +1,218 @@
+"""Digests of tensors, computed where they live, without a host synchronization.
+
+A digest is a 64-bit wrapping integer sum, so it does not depend on the number of threads or the order of
+summation. A large tensor is read as a matrix of 64-bit words: its row sums and its column sums see every
+changed word and every exchange of two, and only those sums, thousands of times fewer than the words, are
+mixed with their positions. That needs no compilation and stays within a few times the cost of one read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_WIDTH = 256  # words in a row: 2 KiB, so a row sum stays in the nearest cache
+_SMALL = 16 * _WIDTH  # below so many words, the sums cost more than mixing every element
+_GOLDEN = 0x9E3779B97F4A7C15
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _positions(count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """SplitMix64 of 0 .. count-1, odd: multipliers that mark each position."""
+    with np.errstate(over="ignore"):
+        z = (np.arange(count, dtype=np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return ((z ^ (z >> np.uint64(31))) | np.uint64(1)).view(np.int64)
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    """The elements as one flat tensor, without a copy wherever the layout has no holes."""
+    tensor = tensor.detach()
+    if tensor.is_sparse or tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    if torch._prims_common.is_non_overlapping_and_dense(tensor):
+        return tensor.as_strided((tensor.numel(),), (1,))
+    return tensor.contiguous().view(-1)
+
+
+def _integers(flat: Tensor) -> Tensor:
+    """The bits of each element as an integer of the same size."""
+    return flat.view(_INTEGERS[flat.element_size()]) if flat.dtype != torch.bool else flat.view(torch.uint8)
+
+
+def _split(flat: Tensor) -> tuple[Tensor | None, Tensor]:
+    """A matrix of 64-bit words, where the tensor is large enough for one, and the elements left over."""
+    per_row = 8 * _WIDTH // flat.element_size()
+    rows = flat.numel() // per_row
+    if rows * _WIDTH < _SMALL:
+        return None, _integers(flat)
+    head = flat[: rows * per_row]
+    if (head.storage_offset() * head.element_size()) % 8:
+        head = head.clone()  # a 64-bit view needs alignment
+    return head.view(torch.int64).view(rows, _WIDTH), _integers(flat[rows * per_row :])
+
+
+class Digests:
+    """One 64-bit digest per group of tensors, for groups whose shapes stay the same from call to call.
+
+    Args:
+        device: where the digests are returned; tensors on other devices are digested there and carried over.
+
+    Calling it with a sequence of groups (sequences of tensors) returns an int64 tensor, one element per
+    group, 0 for an empty group. Bits count, not values: -0.0 differs from 0.0 and any NaN equals itself.
+
+    >>> digests = Digests(torch.device("cpu"))
+    >>> a, b = torch.arange(6.0), torch.arange(6.0); b[[1, 2]] = b[[2, 1]]
+    >>> x, y = digests([[a], [b]]).tolist()
+    >>> x == y, digests([[a.clone()], []]).tolist() == [x, 0]
+    (False, True)
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._slots: dict[tuple[torch.device, tuple[int, ...]], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    def __call__(self, groups: Sequence[Sequence[Tensor]]) -> Tensor:
+        devices = {tensor.device for group in groups for tensor in group} or {self._device}
+        total = torch.zeros(len(groups), dtype=torch.int64, device=self._device)
+        for device in sorted(devices, key=str):
+            part = self._on_device([[t for t in group if t.device == device] for group in groups], device)
+            total += part.to(self._device, non_blocking=True)
+        return total
+
+    def _on_device(self, groups: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
+        pieces = [[_split(_in_memory_order(tensor)) for tensor in group] for group in groups]
+        sizes = tuple(
+            sum((0 if words is None else len(words) + _WIDTH) + len(rest) for words, rest in group)
+            for group in pieces
+        )
+        slots, multipliers, starts, ends = self._buffers(device, sizes)
+        targets, sources, offset = [], [], 0
+        for words, rest in (piece for group in pieces for piece in group):
+            if words is not None:
+                rows = len(words)
+                torch.sum(words, 1, out=slots[offset : offset + rows])
+                torch.sum(words, 0, out=slots[offset + rows : offset + rows + _WIDTH])
+                offset += rows + _WIDTH
+            if len(rest):
+                targets.append(slots[offset : offset + len(rest)])
+                sources.append(rest)
+                offset += len(rest)
+        if targets:
+            torch._foreach_copy_(targets, sources)
+        return _mix(slots, multipliers, starts, ends)
+
+    def _buffers(self, device: torch.device, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        key = device, sizes
+        if key not in self._slots:
+            ends = np.cumsum((0, *sizes))
+            marks = _positions(max(sizes, default=0))
+            multipliers = np.concatenate([marks[:0], *(marks[:size] for size in sizes)])
+            host = (np.zeros(ends[-1], np.int64), multipliers, ends[:-1], ends[1:])
+            if len(self._slots) > 8:  # layouts change when optimizer state appears, not from step to step
+                self._slots.clear()
+            slots, marks_, first, last = (torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in host)
+            self._slots[key] = slots, marks_, first, last
+        return self._slots[key]
+
+
+def _mix(slots: Tensor, multipliers: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
+    """Wrapping sums, per segment, of each slot mixed with its position."""
+    mixed = (slots + multipliers) * multipliers
+    mixed ^= mixed >> 29
+    mixed *= multipliers
+    running = torch.zeros(len(slots) + 1, dtype=torch.int64, device=slots.device)
+    torch.cumsum(mixed, 0, out=running[1:])
+    return running[ends] - running[starts]
+
+
+def host_digest(*parts: bytes) -> int:
+    """A 64-bit digest of bytes, signed, as the int64 columns hold it.
+
+    >>> host_digest(b"a") == host_digest(b"a") != host_digest(b"b")
+    True
+    """
+    state = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        state.update(len(part).to_bytes(8, "little"))
+        state.update(part)
+    return int.from_bytes(state.digest(), "little", signed=True)
+
+
+def fold(digest: int, more: int) -> int:
+    """Chain two digests, in order; the result is a signed 64-bit integer.
+
+    >>> fold(1, 2) != fold(2, 1)
+    True
+    """
+    return host_digest(digest.to_bytes(8, "little", signed=True), more.to_bytes(8, "little", signed=True))
+
+
+def leaves(batch: Any) -> tuple[list[Tensor], list[bytes]]:
+    """The tensors of a batch, in order, and the bytes of everything else in it, shapes and keys included.
+
+    Handles tensors, NumPy arrays, mappings, sequences, strings and numbers, nested; an object of another
+    type counts by its attributes where it has any.
+
+    >>> tensors, rest = leaves({"x": torch.zeros(2), "name": ["a", "b"]})
+    >>> len(tensors), rest[0]
+    (1, b'dict')
+    """
+    tensors: list[Tensor] = []
+    rest: list[bytes] = []
+    _collect(batch, tensors, rest)
+    return tensors, rest
+
+
+def _collect(item: Any, tensors: list[Tensor], rest: list[bytes]) -> None:
+    rest.append(type(item).__name__.encode())
+    if isinstance(item, Tensor):
+        tensors.append(item)
+        rest.append(f"{tuple(item.shape)} {item.dtype}".encode())
+    elif isinstance(item, np.ndarray):
+        rest.append(f"{item.shape} {item.dtype}".encode())
+        rest.append(repr(item.tolist()).encode() if item.dtype.hasobject else item.tobytes())
+    elif isinstance(item, Mapping):
+        for key, value in item.items():
+            rest.append(repr(key).encode())
+            _collect(value, tensors, rest)
+    elif isinstance(item, (str, bytes, int, float, complex, bool, type(None), np.generic)):
+        rest.append(repr(item).encode())
+    elif isinstance(item, (Sequence, set, frozenset)):
+        for value in sorted(item, key=repr) if isinstance(item, (set, frozenset)) else item:
+            _collect(value, tensors, rest)
+    elif hasattr(item, "__dict__"):
+        _collect(vars(item), tensors, rest)
+
+
+def rng_digests() -> dict[str, int]:
+    """Digests of the global generators' states, drawing nothing.
+
+    >>> sorted(rng_digests())[:3]
+    ['numpy', 'python', 'torch']
+    """
+    _, words, gauss = random.getstate()
+    state = np.random.get_state(legacy=False)
+    inner = state["state"]  # type: ignore[call-overload]
+    numpy = [str(inner["pos"]).encode(), inner["key"].tobytes(), repr(state["gauss"]).encode()]  # type: ignore[call-overload]
+    found = {
+        "python": host_digest(np.asarray(words, np.uint64).tobytes(), repr(gauss).encode()),
+        "numpy": host_digest(*numpy),
+        "torch": host_digest(torch.get_rng_state().numpy().tobytes()),
+    }
+    if torch.cuda.is_initialized():
+        for index, cuda in enumerate(torch.cuda.get_rng_state_all()):
+            found[f"cuda:{index}"] = host_digest(cuda.numpy().tobytes())
+    return found
