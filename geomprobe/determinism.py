@@ -17,17 +17,15 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
+from torch import Tensor
 
 from geomprobe import __version__
 from geomprobe.errors import EnvironmentMismatch
 
-# Read by their libraries at start-up only: `geomprobe record` and `replay` start Python again with these set.
-START_UP = {"PYTHONHASHSEED": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-
 # A difference in one of these can change bits although every flag below reads the same.
 BIT_CHANGING_VARIABLES = (
-    *START_UP,
     "ATEN_CPU_CAPABILITY",
+    "CUBLAS_WORKSPACE_CONFIG",
     "DNNL_MAX_CPU_ISA",
     "MKL_CBWR",
     "MKL_ENABLE_INSTRUCTIONS",
@@ -35,6 +33,7 @@ BIT_CHANGING_VARIABLES = (
     "NCCL_PROTO",
     "NVIDIA_TF32_OVERRIDE",
     "ONEDNN_MAX_CPU_ISA",
+    "PYTHONHASHSEED",
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
 )
 
@@ -87,17 +86,18 @@ def strict_mode(enabled: bool) -> Iterator[None]:
     if not enabled:
         yield
         return
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    fill = memory.fill_uninitialized_memory
     before = torch.get_deterministic_debug_mode()
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[assignment]
+    memory.fill_uninitialized_memory = False
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     try:
         yield
     finally:
         torch.set_deterministic_debug_mode(before)
-        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[assignment]
+        memory.fill_uninitialized_memory = fill
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
 
 
@@ -107,8 +107,8 @@ class RNGState:
 
     python: Any
     numpy: Any
-    torch: torch.Tensor
-    cuda: tuple[torch.Tensor, ...]
+    torch: Tensor
+    cuda: tuple[Tensor, ...]
 
 
 def capture_rng() -> RNGState:

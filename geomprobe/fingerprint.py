@@ -41,9 +41,8 @@ def _in_memory_order(tensor: Tensor) -> Tensor:
         tensor = torch.view_as_real(tensor)
     if tensor.is_contiguous():
         return tensor.view(-1)
-    if torch._prims_common.is_non_overlapping_and_dense(tensor):
-        return tensor.as_strided((tensor.numel(),), (1,))
-    return tensor.contiguous().view(-1)
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)  # channels_last, transposed
+    return tensor.permute(order).contiguous().view(-1)
 
 
 def _integers(flat: Tensor) -> Tensor:
@@ -82,6 +81,7 @@ class Digests:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._slots: dict[tuple[torch.device, tuple[int, ...]], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        self._marks = _positions(0)
 
     @torch.no_grad()
     def __call__(self, groups: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -118,13 +118,14 @@ class Digests:
         key = device, sizes
         if key not in self._slots:
             ends = np.cumsum((0, *sizes))
-            marks = _positions(max(sizes, default=0))
-            multipliers = np.concatenate([marks[:0], *(marks[:size] for size in sizes)])
+            if len(self._marks) < max(sizes, default=0):
+                self._marks = _positions(max(sizes))
+            multipliers = np.concatenate([self._marks[:0], *(self._marks[:size] for size in sizes)])
             host = (np.zeros(ends[-1], np.int64), multipliers, ends[:-1], ends[1:])
-            if len(self._slots) > 8:  # layouts change when optimizer state appears, not from step to step
+            if len(self._slots) > 8:  # batches of ever new lengths must not pile up
                 self._slots.clear()
-            slots, marks_, first, last = (torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in host)
-            self._slots[key] = slots, marks_, first, last
+            slots, marks, first, last = (torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in host)
+            self._slots[key] = slots, marks, first, last
         return self._slots[key]
 
 
@@ -204,9 +205,8 @@ def rng_digests() -> dict[str, int]:
     ['numpy', 'python', 'torch']
     """
     _, words, gauss = random.getstate()
-    state = np.random.get_state(legacy=False)
-    inner = state["state"]  # type: ignore[call-overload]
-    numpy = [str(inner["pos"]).encode(), inner["key"].tobytes(), repr(state["gauss"]).encode()]  # type: ignore[call-overload]
+    kind, key, *rest = np.random.get_state()  # the legacy form: the global generator is always MT19937
+    numpy = [str(kind).encode(), np.asarray(key).tobytes(), repr(rest).encode()]
     found = {
         "python": host_digest(np.asarray(words, np.uint64).tobytes(), repr(gauss).encode()),
         "numpy": host_digest(*numpy),

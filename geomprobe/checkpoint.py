@@ -1,0 +1,82 @@
+"""The whole training state as a torch.distributed.checkpoint folder, one a step."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from geomprobe.determinism import capture_rng
+from geomprobe.probe import Probe
+
+
+def folder(checkpoints: Path, step: int) -> Path:
+    """Where the state before step ``step`` lies.
+
+    >>> folder(Path("checkpoints"), 12).name
+    'step-00000012'
+    """
+    return checkpoints / f"step-{step:08d}"
+
+
+def save(checkpoints: Path, probe: Probe) -> Path:
+    """Write the probe's whole state: model, buffers, optimizer, every attached object and the RNG streams.
+
+    The folder is written aside and renamed, so one that has its name is whole.
+
+    Args:
+        checkpoints: the run's folder of checkpoints.
+        probe: whose state; its step names the folder.
+
+    Returns:
+        The new folder.
+    """
+    from torch.distributed.checkpoint.state_dict_saver import save as write
+
+    target = folder(checkpoints, probe.step)
+    aside = target.with_name(f"{target.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    with _quiet():
+        write(_state(probe), checkpoint_id=aside, no_dist=True)
+    aside.rename(target)
+    return target
+
+
+def load(path: Path, probe: Probe) -> dict[str, Any]:
+    """Read a checkpoint of a probe's model and optimizer back.
+
+    Args:
+        path: what `save` returned.
+        probe: one on an equal model and optimizer; it shapes what is read and is not changed.
+
+    Returns:
+        ``model``, ``optimizer``, ``stateful`` and ``rng``, as `save` found them.
+    """
+    from torch.distributed.checkpoint.state_dict_loader import load as read
+
+    state = _state(probe)
+    with _quiet():
+        read(state, checkpoint_id=path, no_dist=True)
+    return state
+
+
+def _state(probe: Probe) -> dict[str, Any]:
+    rng = capture_rng()
+    return {
+        "model": probe.model.state_dict() if probe.model is not None else dict(probe.parameters),
+        "optimizer": probe.optimizer.state_dict(),
+        "stateful": {name: thing.state_dict() for name, thing in probe.stateful.items()},
+        "rng": {"python": rng.python, "numpy": rng.numpy, "torch": rng.torch, "cuda": list(rng.cuda)},
+        "step": probe.step,
+    }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    # One process without a process group is meant here; torch warns that it assumes as much.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,107 @@
+"""Run a user's script or module inside a pass, as Python itself would."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import runpy
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from geomprobe.errors import GeomprobeError, UsageError
+
+# Read by Python and cuBLAS at start-up only.
+START_UP = {"PYTHONHASHSEED": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+
+
+class ScriptFailed(GeomprobeError):
+    """The user's script raised, or exited with a code other than 0."""
+
+
+def described(script: str, argv: Sequence[str], *, module: bool, cwd: Path | None = None) -> dict[str, Any]:
+    """What is run, for the manifest: kind, absolute path (or module name), arguments, folder and digest.
+
+    Args:
+        script: path of a script, or name of a module.
+        argv: its arguments.
+        module: whether ``script`` is a module, as for ``python -m``.
+        cwd: the folder to run in; the present one when None.
+
+    Raises:
+        UsageError: the script does not exist.
+    """
+    cwd = Path.cwd() if cwd is None else cwd
+    if module:
+        return {
+            "kind": "module",
+            "path": script,
+            "argv": list(argv),
+            "cwd": str(cwd),
+            "root": str(cwd),
+            "sha256": None,  # its files are among the manifest's sources
+        }
+    path = (cwd / script).resolve()
+    if not path.is_file():
+        raise UsageError(f"{script}: there is no such script in {cwd}.")
+    return {
+        "kind": "script",
+        "path": str(path),
+        "argv": list(argv),
+        "cwd": str(cwd),
+        "root": str(path.parent),
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
+
+
+def runner(script: Mapping[str, Any]) -> Callable[[], None]:
+    """A function that runs what `described` describes, as ``__main__``, in its folder.
+
+    Raises (when called):
+        ScriptFailed: the script raised, which has been shown, or exited with another code than 0.
+        GeomprobeError: whatever a pass raises inside the script.
+    """
+
+    def run() -> None:
+        os.chdir(script["cwd"])
+        sys.argv = [script["path"], *script["argv"]]
+        sys.path[0:0] = [script["root"]]
+        try:
+            if script["kind"] == "module":
+                runpy.run_module(script["path"], run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(script["path"], run_name="__main__")
+        except GeomprobeError:
+            raise
+        except SystemExit as stop:
+            if stop.code not in (None, 0):
+                raise ScriptFailed(f"{script['path']} exited with {stop.code!r}.") from stop
+        except Exception as error:
+            _show(error)
+            raise ScriptFailed(f"{script['path']} raised {type(error).__name__}: {error}") from error
+
+    return run
+
+
+def restart_with(variables: Mapping[str, str]) -> None:
+    """Start this very command again with ``variables`` set, where one of them is not set yet.
+
+    Some settings act only before Python and the libraries start. A variable that is set to something else
+    is left as the user wants it.
+    """
+    missing = {name: value for name, value in variables.items() if name not in os.environ}
+    if missing:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, **missing})
+
+
+def _show(error: Exception) -> None:
+    """The script's own traceback, without the frames of the launcher above it."""
+    frame = error.__traceback__
+    own = (__file__, runpy.__file__, "<frozen runpy>")
+    while frame is not None and frame.tb_next and frame.tb_frame.f_code.co_filename in own:
+        frame = frame.tb_next
+    traceback.print_exception(type(error), error, frame)

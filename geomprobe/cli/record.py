@@ -1,0 +1,107 @@
+"""Pass 1: train, and keep the final weights and what a replay needs.
+
+Runs SCRIPT (or a module, with -m) with its arguments, as `python` would, and records the path of its one
+optimizer, whether or not the script calls geomprobe.attach. Everything lands in the folder RUN.
+
+    geomprobe record -o runs/a train.py --lr 0.1
+    geomprobe record -o runs/a --seed 0 --reference-steps 100,200 -m project.train
+
+Options of geomprobe come before the script; what follows it is the script's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from geomprobe.errors import UsageError
+from geomprobe.trace.reader import Record
+from geomprobe.trace.schema import RECORD_FILE
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("-o", "--output", metavar="RUN", required=True, help="the run folder to make")
+    parser.add_argument("--seed", type=int, help="for Python, NumPy and torch (default: drawn, and stored)")
+    parser.add_argument("--force", action="store_true", help="replace a run that is there")
+    parser.add_argument(
+        "--strict",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="enforce deterministic algorithms (default: yes; --no-strict is stored in the manifest)",
+    )
+    parser.add_argument(
+        "--reference-steps",
+        type=_steps,
+        default=(),
+        metavar="N,N,...",
+        help="also keep the weights before these steps, as further references",
+    )
+    parser.add_argument(
+        "-m",
+        dest="module",
+        nargs=argparse.REMAINDER,
+        metavar="MODULE",
+        help="run a module instead of a script",
+    )
+    parser.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT [ARGS...]", help="what to run")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Record, and say what was written."""
+    from geomprobe.cli import launch
+
+    command = arguments.module or arguments.script
+    if not command:
+        raise UsageError("Name the script to record: geomprobe record -o RUN train.py [ARGS...]")
+    script = launch.described(command[0], command[1:], module=bool(arguments.module))
+    launch.restart_with(launch.START_UP)
+
+    from geomprobe import passes
+
+    folder = Path(arguments.output).absolute()
+    try:
+        with passes.record(
+            launch.runner(script),
+            folder,
+            seed=arguments.seed,
+            strict=arguments.strict,
+            force=arguments.force,
+            reference_steps=arguments.reference_steps,
+            script=script,
+        ) as recorded:
+            print(_account(recorded, arguments.output))
+    except launch.ScriptFailed as failure:
+        raise launch.ScriptFailed(f"{failure} {_left_behind(folder, arguments.output)}") from failure
+    print(f"Next: geomprobe replay {arguments.output}", file=sys.stderr)
+    return 0
+
+
+def _account(recorded: Record, run: str) -> str:
+    lines = [
+        f"Wrote {run}/{RECORD_FILE}: {recorded.num_steps} steps of {recorded.num_parameters} parameters, "
+        f"seed {recorded.manifest['seed']}, references: {', '.join(recorded.references)}."
+    ]
+    missed = recorded.manifest.get("missed_reference_steps")
+    if missed:
+        lines.append(
+            f"Reference steps {missed} lie beyond the last step, {recorded.num_steps - 1}; not kept."
+        )
+    return "\n".join(lines)
+
+
+def _left_behind(folder: Path, run: str) -> str:
+    if not (folder / RECORD_FILE).exists():
+        return "It had not taken a step, so there is nothing in the record."
+    return f"What was recorded before that is kept: geomprobe inspect {run}"
+
+
+def _steps(text: str) -> tuple[int, ...]:
+    try:
+        steps = tuple(int(item) for item in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of steps such as 100,200") from None
+    if min(steps) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: steps are counted from 0")
+    return steps

@@ -1,0 +1,130 @@
+"""What a pass sees without the script's help: the loss, the loaders, the optimizer and the model.
+
+Everything here is put in place for the time of a pass and taken away after it. It serves the script that
+has no `attach` in it, and the calls around a probe that a script makes in its own way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.data import DataLoader
+
+SCALE = "_geomprobe_scale"  # on a scaled loss: (the loss, the scale)
+
+
+class Listener(Protocol):
+    """What a pass does with what is seen."""
+
+    def loss_seen(self, loss: Tensor) -> None: ...
+    def gradients_dropped(self) -> None: ...
+    def loader_iterated(self, loader: DataLoader[Any]) -> None: ...
+    def optimizer_stepping(self, optimizer: Optimizer) -> None: ...
+
+
+@contextlib.contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Report to ``listener`` while inside."""
+    from torch.amp.grad_scaler import GradScaler
+
+    with contextlib.ExitStack() as stack:
+        for owner, name, wrap in (
+            (torch.autograd, "backward", _backward),
+            (GradScaler, "scale", _scale),
+            (Optimizer, "zero_grad", _zero_grad),
+            (DataLoader, "__iter__", _iterate),
+        ):
+            original = getattr(owner, name)
+            setattr(owner, name, wrap(original, listener))
+            stack.callback(setattr, owner, name, original)
+        hook = register_optimizer_step_pre_hook(lambda optimizer, *_: listener.optimizer_stepping(optimizer))
+        stack.callback(hook.remove)
+        yield
+
+
+def unscaled(loss: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A loss as the model gave it, and the factor a GradScaler put on it (None without one).
+
+    >>> unscaled(torch.tensor(2.0))
+    (tensor(2.), None)
+    """
+    original: tuple[Tensor, Tensor | None] = getattr(loss, SCALE, (loss, None))
+    return original
+
+
+def _backward(original: Callable[..., None], listener: Listener) -> Callable[..., None]:
+    @functools.wraps(original)
+    def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
+        losses = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        for loss in losses:
+            listener.loss_seen(loss)
+        original(tensors, *args, **kwargs)
+
+    return backward
+
+
+def _scale(original: Callable[..., Any], listener: Listener) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def scale(self: Any, outputs: Any) -> Any:
+        scaled = original(self, outputs)
+        if isinstance(outputs, Tensor) and scaled is not outputs:
+            factor = original(self, torch.ones((), device=outputs.device))
+            setattr(scaled, SCALE, (outputs.detach(), factor))
+        return scaled
+
+    return scale
+
+
+def _zero_grad(original: Callable[..., None], listener: Listener) -> Callable[..., None]:
+    @functools.wraps(original)
+    def zero_grad(self: Optimizer, *args: Any, **kwargs: Any) -> None:
+        listener.gradients_dropped()
+        original(self, *args, **kwargs)
+
+    return zero_grad
+
+
+def _iterate(original: Callable[..., Any], listener: Listener) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def iterate(self: DataLoader[Any]) -> Any:
+        listener.loader_iterated(self)
+        return original(self)
+
+    return iterate
+
+
+class OutermostModules:
+    """Reports each call of a module that is not made inside another module's call, until it is stopped.
+
+    Args:
+        report: called with the module and its positional inputs.
+    """
+
+    def __init__(self, report: Callable[[nn.Module, Any], None]) -> None:
+        self._report = report
+        self._depth = 0
+        self._hooks = [
+            register_module_forward_pre_hook(self._enter),
+            register_module_forward_hook(self._leave, always_call=True),
+        ]
+
+    def stop(self) -> None:
+        """Take the hooks off; more than once does no harm."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def _enter(self, module: nn.Module, inputs: Any) -> None:
+        if self._depth == 0 and torch.is_grad_enabled():  # evaluation is not part of a step
+            self._report(module, inputs)
+        self._depth += 1
+
+    def _leave(self, *_: Any) -> None:
+        self._depth -= 1

@@ -1,0 +1,244 @@
+"""What both passes do at the probe's events: gather a step's evidence, and know the run at its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from geomprobe.determinism import flags
+from geomprobe.errors import GeomprobeError, UnsupportedTraining, UsageError
+from geomprobe.evidence import Evidence
+from geomprobe.interception import OutermostModules
+from geomprobe.probe import Probe
+from geomprobe.trace.schema import GROUP_COLUMNS, group_column
+
+
+class Observation:
+    """One pass over a run, at the events of the probe and of what is seen around it.
+
+    Attributes:
+        probe: the attached probe, or None before there is one.
+        manifest: what is known of the environment; the first step completes it.
+        failure: what stopped the pass. It is raised again at the next event, since a script may have
+            swallowed it, and once more when the script ends.
+    """
+
+    def __init__(self, manifest: dict[str, Any]) -> None:
+        self.manifest = manifest
+        self.evidence = Evidence()
+        self.probe: Probe | None = None
+        self.failure: GeomprobeError | None = None
+        self._modules = OutermostModules(self._module_entered)
+        self._called: dict[int, nn.Module] = {}
+        self._iterated: dict[
+            int, tuple[Any, int]
+        ] = {}  # data sets by id, each held so that its id stays its own
+        self._loader: DataLoader[Any] | None = None
+        self._train_set: tuple[int, int] | None = None
+        self._names_its_losses = False
+
+    # Events of the probe
+
+    def attached(self, probe: Probe) -> None:
+        if self.probe is not None:
+            raise UsageError(
+                f"attach was called twice in one run: first on {_described(self.probe.optimizer)}, then on "
+                f"{_described(probe.optimizer)}. One run measures one optimizer; record them as two runs."
+            )
+        self.probe = probe
+        self._modules.stop()
+        self.evidence.bind(probe)
+
+    def begin(self) -> None:
+        """Training is about to start: weights, buffers and RNG are still the initial ones."""
+
+    def fetching(self) -> None:
+        self._stop_if_failed()
+        self.evidence.fetching()
+
+    def fetched(self, batch: Any) -> None:
+        self.evidence.fetched(batch)
+
+    def entered(self, inputs: Any) -> None:
+        self.evidence.entered(inputs)
+
+    def backward(self, loss: Tensor, *, closure: Any = None, **options: Any) -> None:
+        if not self._names_its_losses:
+            self._names_its_losses = True
+            self.evidence.gradients_dropped()
+        self._note_loss(loss)
+        loss.backward(**options)
+
+    def before_update(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
+        self._stop_if_failed()
+        assert self.probe is not None
+        if self.probe.step == 0:
+            self._complete_manifest()
+            self.open()
+        self.measure(gradients, grad_scale)
+
+    def after_update(self) -> None:
+        """The optimizer has moved the weights."""
+
+    def weights_will_change(self) -> None:
+        """Something other than the optimizer may be about to change the weights."""
+
+    def reference(self, name: str) -> None:
+        """The script asks for its present weights to be kept."""
+
+    def detached(self) -> None:
+        self.weights_will_change()
+
+    # What is seen around the probe
+
+    def loss_seen(self, loss: Tensor) -> None:
+        if not self._names_its_losses:
+            self._note_loss(loss)
+
+    def gradients_dropped(self) -> None:
+        self.evidence.gradients_dropped()
+
+    def loader_iterated(self, loader: DataLoader[Any]) -> None:
+        data = loader.dataset
+        self._loader = loader
+        self._iterated[id(data)] = data, self._iterated.get(id(data), (data, 0))[1] + 1
+
+    def optimizer_stepping(self, optimizer: Optimizer) -> None:
+        if self.probe is None:
+            self._attach_to(optimizer)
+        elif optimizer is not self.probe.optimizer:
+            self._meet_another(optimizer)
+
+    # What a pass adds
+
+    def open(self) -> None:
+        """The first update is about to happen, and the manifest is complete."""
+        raise NotImplementedError
+
+    def measure(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
+        """An update is about to happen."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """The script has ended, in whatever way."""
+        self._modules.stop()
+
+    # Shared by the passes
+
+    @property
+    def epoch(self) -> float:
+        """The current epoch: named by the script, else counted from the training set's loader, else NaN."""
+        assert self.probe is not None
+        if self.probe.epoch is not None:
+            return self.probe.epoch
+        if self._loader is None:
+            return float("nan")
+        if self._train_set is None:
+            key = id(self._loader.dataset)
+            self._train_set = key, self._iterated[key][1]
+        key, first = self._train_set
+        return self._iterated[key][1] - first
+
+    def group_columns(self) -> tuple[list[str], list[str]]:
+        """Names of the columns of `group_values`: those known on the host, then those on the device."""
+        entries = self._group_entries()
+        names = [
+            [group_column(i, name) for i, name, v in entries if _on_device(v) == where] for where in (0, 1)
+        ]
+        return names[0], names[1]
+
+    def group_values(self) -> tuple[list[float], list[Tensor]]:
+        """lr, weight decay and momentum of each parameter group; a tensor on a device stays there."""
+        entries = self._group_entries()
+        on_device = [value.detach().double().reshape(1) for _, _, value in entries if _on_device(value)]
+        return [float(value) for _, _, value in entries if not _on_device(value)], on_device
+
+    def _group_entries(self) -> list[tuple[int, str, Any]]:
+        assert self.probe is not None
+        groups = enumerate(self.probe.optimizer.param_groups)
+        return [(i, c.name, group[c.name]) for i, group in groups for c in GROUP_COLUMNS if c.name in group]
+
+    def _note_loss(self, loss: Tensor) -> None:
+        if self.probe is not None and all(p.grad is None for p in self.probe.parameters.values()):
+            self.evidence.gradients_dropped()  # a step that was skipped left losses, but no gradients
+        self.evidence.loss_seen(loss)
+
+    def _stop_if_failed(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+    def _module_entered(self, module: nn.Module, inputs: Any) -> None:
+        self._called[id(module)] = module
+        self.evidence.entered(inputs)
+
+    def _attach_to(self, optimizer: Optimizer) -> None:
+        wanted = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        roots = [m for m in self._called.values() if any(id(p) in wanted for p in m.parameters())]
+        model = roots[0] if len(roots) == 1 else nn.ModuleList(roots) if roots else None
+        self._called.clear()
+        Probe(model, optimizer, {}, self)
+
+    def _meet_another(self, optimizer: Optimizer) -> None:
+        assert self.probe is not None
+        explicit = self.probe.explicit
+        own = {id(p) for p in self.probe.parameters.values()}
+        if self.probe.model is not None:
+            own |= {id(p) for p in self.probe.model.parameters()}
+        if explicit and not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            return  # it trains something else, beside what the script asked to measure
+        self.failure = UnsupportedTraining(
+            f"Two optimizers step in this run: {_described(self.probe.optimizer)} and {_described(optimizer)} "
+            f"(at step {self.probe.step}). A trace is of one optimizer's path. Put all parameters into one "
+            "optimizer's groups, or, where the second trains another model, call geomprobe.attach(model, "
+            "optimizer) on the one to measure."
+        )
+        raise self.failure
+
+    def _complete_manifest(self) -> None:
+        assert self.probe is not None
+        optimizer, model = self.probe.optimizer, self.probe.model
+        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in self.probe.parameters.values()})
+        self.manifest["flags"] = flags()
+        self.manifest["optimizer"] = {
+            "class": type(optimizer).__name__,
+            "groups": [
+                {**{k: _plain(v) for k, v in g.items() if k != "params"}, "num_parameters": len(g["params"])}
+                for g in optimizer.param_groups
+            ],
+        }
+        self.manifest["model"] = {
+            "class": type(model).__name__ if model is not None else None,
+            "dtype": dtypes[0] if len(dtypes) == 1 else dtypes,
+            "num_parameters": sum(p.numel() for p in self.probe.parameters.values()),
+            "parameters": list(self.probe.parameters),
+            "device": str(self.evidence.device),
+        }
+        if self._loader is not None:
+            names = ("batch_size", "num_workers", "persistent_workers", "drop_last")
+            self.manifest["loader"] = {name: getattr(self._loader, name) for name in names}
+
+
+def _on_device(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.device.type != "cpu"
+
+
+def _plain(value: Any) -> Any:
+    """A hyperparameter as JSON has it."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return repr(value)
+
+
+def _described(optimizer: Optimizer) -> str:
+    tensors = [p for group in optimizer.param_groups for p in group["params"]]
+    return (
+        f"{type(optimizer).__name__} with {len(tensors)} tensors ({sum(t.numel() for t in tensors)} values)"
+    )

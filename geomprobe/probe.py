@@ -1,0 +1,366 @@
+"""The probe: what a training loop calls, and the optimizer hook that sees each gradient before it is used.
+
+A probe knows nothing of files. It turns what happens in the loop into the events of an `Observer`, which a
+pass implements; where no pass is running, `attach` returns a probe that only does what the loop asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from geomprobe import progress
+from geomprobe.errors import UnsupportedTraining, UsageError
+
+Item = TypeVar("Item")
+
+
+class Observer(Protocol):
+    """What a pass does at each event of a probe; see `geomprobe.passes`."""
+
+    def attached(self, probe: Probe) -> None: ...
+    def begin(self) -> None: ...
+    def fetching(self) -> None: ...
+    def fetched(self, batch: Any) -> None: ...
+    def entered(self, inputs: Any) -> None: ...
+    def backward(self, loss: Tensor, **options: Any) -> None: ...
+    def before_update(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None: ...
+    def after_update(self) -> None: ...
+    def weights_will_change(self) -> None: ...
+    def reference(self, name: str) -> None: ...
+    def detached(self) -> None: ...
+
+
+_current: Observer | None = None
+
+
+def observe(observer: Observer | None) -> Observer | None:
+    """Make ``observer`` the one that `attach` reports to; returns the one before it."""
+    global _current
+    before, _current = _current, observer
+    return before
+
+
+def observing() -> Observer | None:
+    """The running pass, if there is one.
+
+    >>> observing() is None
+    True
+    """
+    return _current
+
+
+class InertProbe:
+    """What `attach` returns where nothing is recorded or replayed: the loop runs as if it were not there."""
+
+    active = False
+
+    def epochs(self, count: int) -> Iterable[int]:
+        """``range(count)``: see :meth:`Probe.epochs`."""
+        return range(count)
+
+    def batches(self, loader: Iterable[Item]) -> Iterable[Item]:
+        """``loader`` itself: see :meth:`Probe.batches`."""
+        return loader
+
+    def backward(self, loss: Tensor, closure: Callable[[], Tensor] | None = None, **options: Any) -> None:
+        """``loss.backward(**options)``: see :meth:`Probe.backward`."""
+        loss.backward(**options)
+
+    def reference(self, name: str) -> None:
+        """Nothing: see :meth:`Probe.reference`."""
+
+    def remove(self) -> None:
+        """Nothing: see :meth:`Probe.remove`."""
+
+    def __enter__(self) -> InertProbe:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+
+def attach(model: nn.Module | None, optimizer: Optimizer, **stateful: Any) -> Probe | InertProbe:
+    """Put a probe on a training loop.
+
+    Under ``geomprobe record`` and ``replay`` (or `geomprobe.two_pass`) the probe reports to the running
+    pass; otherwise it is inert, at no measurable cost, so the line can stay in the script for good.
+
+    Args:
+        model: the module that is trained; its parameters' names and its buffers are what a trace shows.
+        optimizer: the raw optimizer. A wrapper that holds it as ``.optimizer`` (accelerate) is unwrapped.
+        **stateful: further objects with ``state_dict`` and ``load_state_dict``, such as
+            ``scheduler=scheduler, scaler=scaler``. ``None`` values are ignored.
+
+    Returns:
+        A handle: ``.remove()`` takes it off, and it is a context manager.
+
+    Raises:
+        UsageError: for an object without ``state_dict``, or a second probe in one run.
+        UnsupportedTraining: for LBFGS, complex parameters, or an optimizer with nothing to train.
+
+    >>> model = torch.nn.Linear(2, 1)
+    >>> probe = attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    >>> [epoch for epoch in probe.epochs(2)]
+    [0, 1]
+    """
+    for name, thing in stateful.items():
+        if thing is not None and not (hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")):
+            raise UsageError(
+                f"attach(..., {name}={type(thing).__name__}): it has no state_dict and load_state_dict, "
+                "so its state can be neither kept nor compared. Pass an object that has both, or leave it out."
+            )
+    if _current is None:
+        return InertProbe()
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return Probe(
+        model, optimizer, {k: v for k, v in stateful.items() if v is not None}, _current, explicit=True
+    )
+
+
+class Probe:
+    """A probe on one model and one optimizer, reporting to a pass. Made by `attach`.
+
+    Attributes:
+        model: the trained module, or None where a script without `attach` never called one.
+        optimizer: the raw optimizer.
+        parameters: the measured parameters by name: those of the optimizer, each once.
+        step: number of updates so far.
+        epoch: the current epoch, or None while unknown.
+        explicit: whether the script asked for it by `attach`.
+    """
+
+    active = True
+
+    def __init__(
+        self,
+        model: nn.Module | None,
+        optimizer: Optimizer,
+        stateful: Mapping[str, Any],
+        observer: Observer,
+        explicit: bool = False,
+    ) -> None:
+        self.explicit = explicit
+        self.model = model
+        self.optimizer = optimizer
+        self.stateful = dict(stateful)
+        self.parameters = measured_parameters(model, optimizer)
+        self._shapes = [tuple(p.shape) for p in self.parameters.values()]
+        self._group_sizes = [len(group["params"]) for group in optimizer.param_groups]
+        self.step = 0
+        self.epoch: int | None = None
+        self._observer = observer
+        self._begun = False
+        self._measured = False
+        self._epochs_named = False
+        observer.attached(self)
+        self._handles: list[RemovableHandle] = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        if model is not None:
+            self._handles += [
+                model.register_forward_pre_hook(self._entered, with_kwargs=True),
+                model.register_load_state_dict_pre_hook(self._loading),
+            ]
+
+    # What the loop calls
+
+    def epochs(self, count: int) -> Iterator[int]:
+        """Iterate over epochs ``0 .. count-1``, so that the trace knows them and the terminal shows them.
+
+        Args:
+            count: number of epochs.
+        """
+        self._epochs_named = True
+        self._begin()
+        with progress.bar("epoch", count) as advance:
+            for epoch in range(count):
+                self.epoch = epoch
+                yield epoch
+                advance()
+        self._observer.weights_will_change()  # what follows the loop may load other weights
+
+    def batches(self, loader: Iterable[Item]) -> Iterator[Item]:
+        """Iterate over ``loader``, fingerprinting each batch as it comes.
+
+        Args:
+            loader: any iterable of batches: tensors, or nested tuples, mappings and strings.
+        """
+        self._begin()
+        if self.epoch is None:
+            self.epoch = 0
+        first_step = self.step
+        self._observer.fetching()  # making the iterator draws from the RNG already
+        iterator = iter(loader)
+        with progress.bar("batch", _length(loader)) as advance:
+            while True:
+                self._observer.fetching()
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    break
+                self._observer.fetched(batch)
+                yield batch
+                advance()
+        if not self._epochs_named and self.step > first_step:  # an evaluation loop is no epoch
+            self.epoch += 1
+
+    def backward(self, loss: Tensor, closure: Callable[[], Tensor] | None = None, **options: Any) -> None:
+        """``loss.backward(**options)``, letting the pass see the loss.
+
+        Args:
+            loss: the step's scalar loss, or its part under accumulation; scaled by a GradScaler or not.
+            closure: evaluates the loss of this very minibatch again, for models whose training kernels have
+                no second derivative.
+            **options: as for :meth:`torch.Tensor.backward`.
+        """
+        self._observer.backward(loss, closure=closure, **options)
+
+    def reference(self, name: str) -> None:
+        """Keep the weights as they are now as the reference ``name``, replacing an earlier one.
+
+        Args:
+            name: letters, digits, ``-``, ``_`` and ``.``; ``final`` is taken by the final iterate.
+        """
+        self._observer.reference(name)
+
+    def remove(self) -> None:
+        """Take the hooks off; the pass ends with the steps seen so far."""
+        for handle in self._handles:
+            handle.remove()
+        if self._handles:
+            self._handles.clear()
+            self._observer.detached()
+
+    def __enter__(self) -> Probe:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    # What the hooks call
+
+    def _begin(self) -> None:
+        if not self._begun:
+            self._begun = True
+            self._observer.begin()
+
+    def _entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.is_grad_enabled():  # evaluation is not part of the step
+            self._begin()
+            self._observer.entered((args, kwargs) if kwargs else args)
+
+    def _loading(self, *_: Any) -> None:
+        self._observer.weights_will_change()
+
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self._begin()
+        self._measured = False
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            self._measure()
+            return None
+
+        def measured_closure() -> Any:
+            # Lightning runs forward and backward in here, so only now is there a gradient to look at.
+            if self._measured:
+                raise UnsupportedTraining(
+                    f"{type(optimizer).__name__} evaluated its closure twice in step {self.step}: which of "
+                    "the gradients is the step's is not defined. Use an optimizer that evaluates it once."
+                )
+            loss = closure()
+            self._measure()
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": measured_closure}
+        return (args[0], measured_closure, *args[2:]), kwargs
+
+    @torch.no_grad()
+    def _measure(self) -> None:
+        self._measured = True
+        if not self._overflowed():
+            self._require_same_parameters()
+            gradients = [parameter.grad for parameter in self.parameters.values()]
+            self._observer.before_update(gradients, getattr(self.optimizer, "grad_scale", None))
+
+    def _after_step(self, *_: Any) -> None:
+        if self._measured and not self._overflowed():
+            self.step += 1
+            self._observer.after_update()
+
+    def _overflowed(self) -> bool:
+        # A fused optimizer under a GradScaler is called on overflow too, and skips on its own. Asking costs
+        # one synchronization, the same that the scaler itself pays with every other optimizer.
+        found = getattr(self.optimizer, "found_inf", None)
+        return found is not None and bool(found.item())
+
+    def _require_same_parameters(self) -> None:
+        sizes = [len(group["params"]) for group in self.optimizer.param_groups]
+        shapes = [tuple(p.shape) for p in self.parameters.values()]
+        if sizes == self._group_sizes and shapes == self._shapes:
+            return
+        if sizes != self._group_sizes:
+            what = f"the optimizer's parameter groups held {self._group_sizes} tensors and now hold {sizes}"
+        else:
+            pairs = zip(self.parameters, self._shapes, shapes, strict=True)
+            name, before, now = next(row for row in pairs if row[1] != row[2])
+            what = f"{name} had shape {before} and now has {now}"
+        raise UnsupportedTraining(
+            f"The parameters changed before step {self.step}: {what}. The distance to the final weights is "
+            "only defined for a fixed set of parameters. Create all of them before the first step (freezing "
+            "one by requires_grad_(False) or grad = None is fine), or record the stages as separate runs."
+        )
+
+
+def measured_parameters(model: nn.Module | None, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+    """The optimizer's parameters by their names in the model, each tensor once however often it is tied.
+
+    Raises:
+        UnsupportedTraining: for LBFGS, complex parameters, or none at all.
+
+    >>> model = torch.nn.Linear(2, 1)
+    >>> list(measured_parameters(model, torch.optim.SGD(model.parameters(), lr=0.1)))
+    ['weight', 'bias']
+    """
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise UnsupportedTraining(
+            "LBFGS evaluates its closure several times a step, so a step has no one gradient to measure. "
+            "Use an optimizer that takes one gradient a step."
+        )
+    names = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
+    found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for index, group in enumerate(optimizer.param_groups):
+        for position, parameter in enumerate(group["params"]):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            name = names.get(id(parameter), f"group{index}.parameter{position}")
+            if parameter.is_complex():
+                raise UnsupportedTraining(
+                    f"{name} is complex ({parameter.dtype}), and RSI and EB are defined for real parameters. "
+                    "Store it as a real tensor of shape [..., 2] (torch.view_as_real) to measure it."
+                )
+            found[name] = parameter
+    if not found:
+        raise UnsupportedTraining(
+            f"{type(optimizer).__name__} holds no parameters: there is nothing to measure."
+        )
+    return found
+
+
+def _length(loader: Iterable[Any]) -> int | None:
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:  # iterable data sets have none
+        return None

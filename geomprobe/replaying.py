@@ -1,0 +1,318 @@
+"""Pass 2: the same run again, compared with the recording at every step and measured before each update."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from geomprobe.determinism import FIRST_STEP_SECTIONS, require_same
+from geomprobe.errors import ReplayDiverged, RunError
+from geomprobe.evidence import Difference, first_difference
+from geomprobe.inner_products import InnerProducts
+from geomprobe.observation import Observation
+from geomprobe.rows import Block, Rows
+from geomprobe.run import Run
+from geomprobe.tensors import from_numpy
+from geomprobe.trace.reader import Record
+from geomprobe.trace.schema import FINAL, TRACE_SCHEMA, VALUES, parameter_column, product_column
+from geomprobe.trace.seal import seal_trace
+from geomprobe.trace.writer import PartWriter, Table
+
+_LIKELY = {
+    "rng": "something drew a different number of random numbers before this step",
+    "batch": "the samples, their order or their augmentation changed",
+    "weights": "something other than the optimizer moved the weights, or an operation has no deterministic form",
+    "optimizer": "something changed the optimizer's state or hyperparameters",
+    "loss": "an operation of the forward pass has no deterministic form, or the loss itself changed",
+    "buffers": "something changed a buffer, such as BatchNorm's running statistics",
+    "length": "the script does not stop where it stopped before",
+}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a replay measures.
+
+    Attributes:
+        every: measure each N-th step; every step is compared all the same.
+        per_parameter: keep the inner products of each parameter tensor too.
+        compiled: compile the inner products, which pays off in long runs.
+        uncertified: go on past the first difference, marking every later row.
+    """
+
+    every: int = 1
+    per_parameter: bool = False
+    compiled: bool = False
+    uncertified: bool = False
+
+
+class Replaying(Observation):
+    """Replays a recorded run, comparing and measuring.
+
+    Args:
+        run: the run directory.
+        record: its sealed record.
+        manifest: what is known of the environment before the script runs.
+        measure: what to measure.
+
+    Raises:
+        RunError: a reference holds a value that is not finite.
+    """
+
+    def __init__(self, run: Run, record: Record, manifest: dict[str, Any], measure: Measure) -> None:
+        super().__init__(manifest)
+        self._run, self._record, self._measure = run, record, measure
+        self.manifest["measure"] = {"every": measure.every, "per_parameter": measure.per_parameter}
+        self._references = {name: _finite_reference(record, name) for name in record.references}
+        self._compared = self._equal = 0
+        self._first: tuple[int, Difference] | None = None
+        self._final_equal = False
+        self._writer: PartWriter | None = None
+        self._rows: Rows | None = None
+
+    @property
+    def steps(self) -> int:
+        """Updates seen so far."""
+        return 0 if self.probe is None else self.probe.step
+
+    def open(self) -> None:
+        assert self.probe is not None
+        if not self._measure.uncertified:
+            require_same(self._record.manifest, self.manifest, FIRST_STEP_SECTIONS, self._run.path)
+        parameters = list(self.probe.parameters.values())
+        self._to_device()
+        self._products = InnerProducts(
+            parameters,
+            {name: list(weights.values()) for name, weights in self._references.items()},
+            per_parameter=self._measure.per_parameter,
+            compiled=self._measure.compiled,
+        )
+        host_groups, device_groups = self.group_columns()
+        products = [product_column(*_product(name)) for name in self._products.names]
+        if self._measure.per_parameter:
+            own = [n for n in self._products.names if "/" not in n]
+            products += [parameter_column(p, n) for p in self.probe.parameters for n in own]
+        device = ["steps/loss", *device_groups, *products]
+        columns = ["steps/epoch", *host_groups, *device]
+        columns += ["steps/same"] if self._measure.uncertified else []
+        self._unmeasured = torch.full(
+            (len(products),), torch.nan, dtype=torch.float64, device=self.evidence.device
+        )
+        layout = self.evidence.layout
+        prints = len(layout["weights"]) + len(layout["optimizer"]) + 2 + len(layout["buffers"])
+        self._rows = Rows(self.evidence.device, len(device), prints, self._compare_and_write)
+        self._writer = PartWriter(
+            self._run.part("trace", 0),
+            schema=TRACE_SCHEMA,
+            tables=[Table(VALUES, tuple(columns), "float64")],
+            attributes={
+                "manifest": json.dumps(self.manifest),
+                "num_parameters": self.manifest["model"]["num_parameters"],
+            },
+        )
+
+    def measure(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
+        assert self.probe is not None
+        assert self._rows is not None
+        step = self.probe.step
+        if step >= self._record.num_steps and not self._measure.uncertified:
+            self._rows.flush()  # an earlier difference is the cause, and comes first
+            self._stop_if_failed()
+            self._diverge(step, Difference("length", "steps", ()))
+            self._stop_if_failed()
+        products = self._unmeasured
+        if step % self._measure.every == 0:
+            products = self._flat(self._products.measure(gradients, grad_scale))
+        host_groups, device_groups = self.group_values()
+        floats = torch.cat([self.evidence.loss.reshape(1), *device_groups, products])
+        digests, host = self.evidence.take()
+        self._rows.append(floats, digests, [self.epoch, *host_groups], host)
+        self._stop_if_failed()
+
+    def after_update(self) -> None:
+        # The script may load other weights when training is over: only now are they the final iterate.
+        if self.steps == self._record.num_steps:
+            self._final_equal = self._weights_equal_final()
+
+    def complete(self) -> None:
+        """The script has ended: compare what is left, and seal the trace with its certificate.
+
+        Raises:
+            ReplayDiverged: the replay was not the same run.
+        """
+        self._flush()
+        if self.failure is None and self._first is None and self.steps < self._record.num_steps:
+            self._diverge(self.steps, Difference("length", "steps", ()))
+        if self.failure is None and self._first is None and not self._final_equal:
+            self._diverge(self.steps, Difference("weights", "final weights", ()))
+        if self.failure is None or isinstance(self.failure, ReplayDiverged):
+            self._seal()
+        self.close()
+        self._stop_if_failed()
+
+    def fail(self) -> None:
+        """The script has failed: if the replay had diverged that is why, else the parts stay, incomplete."""
+        self._flush()
+        if isinstance(self.failure, ReplayDiverged):
+            self._seal()
+        self.close()
+
+    def close(self) -> None:
+        super().close()
+        self._flush()
+        if self._writer is not None:
+            self._writer.close()
+
+    @property
+    def certificate(self) -> dict[str, Any]:
+        """What was compared, and whether it held; see `geomprobe.trace`."""
+        found: dict[str, Any] = {
+            "steps_recorded": self._record.num_steps,
+            "steps_compared": self._compared,
+            "steps_equal": self._equal,
+            "final_weights_equal": self._final_equal,
+            "components": json.dumps(list(self.evidence.layout) if self.probe is not None else []),
+        }
+        if self._first is not None:
+            step, difference = self._first
+            found["first_difference"] = json.dumps(
+                {"step": step, "component": difference.component, "tensor": difference.tensor}
+            )
+        return found
+
+    def _seal(self) -> None:
+        if self._writer is None:
+            return
+        self._writer.close()
+        status = "complete"
+        if self._first is not None:
+            status = "uncertified" if self._measure.uncertified else "diverged"
+        seal_trace(
+            [self._run.part("trace", 0)],
+            self._run.trace,
+            status=status,
+            manifest=self.manifest,
+            num_parameters=self.manifest["model"]["num_parameters"],
+            certificate=self.certificate,
+        )
+        self._run.clear_stream()
+
+    def _flush(self) -> None:
+        if self._rows is not None:
+            rows, self._rows = self._rows, None
+            rows.flush()
+
+    def _to_device(self) -> None:
+        assert self.probe is not None
+        for weights in self._references.values():
+            for name, parameter in self.probe.parameters.items():
+                stored = weights[name]
+                # Empty with the parameter's own strides, so that both are read in memory order.
+                weights[name] = torch.empty_like(parameter).copy_(stored).detach()
+
+    def _flat(self, products: Tensor) -> Tensor:
+        if not self._measure.per_parameter:
+            return products
+        own = [i for i, name in enumerate(self._products.names) if "/" not in name]
+        return torch.cat([products[0], products[1:, own].reshape(-1)])
+
+    def _compare_and_write(self, block: Block) -> None:
+        if self._first is not None and not self._measure.uncertified:
+            return
+        assert self._writer is not None
+        prints = self.evidence.assemble(block.integers, block.host_integers)
+        values = np.hstack([block.host_floats, block.floats])
+        equal = self._equal_rows(prints, len(values))
+        if self._measure.uncertified:
+            same = np.full((len(values), 1), float(self._first is None))
+            same[equal:] = 0.0
+            self._writer.append({VALUES: np.hstack([values, same])})
+        elif equal:
+            self._writer.append({VALUES: values[:equal]})
+
+    def _equal_rows(self, prints: dict[str, NDArray[np.int64]], count: int) -> int:
+        """How many rows of a block came before the first difference; counts what was compared."""
+        start = self._compared
+        self._compared += count
+        if self._first is not None:
+            return 0
+        layout = self.evidence.layout
+        recorded = {name: self._record.fingerprints(name, start, start + count) for name in layout}
+        known = min(count, self._record.num_steps - start)
+        different = np.zeros(count, bool)
+        different[known:] = True
+        for name in layout:
+            different[:known] |= (recorded[name] != prints[name][:known]).any(axis=1)
+        row = int(different.argmax()) if different.any() else count
+        self._equal += row
+        if row < known:
+            pair = ({name: rows[name][row] for name in layout} for rows in (recorded, prints))
+            difference = first_difference(layout, *pair)
+            assert difference is not None
+            self._diverge(start + row, difference)
+        elif row < count:
+            self._diverge(start + row, Difference("length", "steps", ()))
+        return row
+
+    def _diverge(self, step: int, difference: Difference) -> None:
+        self._first = step, difference
+        if self._measure.uncertified:
+            return
+        self.failure = ReplayDiverged(
+            self._account(step, difference),
+            step=step,
+            component=difference.component,
+            tensor=difference.tensor,
+        )
+
+    def _account(self, step: int, difference: Difference) -> str:
+        total, run = self._record.num_steps, self._run.path
+        if difference.component == "length":
+            what = f"was recorded with {total} steps, and the replay took {'more' if step >= total else step}"
+        elif step >= total:
+            what = f"reached the end, but the weights after step {total - 1} are not w_T bit for bit"
+        else:
+            what = f"differed from its recording at step {step} of {total}: first the {difference.component} "
+            what += f"({difference.tensor})"
+        also = f", then {', '.join(difference.also)}" if difference.also else ""
+        return (
+            f"The replay of {run} {what}{also}. All {self._equal} steps before it were equal. "
+            f"Likely, {_LIKELY[difference.component]}. `geomprobe inspect {run}` shows what was measured up to "
+            f"there; `geomprobe replay {run} --force --uncertified` goes on past it and marks every later row."
+        )
+
+    def _weights_equal_final(self) -> bool:
+        assert self.probe is not None
+        final = self._references[FINAL]
+        return all(_same_bits(p, final[name]) for name, p in self.probe.parameters.items())
+
+
+def _product(name: str) -> tuple[str, str]:
+    """``g.d`` or ``references/best/inner_products/g.d`` as product and reference."""
+    *path, product = name.split("/")
+    return product, path[1] if path else FINAL
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    raw = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return torch.equal(a.detach().contiguous().view(raw), b.contiguous().view(raw))
+
+
+def _finite_reference(record: Record, name: str) -> dict[str, Tensor]:
+    weights = {parameter: from_numpy(*raw) for parameter, raw in record.reference(name).items()}
+    for parameter, tensor in weights.items():
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise RunError(
+                f"Reference {name!r} of {record.path} is not finite: {bad} of {tensor.numel()} values of "
+                f"{parameter} are NaN or infinite, so no distance to it exists. Nothing was replayed. The training "
+                "diverged; `geomprobe inspect` shows from which step its loss did. Record a run that does not."
+            )
+    return weights

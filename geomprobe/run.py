@@ -1,0 +1,123 @@
+"""The run directory: which files a run has, who may write them, and what is left when a pass is over."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from geomprobe.errors import RunError, UsageError
+from geomprobe.trace.schema import RECORD_FILE, STREAM_DIR, TRACE_FILE
+
+CHECKPOINTS_DIR = "checkpoints"
+
+
+class Run:
+    """Paths of one run and the lock that keeps a second writer out.
+
+    >>> Run("runs/a").trace.name
+    'trace.h5'
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).absolute()  # a script may change the working directory
+        self.record = self.path / RECORD_FILE
+        self.trace = self.path / TRACE_FILE
+        self.stream = self.path / STREAM_DIR
+        self.checkpoints = self.path / CHECKPOINTS_DIR
+
+    @contextlib.contextmanager
+    def recording(self, force: bool) -> Iterator[None]:
+        """Hold the run for a new recording; with ``force`` an earlier one is removed first.
+
+        Raises:
+            UsageError: the folder holds something already and ``force`` is not set.
+            RunError: another process is writing there.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"{self.path} is a file; name a folder to record into.")
+        occupied = self.path.is_dir() and any(self.path.iterdir())
+        if occupied and not force:
+            raise UsageError(
+                f"{self.path} exists and is not empty: nothing was recorded. Choose another folder, or pass "
+                "--force to replace it."
+            )
+        if occupied and not self._is_run():
+            raise UsageError(
+                f"{self.path} is no run of geomprobe: --force will not empty it. Choose another."
+            )
+        with self._lock():
+            self._remove(self.record, self.trace, self.checkpoints, *self._parts())
+            yield
+
+    @contextlib.contextmanager
+    def replaying(self, force: bool) -> Iterator[None]:
+        """Hold the run for a replay; with ``force`` an earlier trace is removed first.
+
+        Raises:
+            UsageError: there is a trace already and ``force`` is not set.
+            RunError: another process is writing there.
+        """
+        earlier = [path for path in (self.trace, *self._parts()) if path.exists()]
+        if earlier and not force:
+            raise UsageError(
+                f"{earlier[0]} exists: nothing was replayed. `geomprobe inspect {self.path}` shows what is in "
+                "it; pass --force to replace it."
+            )
+        with self._lock():
+            self._remove(*earlier)
+            yield
+
+    def part(self, kind: str, first_step: int) -> Path:
+        """Where a pass streams its rows from ``first_step`` on."""
+        return self.stream / f"{kind}-{first_step:08d}.h5"
+
+    def stored_reference(self, name: str) -> Path:
+        """Where recording keeps a reference until it is sealed."""
+        return self.stream / f"reference-{name}.h5"
+
+    def clear_stream(self) -> None:
+        """Remove what has been sealed."""
+        self._remove(*self._parts())
+
+    def _is_run(self) -> bool:
+        return any(path.exists() for path in (self.record, self.trace, self.stream))
+
+    def _parts(self) -> list[Path]:
+        return sorted(p for p in self.stream.glob("*") if p.name != "lock") if self.stream.is_dir() else []
+
+    @staticmethod
+    def _remove(*paths: Path) -> None:
+        for path in paths:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        # The system drops the lock when its holder dies, however it dies, so a lock is never stale.
+        self.stream.mkdir(parents=True, exist_ok=True)
+        lock = self.stream / "lock"
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                holder = os.read(descriptor, 200).decode(errors="replace").strip() or "unknown"
+                raise RunError(
+                    f"{self.path} is being written by another process ({holder}). Wait for it to end, or choose "
+                    "another run folder."
+                ) from error
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            yield
+            lock.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # parts of an unfinished pass stay
+                self.stream.rmdir()
+        finally:
+            os.close(descriptor)
