@@ -1,0 +1,252 @@
+"""Open a trace, sealed or still streaming, as named NumPy columns."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from geomprobe.errors import RunError, UsageError
+from geomprobe.trace import schema
+from geomprobe.trace.derive import Array, Derived
+from geomprobe.trace.failure import reason
+from geomprobe.trace.part import stream_part
+from geomprobe.trace.record import Record, open_record
+from geomprobe.trace.source import Source, read_settled, spans
+
+__all__ = ["PerEpoch", "Record", "Trace", "open_record", "open_trace"]
+
+_CERTIFICATE_JSON = ("components", "first_difference")
+
+
+@dataclass(frozen=True)
+class PerEpoch:
+    """A column by epoch: arrays of one length, one entry an epoch, in the column's units.
+
+    ``count`` says how many steps were measured; where none was, the numbers are NaN.
+    """
+
+    epoch: Array
+    mean: Array
+    minimum: Array
+    maximum: Array
+    count: NDArray[np.int64]
+
+
+class Trace:
+    """What a replay measured, one row a step; `open_trace` makes it.
+
+    Attributes:
+        path: what was opened.
+        status: ``"complete"``, ``"incomplete"``, ``"diverged"`` or ``"uncertified"``.
+        num_steps: rows present.
+        num_parameters: scalar parameters of the model.
+        manifest: the environment of the run.
+        certificate: what the replay's comparison with the recording found; empty where it did not end.
+    """
+
+    def __init__(self, source: Source, certificate: dict[str, Any], columns: Mapping[str, Array]) -> None:
+        self.path = source.path
+        self.status = source.status
+        self.num_parameters = source.num_parameters
+        self.manifest = source.manifest
+        self.certificate = certificate
+        self.num_steps = len(columns["steps/step"])
+        self._columns = columns
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns of ``/steps``."""
+        return [path.removeprefix("steps/") for path in self._columns if path.startswith("steps/")]
+
+    @property
+    def references(self) -> list[str]:
+        """Names of the references, the final iterate first."""
+        return [schema.FINAL, *self._second("references")]
+
+    @property
+    def parameters(self) -> list[str]:
+        """Names of the parameter tensors that have columns of their own; empty unless they were asked for."""
+        return self._second("parameters")
+
+    def __getitem__(self, name: str) -> Array:
+        """A column [num_steps]: a bare name is one of ``/steps``, anything else a path in the file.
+
+        Raises:
+            UnknownColumn: this trace has no such column; the message lists near matches.
+        """
+        if name not in self:
+            raise self._unknown(name)
+        return np.array(self._columns[_path(name)])
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and _path(name) in self._columns
+
+    def __repr__(self) -> str:
+        return f"<Trace {self.path}: {self.status}, {self.num_steps} steps, {len(self.columns)} columns>"
+
+    def per_epoch(self, name: str) -> PerEpoch:
+        """Mean, minimum and maximum of a column over each epoch, as NWT's figures show them.
+
+        NaN rows do not count, and rows whose epoch is unknown belong to none.
+
+        Raises:
+            UnknownColumn: this trace has no such column.
+        """
+        epoch, values = self["epoch"], self[name]
+        known = ~np.isnan(epoch)
+        epochs, place = np.unique(epoch[known], return_inverse=True)
+        values = values[known]
+        measured = ~np.isnan(values)
+        place, values = place[measured], values[measured]
+        count = np.bincount(place, minlength=len(epochs))
+        least, most = np.full(len(epochs), np.inf), np.full(len(epochs), -np.inf)
+        np.minimum.at(least, place, values)
+        np.maximum.at(most, place, values)
+        with np.errstate(all="ignore"):
+            mean = np.bincount(place, weights=values, minlength=len(epochs)) / count
+        empty = count == 0
+        return PerEpoch(epochs, mean, np.where(empty, np.nan, least), np.where(empty, np.nan, most), count)
+
+    def to_xarray(self) -> Any:
+        """The columns of ``/steps`` as an ``xarray.Dataset`` over ``step``, with their attributes.
+
+        Raises:
+            UsageError: xarray is not installed.
+        """
+        try:
+            xarray = importlib.import_module("xarray")
+        except ImportError as error:
+            raise UsageError("to_xarray needs xarray: pip install 'geomprobe[xarray]'") from error
+        columns = {name: ("step", self[name], _attributes(name)) for name in self.columns}
+        facts = {"status": self.status, "num_parameters": self.num_parameters, "schema": schema.TRACE_SCHEMA}
+        return xarray.Dataset(columns, attrs=facts)
+
+    def _second(self, group: str) -> list[str]:
+        paths = (path.split("/") for path in self._columns if path.startswith(f"{group}/"))
+        return [schema.unescape(name) for name in dict.fromkeys(path[1] for path in paths)]
+
+    def _unknown(self, name: str) -> schema.UnknownColumn:
+        paths = [path for path in self._columns if not path.startswith("steps/")]
+        matches = schema.near(name, [*self.columns, *paths, *schema.FINAL_LINKS])
+        hint = f"did you mean {', '.join(matches)}?" if matches else f"/steps has {', '.join(self.columns)}"
+        return schema.UnknownColumn(f"{self.path} has no column {name!r}; {hint}")
+
+
+def open_trace(path: str | os.PathLike[str]) -> Trace:
+    """Open a trace: ``trace.h5`` where the replay is sealed, else the rows that it has committed so far.
+
+    Args:
+        path: a run folder, or a file. The writer may be alive, dead or done; nothing stays open.
+
+    Raises:
+        RunError: there is no trace; the message says what there is instead.
+
+    >>> import tempfile
+    >>> from geomprobe.trace.writer import PartWriter, Table
+    >>> run = Path(tempfile.mkdtemp())
+    >>> (run / "stream").mkdir()
+    >>> table = Table("values", ("inner_products/g.d", "inner_products/d.d"), "float64")
+    >>> with PartWriter(run / "stream" / "a.h5", schema="geomprobe-trace", tables=[table], attributes={}) as part:
+    ...     part.append({"values": np.array([[6.0, 4.0], [3.0, 1.0]])})
+    >>> trace = open_trace(run)
+    >>> trace.status, trace["rsi"].tolist(), trace["references/final/distance"].tolist()
+    ('incomplete', [1.5, 3.0], [2.0, 1.0])
+    """
+    return read_settled(Path(path), schema.TRACE_SCHEMA, _read)
+
+
+def _read(source: Source) -> Trace:
+    if source.file is None:
+        return Trace(source, {}, _streamed(source))
+    columns = _SealedColumns(source.file)
+    with h5py.File(source.file, "r") as sealed:
+        facts = dict(sealed["certificate"].attrs) if "certificate" in sealed else {}
+    return Trace(source, {name: _decode(name, value) for name, value in facts.items()}, columns)
+
+
+def _streamed(source: Source) -> Derived:
+    steps: list[NDArray[np.int64]] = []
+    values: list[Array] = []
+    for span in spans(source.parts):
+        with stream_part(span.part.path, start=span.start, stop=span.stop) as (_, blocks):
+            for block in blocks:
+                steps.append(block["step"])
+                values.append(block[schema.VALUES])
+    names = source.parts[0].tables[schema.VALUES].columns
+    table = np.concatenate([np.empty((0, len(names))), *values])
+    return Derived(np.concatenate([np.empty(0, np.int64), *steps]), dict(zip(names, table.T, strict=True)))
+
+
+class _SealedColumns(Mapping[str, Array]):
+    """Columns of a sealed file by path, read at each look-up so that nothing stays open or in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with h5py.File(path, "r") as file:
+            self._paths = dict.fromkeys(_datasets(file))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __contains__(self, path: object) -> bool:
+        return isinstance(path, str) and schema.canonical(path) in self._paths
+
+    def __getitem__(self, path: str) -> Array:
+        try:
+            with h5py.File(self._path, "r") as file:
+                array: Array = file[schema.canonical(path)][:]
+        except OSError as error:
+            raise RunError(
+                f"{path} in {self._path} is damaged ({reason(error)}); replay the run again"
+            ) from error
+        return array
+
+
+def _datasets(file: Any) -> Iterator[str]:
+    """Paths of a sealed trace's columns, told from the names of its groups without opening any dataset."""
+    known = [f"steps/{column.name}" for column in (*schema.STEP_COLUMNS, schema.SAME)]
+    yield from (path for path in known if path in file)
+    yield from _members(file, "inner_products")
+    for parent in ("groups", "references", "parameters"):
+        for name in file.get(parent, {}):
+            if (parent, name) != ("references", schema.FINAL):
+                yield from _members(file, f"{parent}/{name}")
+                if parent == "references":
+                    yield from _members(file, f"{parent}/{name}/inner_products")
+
+
+def _members(file: Any, group: str) -> Iterator[str]:
+    # Every group names the one step column again, and references hold a group besides their columns.
+    return (f"{group}/{name}" for name in file.get(group, {}) if name not in ("step", "inner_products"))
+
+
+def _path(name: str) -> str:
+    return schema.canonical(name.strip("/") if "/" in name else f"steps/{name}")
+
+
+def _attributes(name: str) -> dict[str, str]:
+    column = schema.describe(f"steps/{name}")
+    return {
+        "long_name": column.long_name,
+        "units": column.units,
+        "formula": column.formula,
+        "source": column.source,
+    }
+
+
+def _decode(name: str, value: Any) -> Any:
+    if name in _CERTIFICATE_JSON:
+        return json.loads(value)
+    return value if isinstance(value, str) else value.item()

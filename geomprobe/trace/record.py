@@ -1,0 +1,229 @@
+"""Open a recording, sealed or still streaming: fingerprints by step, and the references' weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+from urllib.parse import unquote
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from geomprobe.errors import RunError
+from geomprobe.trace import schema
+from geomprobe.trace.derive import Array
+from geomprobe.trace.failure import reason
+from geomprobe.trace.part import stream_part
+from geomprobe.trace.reference import read_reference
+from geomprobe.trace.source import Source, Span, read_settled, spans
+
+Reference = dict[str, tuple[NDArray[Any], str]]
+
+
+class _Store(Protocol):
+    """Where a record's rows are: a sealed file, or parts."""
+
+    num_steps: int
+
+    def names(self, component: str) -> list[str]: ...
+    def fingerprints(self, component: str, start: int, stop: int) -> NDArray[np.int64]: ...
+    def steps(self) -> dict[str, Array]: ...
+    def references(self) -> list[str]: ...
+    def reference(self, name: str) -> Reference: ...
+    def close(self) -> None: ...
+
+
+class Record:
+    """What recording kept, one row a step; `open_record` makes it. A context manager: it holds its file open.
+
+    Attributes:
+        path: what was opened.
+        status: ``"complete"``, ``"failed"`` or ``"incomplete"``.
+        num_steps: steps recorded.
+        num_parameters: scalar parameters of the model.
+        manifest: the environment of the run.
+    """
+
+    def __init__(self, source: Source, store: _Store) -> None:
+        self.path = source.path
+        self.status = source.status
+        self.num_steps = store.num_steps
+        self.num_parameters = source.num_parameters
+        self.manifest = source.manifest
+        self._store = store
+
+    def names(self, component: str) -> list[str]:
+        """Names of the tensors or streams that a component's fingerprints cover; empty where it has none."""
+        return self._store.names(component)
+
+    def fingerprints(self, component: str, start: int, stop: int) -> NDArray[np.int64]:
+        """A component's fingerprints [stop - start, names] of the steps from ``start`` to before ``stop``.
+
+        Only those rows are read; steps past the last recorded one are left out.
+
+        Raises:
+            RunError: the rows are damaged.
+        """
+        return self._store.fingerprints(component, start, min(stop, self.num_steps))
+
+    @property
+    def steps(self) -> dict[str, Array]:
+        """The columns ``step``, ``epoch``, ``loss`` and ``lr`` [num_steps]."""
+        return self._store.steps()
+
+    @property
+    def references(self) -> list[str]:
+        """Names of the references that were kept, the final iterate first."""
+        names = self._store.references()
+        return sorted(names, key=lambda name: (name != schema.FINAL, name))
+
+    def reference(self, name: str) -> Reference:
+        """A reference's weights: by parameter name, the raw array and the name of its torch dtype.
+
+        Raises:
+            RunError: there is no such reference, or a stored bit has changed; the message names the parameter.
+        """
+        if name not in self.references:
+            there = ", ".join(self.references) or "none"
+            raise RunError(f"{self.path} ({self.status}) has no reference {name!r}; it has: {there}")
+        return self._store.reference(name)
+
+    def close(self) -> None:
+        """Close the file; safe to call twice."""
+        self._store.close()
+
+    def __enter__(self) -> Record:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_record(path: str | os.PathLike[str]) -> Record:
+    """Open a recording: ``record.h5`` where it is sealed, else the rows that it has committed so far.
+
+    Args:
+        path: a run folder, or a file. The writer may be alive, dead or done.
+
+    Raises:
+        RunError: there is no recording; the message says what there is instead.
+
+    >>> import tempfile
+    >>> from geomprobe.trace.writer import PartWriter, Table
+    >>> path = Path(tempfile.mkdtemp()) / "part.h5"
+    >>> tables = [Table("steps", ("epoch", "loss", "lr"), "float64"), Table("fingerprints/loss", ("loss",), "int64")]
+    >>> with PartWriter(path, schema="geomprobe-record", tables=tables, attributes={}) as part:
+    ...     part.append({"steps": np.array([[0.0, 2.5, 0.1]]), "fingerprints/loss": np.array([[77]])})
+    >>> with open_record(path) as record:
+    ...     record.status, record.steps["loss"].tolist(), record.fingerprints("loss", 0, 1).tolist()
+    ('incomplete', [2.5], [[77]])
+    """
+    return read_settled(Path(path), schema.RECORD_SCHEMA, _open)
+
+
+def _open(source: Source) -> Record:
+    return Record(source, _Streaming(source) if source.file is None else _Sealed(source.file))
+
+
+class _Sealed:
+    """A sealed ``record.h5``, held open: a replay asks for its rows block by block."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: Any = h5py.File(path, "r")
+        self.num_steps = int(self._file.attrs["num_steps"])
+
+    def names(self, component: str) -> list[str]:
+        stored = self._file.get(f"{schema.FINGERPRINTS}/{component}_names")
+        return [] if stored is None else list(stored.asstr()[:])
+
+    def fingerprints(self, component: str, start: int, stop: int) -> NDArray[np.int64]:
+        path = f"{schema.FINGERPRINTS}/{component}"
+        if path not in self._file:
+            return np.empty((max(0, stop - start), 0), np.int64)
+        return self._checked(path, lambda dataset: dataset[start:stop])
+
+    def steps(self) -> dict[str, Array]:
+        names = [column.name for column in schema.RECORD_COLUMNS]
+        return {name: self._checked(f"steps/{name}", lambda dataset: dataset[:]) for name in names}
+
+    def references(self) -> list[str]:
+        return [schema.unescape(name) for name in self._file.get("references", {})]
+
+    def reference(self, name: str) -> Reference:
+        return read_reference(self._file[f"references/{schema.escape(name)}"])
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _checked(self, path: str, read: Callable[[Any], NDArray[Any]]) -> NDArray[Any]:
+        try:
+            return read(self._file[path])
+        except OSError as error:
+            raise RunError(
+                f"{path} in {self._path} is damaged ({reason(error)}); record the run again"
+            ) from error
+
+
+class _Streaming:
+    """The parts of a recording that runs or was cut off, and the references it has taken so far."""
+
+    def __init__(self, source: Source) -> None:
+        self._spans = _contiguous(spans(source.parts))
+        self._tables = source.parts[0].tables
+        self._folder = source.parts[0].path.parent
+        self.num_steps = sum(span.stop - span.start for span in self._spans)
+
+    def names(self, component: str) -> list[str]:
+        table = self._tables.get(f"{schema.FINGERPRINTS}/{component}")
+        return [] if table is None else list(table.columns)
+
+    def fingerprints(self, component: str, start: int, stop: int) -> NDArray[np.int64]:
+        return self._rows(f"{schema.FINGERPRINTS}/{component}", len(self.names(component)), start, stop)
+
+    def steps(self) -> dict[str, Array]:
+        names = self._tables[schema.STEPS].columns
+        table = self._rows(schema.STEPS, len(names), 0, self.num_steps)
+        return {"step": np.arange(self.num_steps, dtype=float), **dict(zip(names, table.T, strict=True))}
+
+    def references(self) -> list[str]:
+        files = self._folder.glob(f"{schema.REFERENCE_PREFIX}*.h5")
+        return [unquote(path.stem.removeprefix(schema.REFERENCE_PREFIX)) for path in files]
+
+    def reference(self, name: str) -> Reference:
+        with h5py.File(self._folder / schema.reference_file(name), "r") as file:
+            return read_reference(file)
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def _rows(self, table: str, width: int, start: int, stop: int) -> NDArray[Any]:
+        dtype = self._tables[table].dtype if table in self._tables else "int64"
+        found = [np.empty((0, width), dtype)]
+        if not width:
+            return np.empty((max(0, stop - start), 0), dtype)
+        for span in self._spans:
+            first = max(start - span.part.first_step, span.start)
+            last = min(stop - span.part.first_step, span.stop)
+            if first < last:
+                with stream_part(span.part.path, tables=[table], start=first, stop=last) as (_, blocks):
+                    found += [block[table] for block in blocks]
+        return np.concatenate(found)
+
+
+def _contiguous(found: list[Span]) -> list[Span]:
+    """Spans from step 0 on up to the first gap; what a recording has behind one cannot be replayed."""
+    step = 0
+    whole = []
+    for span in found:
+        if span.first_step != step:
+            break
+        whole.append(span)
+        step = span.part.first_step + span.stop
+    return whole

@@ -1,0 +1,252 @@
+"""The one place that names files, groups and columns, and says what each column means."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from urllib.parse import quote, unquote
+
+from geomprobe.errors import GeomprobeError
+
+TRACE_SCHEMA = "geomprobe-trace"
+RECORD_SCHEMA = "geomprobe-record"
+SCHEMA_VERSION = 1
+
+RECORD_FILE = "record.h5"
+TRACE_FILE = "trace.h5"
+STREAM_DIR = "stream"
+REFERENCE_PREFIX = "reference-"
+
+VALUES = "values"
+"""The one table of a trace part; its columns are the raw paths of the sealed file."""
+STEPS = "steps"
+"""The float64 table of a record part."""
+FINGERPRINTS = "fingerprints"
+"""Prefix of the int64 tables of a record part, one a component."""
+FINAL = "final"
+"""The reference that every trace has: the final iterate."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its name within its group and the four attributes that every sealed dataset carries.
+
+    >>> describe("steps/lolr").formula
+    'G.d / ||G||^2'
+    """
+
+    name: str
+    long_name: str
+    units: str
+    formula: str
+    source: str
+
+
+class UnknownColumn(GeomprobeError, KeyError):
+    """A column name that the schema, or this trace, does not have; the message lists near matches."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+# G, w, w* and d = w - w* are NWT's; one row is one optimizer step, taken before the weights move.
+STEP_COLUMNS = (
+    Column("step", "optimizer step, counted from 0", "1", "t", "counted"),
+    Column("epoch", "epoch the step belongs to", "1", "epoch", "recorded"),
+    Column("loss", "training loss of the step", "loss", "E", "recorded"),
+    Column("lr", "learning rate of the first parameter group", "lr", "lr", "optimizer"),
+    Column("grad_norm", "norm of the gradient", "loss/weight", "||G||", "NWT section 3"),
+    Column("distance", "distance to the reference", "weight", "||w - w*||", "NWT figure 12"),
+    Column("grad_dot_offset", "gradient along the offset", "loss", "G.(w - w*)", "NWT section 3"),
+    Column("rsi", "restricted secant inequality", "1/lr", "G.d / ||d||^2", "NWT section 3"),
+    Column("eb", "error bound", "1/lr", "||G|| / ||d||", "NWT section 3"),
+    Column("cosine", "cosine of gradient and offset", "1", "G.d / (||G|| ||d||)", "NWT section 3"),
+    Column("lolr", "locally optimal learning rate", "lr", "G.d / ||G||^2", "NWT eq. 5"),
+    Column("clr", "corridor learning rate", "lr", "E / ||G||^2", "CG eq. 3"),
+    Column("hg_norm", "norm of the Hessian-gradient product", "loss/weight/lr", "||HG||", "CG lemma 2.8"),
+    Column("g_hg", "curvature along the gradient", "loss^2/weight^2/lr", "G.HG", "CG lemma 2.8"),
+    Column(
+        "corridor_residual",
+        "turn rate of the gradient along the flow",
+        "1/lr",
+        "||HG|| / ||G||",
+        "CG lemma 2.8",
+    ),
+    Column(
+        "relative_residual", "the gradient's turn over one step", "1", "lr ||HG|| / ||G||", "CG theorem 2.11"
+    ),
+    Column("flow_drift", "gap between step and gradient flow", "weight", "lr^2 ||HG|| / 2", "CG theorem 3.1"),
+)
+
+# Only in an uncertified replay: 0 from the first difference on.
+SAME = Column("same", "1 while the replay equalled the recording", "1", "same", "replay")
+
+_OF_A_REFERENCE = ("distance", "grad_dot_offset", "rsi", "eb", "cosine", "lolr")
+REFERENCE_COLUMNS = tuple(column for column in STEP_COLUMNS if column.name in _OF_A_REFERENCE)
+
+INNER_PRODUCTS = (
+    Column("g.g", "gradient with itself", "loss^2/weight^2", "G.G", "measured"),
+    Column("w.g", "weights with gradient", "loss", "w.G", "measured"),
+    Column("w.w", "weights with themselves", "weight^2", "w.w", "measured"),
+    Column("g.d", "gradient with offset", "loss", "G.(w - w*)", "measured"),
+    Column("w.d", "weights with offset", "weight^2", "w.(w - w*)", "measured"),
+    Column("d.d", "offset with itself", "weight^2", "(w - w*).(w - w*)", "measured"),
+    Column("g.Hg", "gradient with Hessian-gradient product", "loss^2/weight^2/lr", "G.HG", "measured"),
+    Column("Hg.Hg", "Hessian-gradient product with itself", "loss^2/weight^2/lr^2", "HG.HG", "measured"),
+)
+REFERENCE_PRODUCTS = tuple(column for column in INNER_PRODUCTS if column.name in ("g.d", "w.d", "d.d"))
+
+FINAL_LINKS = (
+    *(f"references/{FINAL}/{column.name}" for column in REFERENCE_COLUMNS),
+    *(f"references/{FINAL}/inner_products/{column.name}" for column in REFERENCE_PRODUCTS),
+)
+"""Second names of the final iterate's columns; `canonical` gives the first."""
+
+GROUP_COLUMNS = (
+    Column("lr", "learning rate of the parameter group", "lr", "lr", "optimizer"),
+    Column("weight_decay", "weight decay of the parameter group", "1/lr", "lambda", "optimizer"),
+    Column("momentum", "momentum of the parameter group", "1", "beta", "optimizer"),
+)
+
+RECORD_COLUMNS = STEP_COLUMNS[:4]
+RAW_RECORD_COLUMNS = RECORD_COLUMNS[1:]
+RAW_STEP_COLUMNS = (*STEP_COLUMNS[1:3], SAME)
+
+COMPONENTS = ("rng", "batch", "weights", "optimizer", "loss", "buffers")
+"""What a step's fingerprints cover, in the order of blame: an earlier one that differs explains the later."""
+
+
+def escape(name: str) -> str:
+    """A parameter's or reference's name as one HDF5 path component; `unescape` undoes it.
+
+    >>> escape("layer1.0.conv.weight"), escape("a/b"), unescape(escape("50%/x"))
+    ('layer1.0.conv.weight', 'a%2Fb', '50%/x')
+    """
+    if not name or "\0" in name:
+        raise GeomprobeError(f"{name!r} cannot name a dataset: rename the parameter or reference")
+    if name in (".", ".."):
+        return name.replace(".", "%2E")
+    return name.replace("%", "%25").replace("/", "%2F")
+
+
+def unescape(component: str) -> str:
+    """The name behind a path component that `escape` made.
+
+    >>> unescape("a%2Fb")
+    'a/b'
+    """
+    return unquote(component)
+
+
+def group_column(index: int, quantity: str) -> str:
+    """Path of a parameter group's column.
+
+    >>> group_column(0, "lr")
+    'groups/0/lr'
+    """
+    return f"groups/{index}/{quantity}"
+
+
+def product_column(product: str, reference: str = FINAL) -> str:
+    """Path of an inner product against a reference; the final iterate's are at the top.
+
+    >>> product_column("g.d"), product_column("g.d", "best")
+    ('inner_products/g.d', 'references/best/inner_products/g.d')
+    """
+    if reference == FINAL:
+        return f"inner_products/{product}"
+    return f"references/{escape(reference)}/inner_products/{product}"
+
+
+def parameter_column(parameter: str, product: str) -> str:
+    """Path of one parameter tensor's inner product.
+
+    >>> parameter_column("fc.weight", "g.d")
+    'parameters/fc.weight/g.d'
+    """
+    return f"parameters/{escape(parameter)}/{product}"
+
+
+def reference_file(name: str) -> str:
+    """File name, under ``stream/``, of a reference that was taken but not yet sealed into the record.
+
+    >>> reference_file("final")
+    'reference-final.h5'
+    """
+    return f"{REFERENCE_PREFIX}{quote(name, safe='')}.h5"
+
+
+def canonical(path: str) -> str:
+    """The path under which a column is computed: the final iterate's quantities live at the top.
+
+    >>> canonical("references/final/cosine"), canonical("references/final/inner_products/g.d")
+    ('steps/cosine', 'inner_products/g.d')
+    """
+    prefix = f"references/{FINAL}/"
+    if not path.startswith(prefix):
+        return path
+    rest = path[len(prefix) :]
+    return rest if rest.startswith("inner_products/") else f"steps/{rest}"
+
+
+def describe(path: str) -> Column:
+    """The column at a dataset path of a sealed trace.
+
+    Raises:
+        UnknownColumn: nothing by that name is part of the format.
+
+    >>> describe("references/best/cosine").units
+    '1'
+    """
+    name = path.rpartition("/")[2]
+    found = {column.name: column for column in _columns_at(path)}
+    if name not in found:
+        raise UnknownColumn(f"{path!r} is no column of a trace{_hint(name, found)}")
+    return found[name]
+
+
+def check_raw(path: str) -> None:
+    """Refuse a path that a pass may not stream, because it is unknown or derived from others.
+
+    Raises:
+        UnknownColumn: with what may be streamed there.
+
+    >>> check_raw("inner_products/g.d")
+    """
+    column = describe(path)
+    derived = path.startswith("steps/") and column not in RAW_STEP_COLUMNS
+    if derived or (path.startswith("references/") and "/inner_products/" not in path):
+        raise UnknownColumn(f"{path!r} is derived from the inner products; stream those instead")
+
+
+def near(name: str, names: Iterable[str]) -> list[str]:
+    """Names that look like a mistyped one, best first; a bare name also matches the end of a path.
+
+    >>> near("cosin", ["cosine", "loss"]), near("g.d", ["inner_products/g.d"])
+    (['cosine'], ['inner_products/g.d'])
+    """
+    known = list(names)
+    ends = [path for path in known if path.endswith(f"/{name}")]
+    return (ends + [match for match in difflib.get_close_matches(name, known) if match not in ends])[:5]
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    names = list(known)
+    matches = near(name, names) or names
+    return f"; there is {', '.join(matches)}" if matches else ""
+
+
+def _columns_at(path: str) -> tuple[Column, ...]:
+    match path.split("/"):
+        case ["steps", _]:
+            return (*STEP_COLUMNS, SAME)
+        case ["groups", index, _] if index.isdecimal():
+            return GROUP_COLUMNS
+        case ["inner_products", _] | ["parameters", _, _]:
+            return INNER_PRODUCTS
+        case ["references", _, _]:
+            return REFERENCE_COLUMNS
+        case ["references", _, "inner_products", _]:
+            return REFERENCE_PRODUCTS
+    return ()

@@ -1,0 +1,212 @@
+"""Seal parts into one ordinary HDF5 file: every column derived, described and checksummed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from geomprobe.errors import RunError
+from geomprobe.trace import schema
+from geomprobe.trace.aside import written_aside
+from geomprobe.trace.derive import Derived, sealed_columns
+from geomprobe.trace.part import TIMEOUT_S, Header, read_header, stream_part
+from geomprobe.trace.reference import copy_reference, write_reference
+
+__all__ = ["seal_record", "seal_trace", "write_reference"]
+
+_CHUNK_ROWS = 8192
+_CHUNK_BYTES = 1 << 20
+
+
+def seal_trace(
+    parts: Sequence[Path],
+    out: Path,
+    *,
+    status: str,
+    num_parameters: int,
+    manifest: Mapping[str, Any],
+    certificate: Mapping[str, Any] | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> None:
+    """Make ``trace.h5`` of a replay's parts; until it is whole, `out` holds what it held before.
+
+    Args:
+        parts: the parts, whose step ranges must join without gap or overlap from step 0.
+        out: the file to make or replace.
+        status: ``"complete"``, ``"incomplete"``, ``"diverged"`` or ``"uncertified"``.
+        num_parameters: how many scalar parameters the weights have.
+        manifest: the environment, kept as JSON.
+        certificate: what the comparison found: numbers, booleans and text as attributes, the rest as JSON.
+        timeout_s: how long reading one block of a part may take.
+
+    Raises:
+        RunError: parts are missing, damaged, unlike one another, or do not join.
+        WriteFailed: the disk refused a write.
+    """
+    headers = _ordered(parts, schema.TRACE_SCHEMA, timeout_s)
+    raw = headers[0].tables[schema.VALUES].columns
+    with written_aside(Path(out)) as file:
+        _describe_file(file, schema.TRACE_SCHEMA, status, headers, num_parameters, manifest)
+        columns = {path: _create_column(file, path, headers[-1].stop_step) for path in sealed_columns(raw)}
+        row = 0
+        for header in headers:
+            with stream_part(header.path, stop=header.rows, timeout_s=timeout_s) as (_, blocks):
+                for block in blocks:
+                    values = np.ascontiguousarray(block[schema.VALUES].T)
+                    derived = Derived(block["step"], dict(zip(raw, values, strict=True)))
+                    stop = row + len(block["step"])
+                    for path, dataset in columns.items():
+                        dataset[row:stop] = derived[path]
+                    row = stop
+        _link_final(file)
+        _attach_steps(file, [*columns, *schema.FINAL_LINKS])
+        _write_certificate(file, certificate)
+
+
+def seal_record(
+    parts: Sequence[Path],
+    out: Path,
+    *,
+    status: str,
+    num_parameters: int,
+    manifest: Mapping[str, Any],
+    references: Mapping[str, Path],
+    timeout_s: float = TIMEOUT_S,
+) -> None:
+    """Make ``record.h5`` of a recording's parts and references; until it is whole, `out` stays as it was.
+
+    Args:
+        parts: the parts, whose step ranges must join without gap or overlap from step 0.
+        out: the file to make or replace.
+        status: ``"complete"``, ``"failed"`` or ``"incomplete"``.
+        num_parameters: how many scalar parameters the weights have.
+        manifest: the environment, kept as JSON.
+        references: by name, the file that `write_reference` made.
+        timeout_s: how long reading one block of a part may take.
+
+    Raises:
+        RunError: parts or references are missing, damaged, unlike one another, or do not join.
+        WriteFailed: the disk refused a write.
+    """
+    headers = _ordered(parts, schema.RECORD_SCHEMA, timeout_s)
+    steps = headers[-1].stop_step
+    with written_aside(Path(out)) as file:
+        _describe_file(file, schema.RECORD_SCHEMA, status, headers, num_parameters, manifest)
+        columns = {
+            column.name: _create_column(file, f"steps/{column.name}", steps)
+            for column in schema.RECORD_COLUMNS
+        }
+        prints = _create_fingerprints(file, headers[0], steps)
+        row = 0
+        for header in headers:
+            with stream_part(header.path, stop=header.rows, timeout_s=timeout_s) as (_, blocks):
+                for block in blocks:
+                    stop = row + len(block["step"])
+                    columns["step"][row:stop] = block["step"]
+                    for name, values in zip(
+                        header.tables[schema.STEPS].columns, block[schema.STEPS].T, strict=True
+                    ):
+                        columns[name][row:stop] = values
+                    for name, dataset in prints.items():
+                        dataset[row:stop] = block[name]
+                    row = stop
+        _attach_steps(file, [f"steps/{name}" for name in columns])
+        for name, path in references.items():
+            copy_reference(path, file, name)
+
+
+def _ordered(parts: Sequence[Path], kind: str, timeout_s: float) -> list[Header]:
+    """Headers of the parts by first step, held to be alike and to join."""
+    headers = sorted((read_header(path, timeout_s) for path in parts), key=lambda header: header.first_step)
+    if not headers:
+        raise RunError("there are no parts to seal; nothing was streamed")
+    for header in headers:
+        if header.schema != kind or header.schema_version != schema.SCHEMA_VERSION:
+            found = f"{header.schema} version {header.schema_version}"
+            raise RunError(f"{header.path} holds {found}, not {kind} version {schema.SCHEMA_VERSION}")
+        if header.tables != headers[0].tables:
+            raise RunError(
+                f"{headers[0].path} and {header.path} hold different columns; they are of two runs"
+            )
+    if headers[0].first_step != 0:
+        raise RunError(
+            f"{headers[0].path} begins at step {headers[0].first_step}; the steps before are missing"
+        )
+    for before, after in itertools.pairwise(headers):
+        if before.stop_step != after.first_step:
+            wrong = "steps are missing" if before.stop_step < after.first_step else "both hold the steps"
+            first, last = sorted((before.stop_step, after.first_step))
+            raise RunError(
+                f"{before.path} and {after.path} do not join: {wrong} from {first} to {last - 1}. "
+                "Replay the segment that is missing, or remove the part that is too much"
+            )
+    return headers
+
+
+def _describe_file(
+    file: Any, kind: str, status: str, headers: list[Header], num_parameters: int, manifest: Mapping[str, Any]
+) -> None:
+    file.attrs["schema"] = kind
+    file.attrs["schema_version"] = schema.SCHEMA_VERSION
+    file.attrs["status"] = status
+    file.attrs["num_steps"] = headers[-1].stop_step
+    file.attrs["num_parameters"] = num_parameters
+    file.attrs["manifest"] = json.dumps(manifest)
+
+
+def _create_column(file: Any, path: str, rows: int) -> Any:
+    # HDF5 has no chunks, and so no checksums, for nothing.
+    checked = {"chunks": (min(rows, _CHUNK_ROWS),), "fletcher32": True} if rows else {}
+    dataset = file.create_dataset(path, (rows,), "float64", fillvalue=np.nan, **checked)
+    column = schema.describe(path)
+    for name in ("long_name", "units", "formula", "source"):
+        dataset.attrs[name] = getattr(column, name)
+    return dataset
+
+
+def _create_fingerprints(file: Any, header: Header, rows: int) -> dict[str, Any]:
+    datasets = {}
+    for name in (f"{schema.FINGERPRINTS}/{component}" for component in schema.COMPONENTS):
+        names = header.tables[name].columns if name in header.tables else ()
+        file.create_dataset(f"{name}_names", data=list(names), shape=(len(names),), dtype=h5py.string_dtype())
+        shape = (rows, len(names))
+        checked = {"chunks": _print_chunk(shape), "fletcher32": True} if all(shape) else {}
+        datasets[name] = file.create_dataset(name, shape, "int64", **checked)
+    return {name: dataset for name, dataset in datasets.items() if dataset.size}
+
+
+def _print_chunk(shape: tuple[int, int]) -> tuple[int, int]:
+    return max(1, min(shape[0], _CHUNK_BYTES // (8 * shape[1]))), shape[1]
+
+
+def _link_final(file: Any) -> None:
+    for path in schema.FINAL_LINKS:
+        file[path] = file[schema.canonical(path)]
+
+
+def _attach_steps(file: Any, paths: Sequence[str]) -> None:
+    """Make ``step`` the dimension of every column, and name it in every group, where netCDF looks for it."""
+    step = file["steps/step"]
+    step.make_scale("step")
+    for path in paths:
+        if path != "steps/step" and path == schema.canonical(path):
+            file[path].dims[0].attach_scale(step)
+    groups = dict.fromkeys(path.rpartition("/")[0] for path in paths)
+    for group in groups:
+        if group != "steps":
+            file[f"{group}/step"] = step
+
+
+def _write_certificate(file: Any, certificate: Mapping[str, Any] | None) -> None:
+    if certificate is None:
+        return
+    group = file.create_group("certificate")
+    for name, value in certificate.items():
+        if value is not None:
+            group.attrs[name] = value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
