@@ -28,7 +28,8 @@ from geomprobe.probe import observe, observing
 from geomprobe.recording import Recording
 from geomprobe.replaying import Measure, Replaying
 from geomprobe.run import Run
-from geomprobe.trace.reader import Record, Trace, open_record, open_trace
+from geomprobe.trace.reader import Trace, open_trace
+from geomprobe.trace.record import Record, open_record
 
 Train = Callable[[], Any]
 RunPath = str | os.PathLike[str]

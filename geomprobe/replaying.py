@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from geomprobe.determinism import FIRST_STEP_SECTIONS, require_same
-from geomprobe.errors import ReplayDiverged, RunError
+from geomprobe.errors import EnvironmentMismatch, ReplayDiverged, RunError
 from geomprobe.evidence import Difference, first_difference
 from geomprobe.inner_products import InnerProducts
 from geomprobe.observation import Observation
 from geomprobe.rows import Block, Rows
 from geomprobe.run import Run
 from geomprobe.tensors import from_numpy
-from geomprobe.trace.reader import Record
+from geomprobe.trace.record import Record
 from geomprobe.trace.schema import FINAL, TRACE_SCHEMA, VALUES, parameter_column, product_column
 from geomprobe.trace.seal import seal_trace
 from geomprobe.trace.writer import PartWriter, Table
@@ -211,11 +211,22 @@ class Replaying(Observation):
 
     def _to_device(self) -> None:
         assert self.probe is not None
-        for weights in self._references.values():
-            for name, parameter in self.probe.parameters.items():
-                stored = weights[name]
-                # Empty with the parameter's own strides, so that both are read in memory order.
-                weights[name] = torch.empty_like(parameter).copy_(stored).detach()
+        parameters = self.probe.parameters
+        for reference, stored in self._references.items():
+            now, then = (
+                {name: tuple(t.shape) for name, t in weights.items()} for weights in (parameters, stored)
+            )
+            if now != then:
+                name = next(iter(dict(now.items() ^ then.items())))
+                raise EnvironmentMismatch(
+                    f"{self._run.path} was recorded with {name} of shape {then.get(name)}, and here it has shape "
+                    f"{now.get(name)}: there is no distance to its reference {reference!r}. Nothing was replayed."
+                )
+            # In the parameters' order, and with their strides, so that both are read in memory order.
+            self._references[reference] = {
+                name: torch.empty_like(p, requires_grad=False).copy_(stored[name])
+                for name, p in parameters.items()
+            }
 
     def _flat(self, products: Tensor) -> Tensor:
         if not self._measure.per_parameter:

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from geomprobe.errors import UsageError
-from geomprobe.trace.reader import Record
+from geomprobe.trace.record import Record
 from geomprobe.trace.schema import RECORD_FILE
 
 

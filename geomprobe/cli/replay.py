@@ -26,7 +26,7 @@ from geomprobe.trace.schema import TRACE_FILE
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    parser.add_argument("run", metavar="RUN", help="a run folder that `geomprobe record` made")
+    parser.add_argument("folder", metavar="RUN", help="a run folder that `geomprobe record` made")
     parser.add_argument(
         "--every", type=int, default=1, metavar="N", help="measure each N-th step (default: 1)"
     )
@@ -50,14 +50,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.every < 1:
         raise UsageError(f"--every {arguments.every}: N is at least 1")
-    with closing(passes.finished_record(Run(arguments.run))) as recorded:
+    with closing(passes.finished_record(Run(arguments.folder))) as recorded:
         script, environment = recorded.manifest["script"], recorded.manifest["environment"]
     known = {name: environment[name] for name in launch.START_UP if environment.get(name)}
     launch.restart_with(known)
-    present = _present(script, arguments.run)
+    present = _present(script, arguments.folder)
     trace = passes.replay(
         launch.runner(present),
-        Path(arguments.run).absolute(),
+        Path(arguments.folder).absolute(),
         every=arguments.every,
         per_parameter=arguments.per_parameter,
         compiled=arguments.compile,
@@ -71,8 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
         verdict = f"{compared}, w_T bitwise equal: certified"
     else:
         verdict = f"{compared}: UNCERTIFIED, later rows are marked in the column `same`"
-    print(f"Wrote {arguments.run}/{TRACE_FILE}: {verdict}.")
-    print(f"Next: geomprobe verify {arguments.run}", file=sys.stderr)
+    print(f"Wrote {arguments.folder}/{TRACE_FILE}: {verdict}.")
+    print(f"Next: geomprobe verify {arguments.folder}", file=sys.stderr)
     return 0
 
 

@@ -1,0 +1,247 @@
+"""Reads a loss's autograd graph before it is used: its leaves, and what in it has no second derivative."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction, once_differentiable
+from torch.autograd.graph import Node, get_gradient_edge
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from geomprobe.errors import GeomprobeError
+
+_CLOSURE = "pass probe.backward(loss, closure=...), a function that evaluates this minibatch's loss again"
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """An operation whose gradient cannot be differentiated again.
+
+    Attributes:
+        operation: its name, as autograd has it.
+        reason: why it stops the second derivative.
+        remedy: the way round it.
+        plain: where there is one, a context in which the same loss evaluates without it.
+    """
+
+    operation: str
+    reason: str
+    remedy: str
+    plain: Callable[[], AbstractContextManager[Any]] | None = None
+
+
+class CurvatureUnavailable(GeomprobeError):
+    """The loss has no exact Hessian-vector product by any route at hand.
+
+    Attributes:
+        obstacle: the operation that blocks it, and the way round.
+
+    >>> print(CurvatureUnavailable(Obstacle("FooBackward", "has no derivative", "Use bar.")))
+    Hg cannot be computed exactly: FooBackward has no derivative. Use bar.
+    """
+
+    def __init__(self, obstacle: Obstacle) -> None:
+        super().__init__(
+            f"Hg cannot be computed exactly: {obstacle.operation} {obstacle.reason}. {obstacle.remedy}"
+        )
+        self.obstacle = obstacle
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Operations with one cause and one remedy; ``pattern`` is matched against `_folded` names."""
+
+    pattern: str
+    reason: str
+    remedy: str
+    plain: Callable[[], AbstractContextManager[Any]] | None = None
+
+    def obstacle(self, operation: str) -> Obstacle:
+        return Obstacle(operation, self.reason, self.remedy, self.plain)
+
+
+_KINDS = (
+    _Kind(
+        r"(scaleddotproduct|flash|efficient|cudnn)\w*attention",
+        "is a fused attention kernel, and those have no second derivative",
+        f"Either {_CLOSURE} (it then runs on the side with the math attention kernel), or train under "
+        "torch.nn.attention.sdpa_kernel(SDPBackend.MATH).",
+        lambda: sdpa_kernel(SDPBackend.MATH),
+    ),
+    _Kind(
+        r"^cudnnrnn",
+        "is cuDNN's fused recurrence, which has no second derivative",
+        f"Either {_CLOSURE} (it then runs on the side with cuDNN off), or train under "
+        "torch.backends.cudnn.flags(enabled=False).",
+        lambda: torch.backends.cudnn.flags(enabled=False),
+    ),
+    _Kind(
+        r"^compiledfunction",
+        "comes from torch.compile, whose backward cannot be differentiated",
+        f"Either {_CLOSURE} (it then runs on the side with the compiler off), or train the model that was "
+        "passed to torch.compile.",
+        lambda: torch.compiler.set_stance("force_eager"),
+    ),
+    _Kind(
+        r"^checkpointfunction",
+        "is reentrant activation checkpointing, which hides the checkpointed part of the graph",
+        "Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False).",
+    ),
+    _Kind(
+        r"^(syncbatchnorm|batchnormbackwardreduce|batchnormbackwardelemt)",
+        "is SyncBatchNorm across processes, whose backward has no derivative",
+        "Train with BatchNorm, without convert_sync_batchnorm.",
+    ),
+)
+_ONCE = _Kind(
+    "",
+    "is marked once_differentiable: its backward has no derivative",
+    "Write its backward with differentiable operations and without the mark, or "
+    f"{_CLOSURE} without this function.",
+)
+_SEVERED = _Kind(
+    "",
+    "returns gradients that autograd cannot follow, so terms of the Hessian would be missing",
+    f"Write its backward with differentiable torch operations, or {_CLOSURE} without this function.",
+)
+_OTHER = _Kind(
+    "",
+    "has a backward without a derivative",
+    f"Replace it in the model, or {_CLOSURE} without it.",
+)
+
+
+@dataclass
+class Anatomy:
+    """What one walk over a loss's graph finds.
+
+    Attributes:
+        leaves: the tensors whose ``.grad`` a backward pass would fill.
+        functions: nodes of Python-defined ``torch.autograd.Function``.
+        obstacles: what is known to stop a second derivative, one for each operation.
+    """
+
+    leaves: list[Tensor] = field(default_factory=list)
+    functions: list[Any] = field(default_factory=list)
+    obstacles: list[Obstacle] = field(default_factory=list)
+
+
+def dissect(loss: Tensor) -> Anatomy:
+    """Walk the graph of ``loss``; nothing in it is run.
+
+    Args:
+        loss: any tensor that requires grad.
+
+    >>> weight = torch.ones(3, requires_grad=True)
+    >>> anatomy = dissect((weight**2).sum())
+    >>> anatomy.leaves[0] is weight, anatomy.obstacles
+    (True, [])
+    """
+    anatomy = Anatomy()
+    names: dict[str, None] = {}
+    for node in _nodes(loss):
+        name = node.name()
+        if name == "torch::autograd::AccumulateGrad":
+            leaf = node.variable  # type: ignore[attr-defined]
+            if leaf.requires_grad:  # a leaf frozen after the forward pass gets no gradient
+                anatomy.leaves.append(leaf)
+            continue
+        names.setdefault(name)
+        if isinstance(node, BackwardCFunction):
+            anatomy.functions.append(node)
+    anatomy.obstacles = [kind.obstacle(name) for name in names if (kind := _kind_of(name)) is not None]
+    marked = dict.fromkeys(node.name() for node in anatomy.functions if _is_once_differentiable(node))
+    anatomy.obstacles += [_ONCE.obstacle(name) for name in marked]
+    return anatomy
+
+
+def coarsest_epsilon(loss: Tensor) -> float:
+    """Machine epsilon of the coarsest floating-point type that the graph of ``loss`` passes through.
+
+    >>> half = torch.ones(2, requires_grad=True).to(torch.bfloat16)
+    >>> coarsest_epsilon(half.float().sum())
+    0.0078125
+    """
+    outputs = (output.dtype for node in _nodes(loss) for output in node._input_metadata)
+    return max((torch.finfo(dtype).eps for dtype in outputs if dtype.is_floating_point), default=0.0)
+
+
+def explained(error: RuntimeError) -> CurvatureUnavailable:
+    """The error that a double backward raised, as one that names the operation and the way round it.
+
+    >>> error = RuntimeError("derivative for aten::_ctc_loss_backward is not implemented")
+    >>> explained(error).obstacle.operation
+    'aten::_ctc_loss_backward'
+    """
+    text = str(error).strip()
+    named = re.search(r"derivative for '?([\w:]+)'? is not implemented", text)
+    if named is not None:
+        kind = _kind_of(named[1].removeprefix("aten::")) or _OTHER
+        return CurvatureUnavailable(kind.obstacle(named[1]))
+    return CurvatureUnavailable(Obstacle("the double backward", f'failed with "{text}"', _OTHER.remedy))
+
+
+@contextmanager
+def severed_functions(functions: Sequence[Any]) -> Iterator[list[Obstacle]]:
+    """Collect the Python functions that, in a backward pass run inside, return gradients without a graph.
+
+    A custom backward that calls a kernel autograd does not know (a Triton or C++ extension, NumPy) raises
+    nothing under ``create_graph``: its part of the Hessian is just not there. Started from a root gradient
+    that requires grad, every gradient of the pass depends on it linearly, so one that does not is such a loss.
+    """
+    found: dict[str, Obstacle] = {}
+
+    def watch(node: Any) -> Callable[..., None]:
+        def look(returned: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> None:
+            if any(g is not None and g.requires_grad for g in given) and any(
+                r is not None and not r.requires_grad and bool(r.any()) for r in returned
+            ):
+                found[node.name()] = _SEVERED.obstacle(node.name())
+                obstacles[:] = found.values()
+
+        return look
+
+    obstacles: list[Obstacle] = []
+    with ExitStack() as stack:
+        for node in functions:
+            stack.callback(node.register_hook(watch(node)).remove)
+        yield obstacles
+
+
+def _nodes(loss: Tensor) -> Iterator[Node]:
+    root = get_gradient_edge(loss).node
+    seen, pending = {root}, [root]
+    while pending:
+        node = pending.pop()
+        yield node
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                pending.append(following)
+
+
+def _kind_of(name: str) -> _Kind | None:
+    folded = name.replace(
+        "_", ""
+    ).lower()  # ScaledDotProduct...Backward0 and _scaled_dot_product_..._backward
+    return next((kind for kind in _KINDS if re.search(kind.pattern, folded)), None)
+
+
+def _is_once_differentiable(node: Any) -> bool:
+    # The mark leaves no other trace, and it raises only on paths that lead to an input of autograd.grad:
+    # without this the function's part of the Hessian would be left out in silence.
+    backward = getattr(type(node)._forward_cls, "backward", None)
+    while backward is not None:
+        if getattr(backward, "__code__", None) is _ONCE_CODE:
+            return True
+        backward = getattr(backward, "__wrapped__", None)
+    return False
+
+
+_ONCE_CODE = once_differentiable(lambda ctx: None).__code__

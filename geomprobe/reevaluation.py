@@ -1,0 +1,206 @@
+"""Evaluates a step's loss again beside the training run, which stays as it is, bit for bit.
+
+This serves models whose training kernels have no second derivative, and the gradient at other weights.
+CG is "Corridor Geometry in Gradient-Based Optimization" (Dherin, Rosca).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from geomprobe.determinism import RNGState, restore_rng
+from geomprobe.double_backward import Graph, graph_of, hessian_vector_product, untouched
+from geomprobe.errors import GeomprobeError
+
+Closure = Callable[[], Tensor]
+
+
+class ClosureMismatch(GeomprobeError):
+    """A closure did not evaluate the loss of the step's own minibatch."""
+
+
+def side_graph(
+    closure: Closure,
+    parameters: Sequence[Tensor],
+    *,
+    loss: Tensor,
+    rng: RNGState | None = None,
+    module: nn.Module | None = None,
+    tolerance: float = 0.0,
+    scale: Tensor | None = None,
+) -> Graph:
+    """The graph of the gradients of the loss that ``closure`` evaluates, with the run left untouched.
+
+    RNG streams, the buffers of ``module`` and every ``.grad`` are put back as they were.
+
+    Args:
+        closure: takes nothing, runs the model on the step's own minibatch and returns the loss.
+        parameters: the tensors to differentiate by.
+        loss: the step's own loss, unscaled, for comparison.
+        rng: the RNG streams as they were before the step's forward pass, which makes the dropout masks those
+            of the training; None leaves them as they are.
+        module: whose buffers and gradients are kept.
+        tolerance: how far the two losses may differ, relatively; 0 means bitwise equal. It is for evaluations
+            by other kernels than the training's, see `loss_tolerance`.
+        scale: a factor on the evaluated loss before it is differentiated.
+
+    Raises:
+        ClosureMismatch: the closure returned another loss than the step's.
+        CurvatureUnavailable: its graph holds an operation without a second derivative.
+
+    >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> graph = side_graph(lambda: (w**3).sum(), [w], loss=torch.tensor(9.0))
+    >>> hessian_vector_product([graph], [w], [torch.ones(2)])
+    [tensor([ 6., 12.])]
+    """
+    with _aside(module, parameters), torch.enable_grad():
+        again = _evaluated(closure, loss, rng, tolerance)
+        return graph_of(again if scale is None else again * scale, parameters)
+
+
+def side_product(
+    closure: Closure,
+    parameters: Sequence[Tensor],
+    vectors: Sequence[Tensor | None],
+    *,
+    loss: Tensor,
+    rng: RNGState | None = None,
+    module: nn.Module | None = None,
+    tolerance: float = 0.0,
+) -> list[Tensor]:
+    """``H v`` of the loss that ``closure`` evaluates, exactly, with the run left untouched.
+
+    Args:
+        vectors: one per parameter, of its shape and dtype; None stands for zero.
+        closure, parameters, loss, rng, module, tolerance: as for `side_graph`, which says what is raised too.
+
+    Returns:
+        One tensor per parameter, of its shape.
+
+    >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> side_product(lambda: (w**3).sum(), [w], [torch.ones(2)], loss=torch.tensor(9.0))
+    [tensor([ 6., 12.])]
+    """
+    graph = side_graph(closure, parameters, loss=loss, rng=rng, module=module, tolerance=tolerance)
+    return hessian_vector_product([graph], parameters, vectors, module=module)
+
+
+def secant_product(
+    closure: Closure,
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    lr: float,
+    *,
+    loss: Tensor,
+    rng: RNGState | None = None,
+    module: nn.Module | None = None,
+    tolerance: float = 0.0,
+) -> list[Tensor]:
+    """``(g(w) - g(w - lr v)) / lr`` on one minibatch: how the gradient turns over a whole step along ``v``.
+
+    It tends to ``H v`` as ``lr`` goes to 0 where the loss is twice differentiable on the way (CG theorem 3.1
+    takes that limit). Across the kinks of a ReLU network it does not: ``g`` jumps there, and ``H`` does not
+    see it. It is therefore a quantity of its own and never stands in for ``H v``.
+
+    Args:
+        gradients: the direction ``v``, one tensor per parameter, None for zero. ``g(w)`` is evaluated by
+            ``closure`` as well: the direction may be clipped or summed over micro-batches, ``g(w)`` is neither.
+        lr: the step along ``v``, not 0.
+        closure, parameters, loss, rng, module, tolerance: as for `side_graph`.
+
+    Returns:
+        One tensor per parameter, of its shape.
+
+    Raises:
+        ClosureMismatch: the closure returned another loss than the step's at the step's own weights.
+
+    >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> secant_product(lambda: (w**2).sum(), [w], [torch.ones(2)], 0.5, loss=torch.tensor(5.0))
+    [tensor([2., 2.]), ...
+    """
+    wanted = [parameter for parameter in parameters if parameter.requires_grad]
+    with _aside(module, parameters), torch.enable_grad():
+        here = torch.autograd.grad(_evaluated(closure, loss, rng, tolerance), wanted, materialize_grads=True)
+        with _moved(parameters, gradients, -lr):
+            _rewind(rng)
+            there = torch.autograd.grad(closure(), wanted, materialize_grads=True)
+    turned = {p: (a - b) / lr for p, a, b in zip(wanted, here, there, strict=True)}
+    return [turned[p] if p in turned else torch.zeros_like(p) for p in parameters]
+
+
+def loss_tolerance(epsilon: float) -> float:
+    """How far two kernels may put one loss apart, relatively: ``epsilon^(3/4)``.
+
+    Between the rounding of single operations (``epsilon``) and the half of all digits (``epsilon^(1/2)``) that
+    no right evaluation loses: 6e-6 in float32, 2e-12 in float64, 3e-2 in bfloat16. Another dropout mask or
+    another minibatch is further off.
+
+    Args:
+        epsilon: the machine epsilon of the coarsest type that the loss passes through.
+
+    >>> loss_tolerance(2.0**-52)
+    1.8189894035458565e-12
+    """
+    return float(epsilon**0.75)
+
+
+def _evaluated(closure: Closure, loss: Tensor, rng: RNGState | None, tolerance: float) -> Tensor:
+    _rewind(rng)
+    again = closure()
+    if not isinstance(again, Tensor) or not again.requires_grad:
+        raise ClosureMismatch(
+            f"The closure returned {again!r}, which has no graph to differentiate. It must return the loss as a "
+            "tensor, before .item() or .detach(), and outside torch.no_grad()."
+        )
+    here, before = float(again.detach()), float(loss)
+    if here == before or (math.isnan(here) and math.isnan(before)):
+        return again
+    difference = abs(here - before) / max(abs(here), abs(before))
+    if not difference <= tolerance:
+        raise ClosureMismatch(
+            f"The closure returned another loss than the step's: {here!r} against {before!r}, relative difference "
+            f"{difference:.3g} (at most {tolerance:.3g} allowed). It must evaluate the step's own minibatch, with "
+            "the model in the same mode, the same autocast, and the division by the number of micro-batches where "
+            "there is one. Dropout draws the same mask only where the same kernel draws it."
+        )
+    return again
+
+
+def _rewind(rng: RNGState | None) -> None:
+    if rng is not None:
+        restore_rng(rng)
+
+
+@contextmanager
+def _aside(module: nn.Module | None, parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Keep RNG, buffers and every ``.grad``; inside, the gradients are None, so a closure can zero or fill them."""
+    members = {*parameters, *(module.parameters() if module is not None else ())}
+    gradients = [(member, member.grad) for member in members]
+    with untouched(module):
+        try:
+            for member, _ in gradients:
+                member.grad = None
+            yield
+        finally:
+            for member, gradient in gradients:
+                member.grad = gradient
+
+
+@contextmanager
+def _moved(parameters: Sequence[Tensor], direction: Sequence[Tensor | None], step: float) -> Iterator[None]:
+    # The closure calls the user's own model, so the weights move under it. They move to other memory, and the
+    # old memory is never written: putting it back is exact, whatever happens in between.
+    kept = [parameter.data for parameter in parameters]
+    try:
+        for parameter, along in zip(parameters, direction, strict=True):
+            if along is not None:
+                parameter.data = torch.add(parameter.data, along, alpha=step)
+        yield
+    finally:
+        for parameter, values in zip(parameters, kept, strict=True):
+            parameter.data = values
