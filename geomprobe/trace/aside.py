@@ -15,8 +15,6 @@ from geomprobe.trace.failure import WriteFailed, abandon, reason
 # The formats of HDF5 1.8: every reader of the last fifteen years opens them, their metadata is checksummed,
 # and a dimension scale may serve more columns than the older formats' 64 KiB attributes can list.
 _LIBVER = ("v108", "v108")
-# One chunk passes through at a time; HDF5's own megabytes of cache for each of a thousand columns would add up.
-_CACHE_BYTES = 65_536
 
 
 @contextmanager
@@ -37,7 +35,7 @@ def written_aside(path: Path) -> Iterator[Any]:
     """
     aside = path.with_name(f".{path.name}.new")
     try:
-        file = h5py.File(aside, "w", libver=_LIBVER, rdcc_nbytes=_CACHE_BYTES)
+        file = h5py.File(aside, "w", libver=_LIBVER)
     except OSError as error:
         raise WriteFailed(
             f"cannot create {aside}: {reason(error)}. Make room, or the folder, there"

@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geomprobe.errors import RunError
-from geomprobe.trace.salvage import block_rows
 from geomprobe.trace.writer import Table
 
 TIMEOUT_S = 60.0
@@ -37,7 +36,7 @@ class PartNotBegun(RunError):
 
 @dataclass(frozen=True)
 class Header:
-    """What a part says of itself, and how many of its rows are committed."""
+    """What a part says of itself, and how many of its rows are marked as committed."""
 
     path: Path
     schema: str
@@ -111,18 +110,13 @@ def read_part(path: Path, timeout_s: float = TIMEOUT_S) -> Part:
     geomprobe.errors.RunError: nowhere.h5 does not exist
     """
     with stream_part(path, timeout_s=timeout_s) as (header, blocks):
-        arrays = {
-            name: np.empty((header.rows, len(table.columns)), table.dtype)
-            for name, table in header.tables.items()
-        }
-        row = 0
-        for block in blocks:
-            count = len(block["step"])
-            for name, array in arrays.items():
-                array[row : row + count] = block[name]
-            row += count
-    tables = {name: (header.tables[name].columns, array) for name, array in arrays.items()}
-    return Part(header.schema, header.first_step, header.attributes, tables, header.rows)
+        whole = list(blocks)
+    tables = {}
+    for name, table in header.tables.items():
+        empty = np.empty((0, len(table.columns)), table.dtype)
+        tables[name] = (table.columns, np.concatenate([empty, *(block[name] for block in whole)]))
+    rows = sum(len(block["step"]) for block in whole)
+    return Part(header.schema, header.first_step, header.attributes, tables, rows)
 
 
 @contextmanager
@@ -135,6 +129,8 @@ def stream_part(
     timeout_s: float = TIMEOUT_S,
 ) -> Iterator[tuple[Header, Iterator[Block]]]:
     """A part's header and its committed rows, block by block in bounded memory.
+
+    A row that a power cut or a failing disk has changed ends the blocks before it, and so before ``header.rows``.
 
     Args:
         path: the part.
@@ -158,15 +154,16 @@ def stream_part(
         pipe = _Pipe(process, path, timeout_s)
         try:
             header = _parse(path, pipe.line())
-            yield header, _blocks(header, pipe, tables, start, stop)
+            yield header, _blocks(header, pipe, tables)
         finally:
             process.kill()
 
 
 def _refuse_unreadable(path: Path) -> None:
-    if not path.exists():
-        raise RunError(f"{path} does not exist")
-    state = part_state(path)
+    try:
+        state = part_state(path)
+    except FileNotFoundError as error:
+        raise RunError(f"{path} does not exist") from error
     if state == "new":
         raise PartNotBegun(f"{path} holds nothing yet: its writer has just started, or was killed as it did")
     if state == "foreign":
@@ -180,19 +177,13 @@ def _parse(path: Path, line: bytes) -> Header:
     return Header(path=path, tables=tables, **fields)
 
 
-def _blocks(
-    header: Header, pipe: _Pipe, names: Sequence[str] | None, start: int, stop: int | None
-) -> Iterator[Block]:
+def _blocks(header: Header, pipe: _Pipe, names: Sequence[str] | None) -> Iterator[Block]:
     tables = [table for name, table in header.tables.items() if names is None or name in names]
-    size = block_rows(sum(len(table.columns) for table in tables))
-    end = header.rows if stop is None else min(stop, header.rows)
-    for first in range(start, end, size):
-        count = min(first + size, end) - first
-        block: Block = {"step": np.frombuffer(pipe.exactly(8 * count), np.int64)}
+    while count := int(pipe.numbers(1, "int64")[0]):
+        block: Block = {"step": pipe.numbers(count, "int64")}
         for table in tables:
             width = len(table.columns)
-            numbers = np.frombuffer(pipe.exactly(8 * count * width), table.dtype)
-            block[table.name] = numbers.reshape(count, width)
+            block[table.name] = pipe.numbers(count * width, table.dtype).reshape(count, width)
         yield block
 
 
@@ -207,8 +198,10 @@ class _Pipe:
     def line(self) -> bytes:
         return self._read(lambda stream: stream.readline(), lambda data: data.endswith(b"\n"))
 
-    def exactly(self, size: int) -> bytes:
-        return self._read(lambda stream: stream.read(size), lambda data: len(data) == size)
+    def numbers(self, count: int, dtype: str) -> NDArray[Any]:
+        size = 8 * count
+        data = self._read(lambda stream: stream.read(size), lambda data: len(data) == size)
+        return np.frombuffer(data, dtype)
 
     def _read(self, read: Any, whole: Any) -> bytes:
         late = threading.Event()

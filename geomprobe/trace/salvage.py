@@ -1,7 +1,8 @@
-"""The child process that reads a part for `geomprobe.trace.part`: a torn file can hang or crash HDF5, so only it may.
+"""The child process that reads a part: a torn file can hang or crash HDF5, so nobody else may open one.
 
-It writes to standard output one JSON line (the header), then, block by block, the raw bytes of ``step``
-and of each asked-for table, committed rows only.
+It writes to standard output one JSON line (the header); then, block by block, a row count (int64) and the raw
+bytes of ``step`` and of each table asked for; then a count of 0. The first row that is not what its checksum
+says ends the stream, so that no wrong row ever leaves this process.
 """
 
 from __future__ import annotations
@@ -9,61 +10,76 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from typing import Any, BinaryIO
+from collections.abc import Sequence
+from typing import Any
 
 import h5py
 import numpy as np
+from numpy.typing import NDArray
 
-BLOCK_BYTES = 4 << 20
+from geomprobe.trace.checksum import row_checksums
 
-
-def block_rows(columns: int) -> int:
-    """Rows of one block of the stream, about 4 MiB of 8-byte numbers.
-
-    >>> block_rows(40)
-    12787
-    """
-    return max(1, BLOCK_BYTES // (8 * (columns + 1)))
+_BLOCK_BYTES = 4 << 20
 
 
 def serve(request: str) -> None:
-    """Answer one request, JSON with ``path``, ``tables`` (or null for all), ``start`` and ``stop`` (or null)."""
+    """Answer one request, JSON with ``path``, ``tables`` (null: all), ``start`` and ``stop`` (null: the end)."""
     # So that Ctrl-C also ends a process that hangs inside HDF5.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     asked = json.loads(request)
+    out = sys.stdout.buffer
     with h5py.File(asked["path"], "r", libver="latest", swmr=True) as file:
         header = _header(file)
-        chosen = asked["tables"]
-        names = [name for name in header["tables"] if chosen is None or name in chosen]
-        _write(file, header, names, asked["start"], asked["stop"], sys.stdout.buffer)
+        out.write(json.dumps(header).encode() + b"\n")
+        names = [name for name, table in header["tables"].items() if table["columns"]]
+        chosen = [name for name in names if asked["tables"] is None or name in asked["tables"]]
+        places = [names.index(name) for name in chosen]
+        end = header["rows"] if asked["stop"] is None else min(asked["stop"], header["rows"])
+        size = max(
+            1, _BLOCK_BYTES // (8 + 8 * sum(len(header["tables"][name]["columns"]) for name in chosen))
+        )
+        for first in range(asked["start"], end, size):
+            rows = slice(first, min(first + size, end))
+            step, tables = file["step"][rows], [file[f"tables/{name}"][rows] for name in chosen]
+            good = _good(step, tables, file["checks"][rows], places)
+            out.write(np.int64(good).tobytes())
+            for array in (step, *tables):
+                out.write(np.ascontiguousarray(array[:good]).data)
+            if good < len(step):
+                break
+    out.write(np.int64(0).tobytes())
+    out.flush()
 
 
 def _header(file: Any) -> dict[str, Any]:
     attributes: dict[str, Any] = {key: _plain(value) for key, value in file.attrs.items()}
     header = {key: attributes.pop(key) for key in ("schema", "schema_version", "first_step")}
     tables = json.loads(attributes.pop("tables"))
-    return {**header, "attributes": attributes, "tables": tables, "rows": _committed(file, header, tables)}
+    rows = _committed(file["step"][:], header["first_step"])
+    return {**header, "attributes": attributes, "tables": tables, "rows": rows}
 
 
-def _committed(file: Any, header: dict[str, Any], tables: dict[str, Any]) -> int:
-    step = file["step"][:]
-    wrong = np.flatnonzero(step != header["first_step"] + np.arange(len(step)))
-    rows = int(wrong[0]) if len(wrong) else len(step)
-    return min([rows, *(len(file[f"tables/{name}"]) for name in tables if tables[name]["columns"])])
+def _committed(step: NDArray[np.int64], first_step: int) -> int:
+    return _leading(step == first_step + np.arange(len(step)))
 
 
-def _write(
-    file: Any, header: dict[str, Any], names: list[str], start: int, stop: int | None, out: BinaryIO
-) -> None:
-    out.write(json.dumps(header).encode() + b"\n")
-    filled = [file[f"tables/{name}"] for name in names if header["tables"][name]["columns"]]
-    end = header["rows"] if stop is None else min(stop, header["rows"])
-    size = block_rows(sum(table.shape[1] for table in filled))
-    for first in range(start, end, size):
-        last = min(first + size, end)
-        for dataset in (file["step"], *filled):
-            out.write(np.ascontiguousarray(dataset[first:last]).data)
-    out.flush()
+def _good(
+    step: NDArray[np.int64], tables: Sequence[NDArray[Any]], checks: NDArray[np.int64], places: list[int]
+) -> int:
+    """How many rows from the first on are whole."""
+    if any(len(array) != len(step) for array in (checks, *tables)):
+        return 0
+    good = [checks[:, 0] == step]
+    good += [
+        row_checksums(step, table) == checks[:, 1 + place]
+        for table, place in zip(tables, places, strict=True)
+    ]
+    return _leading(np.logical_and.reduce(good))
+
+
+def _leading(true: NDArray[np.bool_]) -> int:
+    wrong = np.flatnonzero(~true)
+    return int(wrong[0]) if len(wrong) else len(true)
 
 
 def _plain(value: Any) -> str | int | float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,13 @@ from geomprobe.errors import RunError
 from geomprobe.trace import schema
 from geomprobe.trace.aside import written_aside
 from geomprobe.trace.derive import Derived, sealed_columns
-from geomprobe.trace.part import TIMEOUT_S, Header, read_header, stream_part
+from geomprobe.trace.part import TIMEOUT_S, Block, Header, read_header, stream_part
 from geomprobe.trace.reference import copy_reference, write_reference
 
 __all__ = ["seal_record", "seal_trace", "write_reference"]
 
-_CHUNK_ROWS = 8192
-_CHUNK_BYTES = 1 << 20
+_CHUNK_ROWS = 4096
+_PRINT_CHUNK_BYTES = 1 << 18
 
 
 def seal_trace(
@@ -54,16 +54,11 @@ def seal_trace(
     with written_aside(Path(out)) as file:
         _describe_file(file, schema.TRACE_SCHEMA, status, headers, num_parameters, manifest)
         columns = {path: _create_column(file, path, headers[-1].stop_step) for path in sealed_columns(raw)}
-        row = 0
-        for header in headers:
-            with stream_part(header.path, stop=header.rows, timeout_s=timeout_s) as (_, blocks):
-                for block in blocks:
-                    values = np.ascontiguousarray(block[schema.VALUES].T)
-                    derived = Derived(block["step"], dict(zip(raw, values, strict=True)))
-                    stop = row + len(block["step"])
-                    for path, dataset in columns.items():
-                        dataset[row:stop] = derived[path]
-                    row = stop
+        for rows, block in _blocks(headers, timeout_s):
+            values = np.ascontiguousarray(block[schema.VALUES].T)
+            derived = Derived(block["step"], dict(zip(raw, values, strict=True)))
+            for path, dataset in columns.items():
+                dataset[rows] = derived[path]
         _link_final(file)
         _attach_steps(file, [*columns, *schema.FINAL_LINKS])
         _write_certificate(file, certificate)
@@ -103,19 +98,13 @@ def seal_record(
             for column in schema.RECORD_COLUMNS
         }
         prints = _create_fingerprints(file, headers[0], steps)
-        row = 0
-        for header in headers:
-            with stream_part(header.path, stop=header.rows, timeout_s=timeout_s) as (_, blocks):
-                for block in blocks:
-                    stop = row + len(block["step"])
-                    columns["step"][row:stop] = block["step"]
-                    for name, values in zip(
-                        header.tables[schema.STEPS].columns, block[schema.STEPS].T, strict=True
-                    ):
-                        columns[name][row:stop] = values
-                    for name, dataset in prints.items():
-                        dataset[row:stop] = block[name]
-                    row = stop
+        names = headers[0].tables[schema.STEPS].columns
+        for rows, block in _blocks(headers, timeout_s):
+            columns["step"][rows] = block["step"]
+            for name, values in zip(names, block[schema.STEPS].T, strict=True):
+                columns[name][rows] = values
+            for name, dataset in prints.items():
+                dataset[rows] = block[name]
         _attach_steps(file, [f"steps/{name}" for name in columns])
         for name, path in references.items():
             copy_reference(path, file, name)
@@ -149,6 +138,21 @@ def _ordered(parts: Sequence[Path], kind: str, timeout_s: float) -> list[Header]
     return headers
 
 
+def _blocks(headers: list[Header], timeout_s: float) -> Iterator[tuple[slice, Block]]:
+    """All rows of the parts in order, each block with the rows of the sealed file that it fills."""
+    row = 0
+    for header in headers:
+        with stream_part(header.path, stop=header.rows, timeout_s=timeout_s) as (_, blocks):
+            for block in blocks:
+                rows = slice(row, row + len(block["step"]))
+                yield rows, block
+                row = rows.stop
+        if row != header.stop_step:
+            raise RunError(
+                f"{header.path} is damaged from step {row} on; replay from there, or run the pass again"
+            )
+
+
 def _describe_file(
     file: Any, kind: str, status: str, headers: list[Header], num_parameters: int, manifest: Mapping[str, Any]
 ) -> None:
@@ -161,8 +165,10 @@ def _describe_file(
 
 
 def _create_column(file: Any, path: str, rows: int) -> Any:
-    # HDF5 has no chunks, and so no checksums, for nothing.
-    checked = {"chunks": (min(rows, _CHUNK_ROWS),), "fletcher32": True} if rows else {}
+    # HDF5 has no chunks, and so no checksums, for nothing. One chunk of cache serves a column that is written in
+    # order; the library's default, megabytes for each of a thousand columns, would add up.
+    chunk = min(rows, _CHUNK_ROWS)
+    checked = {"chunks": (chunk,), "fletcher32": True, "rdcc_nbytes": 8 * chunk} if rows else {}
     dataset = file.create_dataset(path, (rows,), "float64", fillvalue=np.nan, **checked)
     column = schema.describe(path)
     for name in ("long_name", "units", "formula", "source"):
@@ -182,7 +188,7 @@ def _create_fingerprints(file: Any, header: Header, rows: int) -> dict[str, Any]
 
 
 def _print_chunk(shape: tuple[int, int]) -> tuple[int, int]:
-    return max(1, min(shape[0], _CHUNK_BYTES // (8 * shape[1]))), shape[1]
+    return max(1, min(shape[0], _CHUNK_ROWS, _PRINT_CHUNK_BYTES // (8 * shape[1]))), shape[1]
 
 
 def _link_final(file: Any) -> None:

@@ -1,7 +1,8 @@
 """Stream a pass's rows into a part: a SWMR HDF5 file that any kill leaves readable.
 
-A part holds 2-D tables of one dtype each and the 1-D dataset ``step``, which is written last: row i counts
-once ``step[i] == first_step + i``. The root attribute ``tables`` (JSON) lists names, columns and dtypes.
+A part holds 2-D tables of one dtype each, ``checks`` (a checksum a row for each table that has columns) and
+the 1-D dataset ``step``, which is written last: row i counts once ``step[i] == first_step + i``. The root
+attribute ``tables`` (JSON) lists names, columns and dtypes.
 """
 
 from __future__ import annotations
@@ -17,12 +18,11 @@ import h5py
 import numpy as np
 
 from geomprobe.errors import RunError, UsageError
+from geomprobe.trace.checksum import row_checksums
 from geomprobe.trace.failure import WriteFailed, abandon, reason
 from geomprobe.trace.schema import SCHEMA_VERSION, TRACE_SCHEMA, check_raw
 
 __all__ = ["PartWriter", "Table", "WriteFailed"]
-
-_STEP_CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,15 @@ class PartWriter:
         try:
             own = {"schema": schema, "schema_version": SCHEMA_VERSION, "first_step": first_step}
             self._file.attrs.update({**attributes, **own, "tables": json.dumps(layout)})
-            self._datasets = {table.name: self._dataset(table) for table in tables if table.columns}
+            self._datasets = {
+                table.name: self._dataset(f"tables/{table.name}", len(table.columns), table.dtype)
+                for table in tables
+                if table.columns
+            }
+            self._checks = self._dataset("checks", 1 + len(self._datasets), "int64")
             # The fill value must never look like a committed step.
             self._step = self._file.create_dataset(
-                "step", (0,), "int64", maxshape=(None,), chunks=(_STEP_CHUNK,), fillvalue=-1
+                "step", (0,), "int64", maxshape=(None,), chunks=(chunk_rows(1),), fillvalue=-1
             )
             self._file.swmr_mode = True
         except (OSError, RuntimeError) as error:
@@ -113,7 +118,7 @@ class PartWriter:
             blocks: by table name, an array [k, columns] of exactly the table's dtype.
 
         Raises:
-            UsageError: a table is missing or unknown, or a block has the wrong shape or dtype; nothing was written.
+            UsageError: a table is missing or unknown, or a block has the wrong shape or dtype.
             WriteFailed: the file could not be written; rows appended before are safe.
         """
         if self._failure is not None:
@@ -123,10 +128,13 @@ class PartWriter:
         start, stop = self.rows, self.rows + self._count(blocks)
         if start == stop:
             return
+        step = np.arange(start, stop, dtype=np.int64) + self._first_step
         try:
             for name, dataset in self._datasets.items():
                 _extend(dataset, start, stop, blocks[name])
-            _extend(self._step, start, stop, np.arange(start, stop) + self._first_step)
+            sums = [row_checksums(step, blocks[name]) for name in self._datasets]
+            _extend(self._checks, start, stop, np.stack([step, *sums], axis=1))
+            _extend(self._step, start, stop, step)
         except (OSError, RuntimeError) as error:
             raise self._broken(error) from error
         self.rows = stop
@@ -162,15 +170,11 @@ class PartWriter:
         except OSError as error:
             raise WriteFailed(f"cannot create {self.path}: {reason(error)}. Choose another disk") from error
 
-    def _dataset(self, table: Table) -> Any:
-        width = len(table.columns)
+    def _dataset(self, path: str, width: int, dtype: str) -> Any:
+        fill = np.nan if dtype == "float64" else 0
+        chunks = (chunk_rows(width), width)
         return self._file.create_dataset(
-            f"tables/{table.name}",
-            (0, width),
-            table.dtype,
-            maxshape=(None, width),
-            chunks=(chunk_rows(width), width),
-            fillvalue=np.nan if table.dtype == "float64" else 0,
+            path, (0, width), dtype, maxshape=(None, width), chunks=chunks, fillvalue=fill
         )
 
     def _count(self, blocks: Mapping[str, np.ndarray[Any, Any]]) -> int:
@@ -194,8 +198,8 @@ class PartWriter:
     def _broken(self, error: Exception) -> WriteFailed:
         abandon(self._file)
         self._failure = WriteFailed(
-            f"cannot write {self.path}: {reason(error)}. The first {self.rows} rows are safe and stay readable. "
-            "Free space on that disk (or raise the quota) and run the pass again"
+            f"cannot write {self.path}: {reason(error)}. The first {self.rows} rows are safe and stay "
+            "readable. Free space on that disk (or raise the quota) and run the pass again"
         )
         return self._failure
 

@@ -1,0 +1,127 @@
+"""Whatever kills a writer, at any moment: what it had committed reads back, and nothing else does."""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from part_cases import assert_right
+
+from geomprobe.errors import RunError
+from geomprobe.trace.part import PartNotBegun, read_part
+
+HERE = Path(__file__).parent
+TRIALS = 50
+KINDS = ("geomprobe-trace", "geomprobe-record")
+TIMEOUT_S = 20
+
+
+class Writers:
+    """The process of ``killed_writer.py``, which forks a writer a request."""
+
+    def __init__(self, preload=None):
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])])}
+        if preload:
+            env["LD_PRELOAD"] = str(preload)
+        command = [sys.executable, str(HERE / "killed_writer.py")]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+
+    def start(self, path, kind, rows, kill_at=0, torn=0):
+        self.process.stdin.write(f"{path} {kind} {rows} {kill_at} {torn}\n")
+        self.process.stdin.flush()
+        return self.line()[1]
+
+    def line(self):
+        word, *number = self.process.stdout.readline().split()
+        return word, int(number[0]) if number else 0
+
+    def rest(self):
+        """The last of each kind of answer, up to the writer's end."""
+        said = {"rows": 0, "calls": 0}
+        while (answer := self.line())[0] != "end":
+            said[answer[0]] = answer[1]
+        return said
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(10)
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def writers():
+    with contextlib.closing(Writers()) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def shimmed(tmp_path_factory):
+    compiler = shutil.which("cc")
+    if compiler is None or not sys.platform.startswith("linux"):
+        pytest.skip("needs a C compiler and LD_PRELOAD")
+    shim = tmp_path_factory.mktemp("shim") / "kill_shim.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", shim, HERE / "kill_shim.c"], check=True)
+    with contextlib.closing(Writers(preload=shim)) as started:
+        yield started
+
+
+def rows_after(path, said):
+    """Rows that read back; -1 where the writer was killed before it began."""
+    try:
+        part = read_part(path, timeout_s=TIMEOUT_S)
+    except PartNotBegun:
+        assert said["rows"] == 0
+        return -1
+    assert_right(part)
+    assert part.rows >= said["rows"]
+    return part.rows
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_committed_row_survives_a_kill_at_a_random_time(writers, tmp_path, kind):
+    read = []
+    for trial in range(TRIALS // 2):
+        path = tmp_path / f"{trial}.h5"
+        process = writers.start(path, kind, 10**9)
+        time.sleep(random.Random(trial).uniform(0, 0.1))
+        os.kill(process, signal.SIGKILL)
+        read.append(rows_after(path, writers.rest()))
+    assert max(read) > 100
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_committed_row_survives_a_kill_at_any_write_call(shimmed, tmp_path, kind):
+    shimmed.start(tmp_path / "whole.h5", kind, 600)
+    calls = shimmed.rest()["calls"]
+    assert calls > TRIALS
+    read = []
+    for trial in range(TRIALS // 2):
+        # From the first calls, which create the file, to the last ones, which close it.
+        kill_at = 1 + trial * (calls - 1) // (TRIALS // 2 - 1)
+        path = tmp_path / f"{trial}.h5"
+        shimmed.start(path, kind, 600, kill_at)
+        said = shimmed.rest()
+        assert said["calls"] == 0
+        read.append(rows_after(path, said))
+    assert read[0] == -1
+    assert max(read) == 600
+
+
+def test_no_wrong_row_and_no_hang_comes_of_half_a_write(shimmed, tmp_path):
+    shimmed.start(tmp_path / "whole.h5", KINDS[0], 600)
+    calls = shimmed.rest()["calls"]
+    right = 0
+    for trial in range(TRIALS // 2):
+        path = tmp_path / f"{trial}.h5"
+        shimmed.start(path, KINDS[0], 600, kill_at=1 + trial * calls // (TRIALS // 2), torn=1)
+        shimmed.rest()
+        with contextlib.suppress(RunError):
+            assert_right(read_part(path, timeout_s=TIMEOUT_S))
+            right += 1
+    assert right > TRIALS // 4
