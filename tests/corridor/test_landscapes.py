@@ -64,7 +64,7 @@ def test_a_start_tensor_gives_the_dtype_and_is_not_shared():
 
 @pytest.mark.parametrize(("axes", "reach"), [([2.0, 1.0], 3.0), ([9.0, 0.2], 10.0)])
 def test_a_ruled_surface_is_the_distance_to_the_ellipse(axes, reach):
-    angle = torch.linspace(0, 2 * math.pi, 200_001, dtype=F64)
+    angle = torch.linspace(0, 2 * math.pi, 100_001, dtype=F64)
     ellipse = torch.stack([axes[0] * angle.cos(), axes[1] * angle.sin()], 1)
     surface = RuledSurface(1.0, axes=axes, start=torch.ones(2, dtype=F64))
     points = torch.randn(20, 2, dtype=F64, generator=torch.Generator().manual_seed(1)) * reach
@@ -91,12 +91,12 @@ def test_a_ruled_surface_is_flat_with_a_finite_gradient_within_the_ellipse_and_o
 
 def test_glued_corridors_are_continuous_and_show_all_of_their_pieces():
     glued = GluedCorridors.figure_1b(torch.zeros(2, dtype=F64))
-    line = torch.linspace(-4, 4, 161, dtype=F64)
+    line = torch.linspace(-4, 4, 81, dtype=F64)
     grid = torch.stack(torch.meshgrid(line, line, indexing="ij"), -1)
     height = glued.energy(grid)
     steepest = math.hypot(0.5, 2.0)  # the ramp's slope
     for axis in (0, 1):
-        assert height.diff(dim=axis).abs().max() <= steepest * 0.05 * (1 + 1e-9)
+        assert height.diff(dim=axis).abs().max() <= steepest * 0.1 * (1 + 1e-9)
     pieces = torch.stack([p.energy(grid) for p in [*glued.valleys, *glued.hills]])
     shown = [(piece == height).double().mean().item() for piece in pieces]
     assert min(shown) > 0.05, shown
