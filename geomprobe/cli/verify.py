@@ -1,0 +1,38 @@
+"""Check a trace against the identities that any trace must satisfy.
+
+Everything is recomputed from the trace alone: the columns from the inner products, cosine = rsi/eb,
+lolr = rsi/eb^2, |cosine| <= 1, distance > 0 before the end, the certificate; and for plain SGD, each
+distance from the row before it (NWT eq. 4) and the last step's direction and length. Each check names
+its worst row and the tolerance, which follows from rounding. Exits with 3 when one is broken.
+
+    geomprobe verify runs/a
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from geomprobe.report.verify import render, verify
+from geomprobe.trace.reader import open_trace
+
+_BROKEN = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder, or a trace file")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Verify, print, and say whether everything held."""
+    result = verify(open_trace(arguments.run))
+    print(json.dumps(result.as_json(), indent=2) if arguments.json else render(result), flush=True)
+    if result.broken:
+        print(f"Next: geomprobe inspect {arguments.run}", file=sys.stderr)
+        return _BROKEN
+    print(f"Next: geomprobe plot {arguments.run} -o {arguments.run.stem}.png", file=sys.stderr)
+    return 0

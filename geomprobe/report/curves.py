@@ -1,0 +1,134 @@
+"""What a figure draws: a column's mean, minimum and maximum by epoch or step window, and the null model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from geomprobe import geometry
+from geomprobe.errors import UsageError
+from geomprobe.trace.schema import TRACE_FILE
+
+if TYPE_CHECKING:
+    from geomprobe.trace.reader import Trace
+
+Array = NDArray[np.float64]
+
+WINDOWS = 50
+"""Windows of steps that a trace without epochs is cut into."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Rows drawn as one point at ``x`` [groups]: ``of_row`` [T] is each row's group, -1 for none."""
+
+    axis: str
+    x: Array
+    of_row: NDArray[np.intp]
+
+    def curve(self, values: Array) -> Curve:
+        """Mean, minimum and maximum of each group's numbers (all [groups], NaN where it has none)."""
+        shape = (3, len(self.x))
+        mean, low, high = np.full(shape, np.nan)
+        for group in range(len(self.x)):
+            chosen = values[self.of_row == group]
+            chosen = chosen[np.isfinite(chosen)]
+            if len(chosen):
+                mean[group], low[group], high[group] = chosen.mean(), chosen.min(), chosen.max()
+        return Curve(self.x, mean, low, high)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line with a band: arrays of one length, ``low <= mean <= high``."""
+
+    x: Array
+    mean: Array
+    low: Array
+    high: Array
+
+
+def groups(trace: Trace, *, skip_last_epoch: bool = False) -> Groups:
+    """A trace's rows by epoch; by window of steps where it has fewer than two epochs.
+
+    Raises:
+        UsageError: ``skip_last_epoch`` of a trace without two epochs.
+    """
+    epoch = trace["epoch"] if "epoch" in trace else np.full(trace.num_steps, np.nan)
+    epochs = np.unique(epoch[np.isfinite(epoch)])
+    if len(epochs) >= 2:
+        kept = epochs[:-1] if skip_last_epoch else epochs
+        index = np.searchsorted(kept, epoch)
+        known = np.isin(epoch, kept)
+        return Groups("epoch", kept, np.where(known, index, -1))
+    if skip_last_epoch:
+        raise UsageError(
+            f"{trace.path} has no two epochs, so its last cannot be left out; drop --skip-last-epoch"
+        )
+    width = max(1, -(-trace.num_steps // WINDOWS))
+    window = np.arange(trace.num_steps) // width
+    x = np.asarray((np.unique(window) + 0.5) * width - 0.5, np.float64)
+    return Groups("step", x, window)
+
+
+def null_model(trace: Trace, column: str) -> Array | None:
+    """A random walk's value of a column at each row [T] (NWT eq. 8), None where the walk says nothing.
+
+    A walk of T orthogonal steps ``lr G`` of one length has ``G.d = lr ||G||^2`` and
+    ``||d||^2 = (T - t) lr^2 ||G||^2``, hence ``cosine = (T - t)^(-1/2)``, ``RSI = 1 / (lr (T - t))``,
+    ``EB = 1 / (lr (T - t)^(1/2))``, ``loLR = lr``. The scale of the last three is the run's mean learning
+    rate, divided by ``1 - momentum`` since each gradient acts that many times over; they need SGD, whose
+    steps are gradients times a rate. T must be known: an unfinished trace has no null model.
+    """
+    num_steps = trace.certificate.get("steps_recorded")
+    if num_steps is None:
+        return None
+    left = float(num_steps) - trace["step"]
+    cosine = geometry.random_walk_cosine(left)
+    if column == "cosine":
+        return cosine
+    rate = _rate(trace)
+    if rate is None:
+        return None
+    scaled = {"rsi": cosine**2 / rate, "eb": cosine / rate, "lolr": np.full(len(left), rate)}
+    return scaled.get(column)
+
+
+def _rate(trace: Trace) -> float | None:
+    optimizer = trace.manifest.get("optimizer") or {}
+    lr = trace["lr"][trace["lr"] > 0] if "lr" in trace else np.array([])
+    if optimizer.get("class") != "SGD" or not len(lr):
+        return None
+    momentum = (optimizer.get("groups") or [{}])[0].get("momentum", 0)
+    return float(lr.mean()) / (1 - momentum)
+
+
+def labels(traces: Sequence[Trace]) -> list[str]:
+    """A short name for each run: its folder's, and the settings by which these runs differ."""
+    paths = [trace.path.parent if trace.path.name == TRACE_FILE else trace.path for trace in traces]
+    names = [path.stem if path.is_file() else path.absolute().name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    settings = [_settings(trace.manifest) for trace in traces]
+    differ = [key for key in settings[0] if len({str(each[key]) for each in settings}) > 1]
+    return [
+        f"{name} ({', '.join(f'{key} {each[key]}' for key in differ)})" if differ else name
+        for name, each in zip(names, settings, strict=True)
+    ]
+
+
+def _settings(manifest: dict[str, Any]) -> dict[str, Any]:
+    optimizer = manifest.get("optimizer") or {}
+    group = (optimizer.get("groups") or [{}])[0]
+    return {
+        "model": (manifest.get("model") or {}).get("class", "?"),
+        "optimizer": optimizer.get("class", "?"),
+        "lr": group.get("lr", "?"),
+        "momentum": group.get("momentum", "?"),
+        "weight decay": group.get("weight_decay", "?"),
+        "seed": manifest.get("seed", "?"),
+    }

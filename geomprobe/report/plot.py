@@ -1,0 +1,148 @@
+"""The figure of one or several runs, as NWT's figure 2: epoch mean, band from minimum to maximum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from geomprobe.errors import RunError, UsageError
+from geomprobe.report.curves import Curve, groups, labels, null_model
+from geomprobe.trace.schema import describe
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from geomprobe.trace.reader import Trace
+
+COLUMNS = ("rsi", "eb", "cosine")
+
+# Okabe and Ito's palette: told apart by every common kind of color vision.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_GRAY = "0.45"
+_NAMES = {"rsi": "RSI", "eb": "EB", "cosine": "cosine γ", "lolr": "loLR", "clr": "CLR"}
+_WIDE = 20
+"""Ratio of largest to smallest value from which a column is drawn on a logarithmic axis."""
+
+
+def figure(
+    traces: Sequence[Trace],
+    columns: Sequence[str] = COLUMNS,
+    *,
+    skip_last_epoch: bool = False,
+    with_null_model: bool = True,
+) -> Figure:
+    """One panel a column, one line a run; the null model (NWT eq. 8) dashed in gray.
+
+    Raises:
+        UsageError: matplotlib is not installed, or the runs have no common horizontal axis.
+        UnknownColumn: a trace has no such column.
+        RunError: a column without a single number in any of the runs.
+    """
+    grouped = [groups(trace, skip_last_epoch=skip_last_epoch) for trace in traces]
+    axes = {each.axis for each in grouped}
+    if len(axes) > 1:
+        raise UsageError("some of these runs have epochs and some do not: plot them apart")
+    drawing = _new_figure(1.1 + 2.2 * len(columns))
+    panels = drawing.subplots(len(columns), 1, sharex=True, squeeze=False)[:, 0]
+    for panel, column in zip(panels, columns, strict=True):
+        curves = [each.curve(trace[column]) for each, trace in zip(grouped, traces, strict=True)]
+        walks = [null_model(trace, column) if with_null_model else None for trace in traces]
+        nulls = [None if w is None else each.curve(w) for each, w in zip(grouped, walks, strict=True)]
+        _draw(panel, column, curves, nulls, labels(traces))
+    panels[-1].set_xlabel(axes.pop())
+    panels[-1].locator_params(axis="x", integer=True)
+    drawing.align_ylabels(list(panels))
+    _title(drawing, traces)
+    _legend(drawing, list(panels))
+    return drawing
+
+
+def save(drawing: Figure, path: Path) -> None:
+    """Write a figure in the format that the file's suffix names.
+
+    Raises:
+        UsageError: matplotlib knows no such format.
+        RunError: the file cannot be written.
+    """
+    try:
+        drawing.savefig(path, dpi=150)
+    except ValueError as error:
+        raise UsageError(f"cannot write {path}: {error}") from error
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _new_figure(height: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UsageError("plot needs matplotlib: pip install 'geomprobe[plot]'") from error
+    return Figure(figsize=(7.0, height), layout="constrained")
+
+
+def _draw(panel: Any, column: str, curves: list[Curve], nulls: list[Curve | None], names: list[str]) -> None:
+    if not any(np.isfinite(curve.mean).any() for curve in curves):
+        raise RunError(f"{column} holds no numbers in {', '.join(names)}: it was not measured")
+    for i, (curve, name) in enumerate(zip(curves, names, strict=True)):
+        color = _COLORS[i % len(_COLORS)]
+        style = ("-", "-.", ":")[i // len(_COLORS) % 3]
+        panel.fill_between(curve.x, curve.low, curve.high, color=color, alpha=0.2, linewidth=0)
+        panel.plot(
+            curve.x, curve.mean, style, color=color, label=name, marker="." if len(curve.x) < 2 else ""
+        )
+    _draw_nulls(panel, nulls)
+    _scale(panel, column, curves)
+    panel.set_ylabel(_label(column))
+    panel.grid(alpha=0.25, linewidth=0.5)
+
+
+def _draw_nulls(panel: Any, nulls: list[Curve | None]) -> None:
+    """Each run's null model; gray where there is one for all, in the runs' colors where they differ."""
+    drawn = [(i, null) for i, null in enumerate(nulls) if null is not None]
+    first = drawn[0][1] if drawn else None
+    one = all(first is not None and np.array_equal(null.mean, first.mean) for _, null in drawn)
+    for i, null in drawn[:1] if one else drawn:
+        panel.plot(null.x, null.mean, "--", color=_GRAY if one else _COLORS[i % len(_COLORS)], linewidth=1.2)
+    if drawn:
+        panel.plot([], [], "--", color=_GRAY, linewidth=1.2, label="random walk (NWT eq. 8)")
+
+
+def _scale(panel: Any, column: str, curves: list[Curve]) -> None:
+    values = np.concatenate([np.append(curve.low, curve.high) for curve in curves])
+    size = np.abs(values[np.isfinite(values) & (values != 0)])
+    wide = len(size) and size.max() > _WIDE * size.min()
+    if column.rpartition("/")[2] == "cosine" or not wide:
+        if np.nanmin(values) < 0 < np.nanmax(values):
+            panel.axhline(0, color="0.7", linewidth=0.8, zorder=0)
+    elif np.nanmin(values) >= 0:
+        panel.set_yscale("log")
+    else:
+        panel.set_yscale("symlog", linthresh=10.0 ** np.floor(np.log10(np.quantile(size, 0.1))))
+
+
+def _label(column: str) -> str:
+    described = describe(column if "/" in column else f"steps/{column}")
+    name = _NAMES.get(described.name, described.name.replace("_", " "))
+    place = column.rpartition("/")[0]
+    name = name if described.units == "1" else f"{name} ({described.units})"
+    return name if place in ("", "steps") else f"{name}\n{place}"
+
+
+def _title(drawing: Figure, traces: Sequence[Trace]) -> None:
+    """The run, or how many; and in red, every run that is not proven to be the recorded one."""
+    named = list(zip(labels(traces), traces, strict=True))
+    doubts = [f"{name}: {trace.status.upper()}" for name, trace in named if trace.status != "complete"]
+    whole = [f"{len(traces)} runs"] if len(traces) > 1 else [named[0][0]] * (not doubts)
+    drawing.suptitle("\n".join(whole + doubts), fontsize="medium", color="#B00020" if doubts else "black")
+
+
+def _legend(drawing: Figure, panels: Sequence[Any]) -> None:
+    """One entry a run and one for the null model, below the panels, off the data."""
+    entries: dict[str, Any] = {}
+    for panel in panels:
+        handles, names = panel.get_legend_handles_labels()
+        entries.update(zip(names, handles, strict=True))
+    drawing.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=2, frameon=False)
