@@ -126,7 +126,7 @@ class CLR(Optimizer):
         Raises:
             UsageError: neither or both were given, or a scheduler acts on the optimizer's ``lr``.
             ValueError: the loss has more than one element.
-            UnsupportedTraining: a gradient is sparse.
+            UnsupportedTraining: a gradient is sparse or sharded.
         """
         if (closure is None) == (loss is None):
             raise UsageError(
@@ -152,6 +152,10 @@ class CLR(Optimizer):
         if any(gradient.is_sparse for gradient in found):
             raise UnsupportedTraining(
                 "CLR takes dense gradients only: construct the embedding with sparse=False"
+            )
+        if any(type(gradient).__name__ == "DTensor" for gradient in found):
+            raise UnsupportedTraining(
+                "CLR takes whole gradients only, and these are sharded: use DDP, not FSDP2"
             )
         return found
 
@@ -216,5 +220,8 @@ def _descend(parameters: list[Tensor], rate: Tensor, sound: Tensor) -> None:
         # The rate is 0 where the step is unsound, but 0 times infinity is not: the gradient goes as well.
         keep = sound.to(device)
         updates = [torch.where(keep, moves[i][1], 0) for i in indices]
-        torch._foreach_mul_(updates, -rate.to(device))
+        factor = -rate.to(device)
+        if updates[0].dtype is torch.float32:
+            factor = factor.float()  # of the updates' own dtype, the fused kernel can take it
+        torch._foreach_mul_(updates, factor)
         torch._foreach_add_([moves[i][0] for i in indices], updates)

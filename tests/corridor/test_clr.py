@@ -4,8 +4,11 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from geomprobe.corridor import CLR, ConvexCone, Quadratic
@@ -166,6 +169,19 @@ def test_what_the_rate_cannot_be_computed_from_is_refused():
     table(torch.tensor([1])).sum().backward()
     with pytest.raises(UnsupportedTraining, match="sparse=False"):
         CLR(table.parameters()).step(loss=torch.tensor(1.0))
+
+
+def test_sharded_gradients_are_refused(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = nn.Linear(3, 2)
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        loss = model(torch.ones(1, 3)).sum()
+        loss.backward()
+        with pytest.raises(UnsupportedTraining, match="use DDP, not FSDP2"):
+            CLR(model.parameters()).step(loss=loss)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
