@@ -1,22 +1,19 @@
 """Inner products of w, g and d = w - w*: float64 sums in one read of memory, left on the device.
 
-At a training step the probe has the parameters ``w``, their gradients ``g`` and one or several references
-``w*``. Everything that NWT section 3 defines follows from ``g.g``, ``g.d`` and ``d.d`` (see
-:mod:`geomprobe.geometry`); ``w.g``, ``w.w`` and ``w.d`` give the same of the weight-decayed gradient
-``g + lambda w``.
+At a training step there are the parameters ``w``, their gradients ``g`` and one or several references
+``w*``. All of NWT section 3 follows from ``g.g``, ``g.d`` and ``d.d`` (see :mod:`geomprobe.geometry`);
+``w.g``, ``w.w`` and ``w.d`` give the same of the weight-decayed gradient ``g + lambda w``.
 
-Every product is formed and summed in float64. Float32 does not do: over 11.7 M elements its sums of
-products of either sign (``w.g``, ``w.d``) were off by 4e-6, and the subtraction alone costs ``g.d`` up to
-``6e-8 / cosine``. ``w - w*`` of two float32, bfloat16 or float16 numbers within 2^29 of one another in
-size is exact in float64, and so is each product of two such numbers.
+Every product is formed and summed in float64. Float32 does not do: sums of products of either sign lose
+what cancels (on ResNet-18, 4e-6 of ``w.d``), and rounding ``d`` alone can cost ``g.d`` up to
+``6e-8 / cosine``. In float64 the difference of two float32 numbers is exact when their sizes are within a
+factor 2^29, and so is every product of two float32 numbers.
 
-Two ways, the same sums up to float64 rounding:
+Two ways, with the same sums up to float64 rounding:
 
-- eager: the tensors pass in pieces through a scratch of three float64 rows (6 MiB on a CPU, 24 MiB on
-  another device, less for smaller models), which converts any dtype, lines up any memory layout, and packs
-  small tensors together;
-- compiled: ``torch.compile`` reads each large tensor where it lies, in one fused loop. Small ones still
-  go through the scratch.
+- eager: the tensors pass in pieces through a scratch of three float64 rows (6 MiB on a CPU, 24 MiB on a GPU,
+  less for a smaller model). The copy converts any dtype, lines up any memory layout, packs small tensors.
+- compiled: ``torch.compile`` builds one loop that reads a large tensor where it lies; small ones are packed.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import islice
+from itertools import islice, zip_longest
 
 import torch
 from torch import Tensor
@@ -37,40 +34,41 @@ SHARED = ("g.g", "w.g", "w.w")
 OF_REFERENCE = ("g.d", "w.d", "d.d")
 
 # Large enough that launching ten operations a block is a small share of their time, small enough for the
-# last-level cache, where the block is read again (scripts/bench_inner_products.py).
+# last-level cache, where they find the block again.
 CPU_BLOCK = 2**18
 DEVICE_BLOCK = 2**20
 
-# Below this a compiled call costs more than packing the tensor with others.
-FUSED_MINIMUM = 2**16
+# A smaller tensor costs more in a compiled call of its own than packed with others.
+FUSED_MINIMUM = 2**15
 
 
 class InnerProducts:
     """The sums ``g.g, w.g, w.w`` and, for each reference w*, ``g.d, w.d, d.d`` with ``d = w - w*``.
 
     Measuring changes nothing of the run: no weight, gradient, autograd graph or random state. It never
-    waits for the device, and allocates no temporary of the model's size (exceptions: a sparse gradient is
-    coalesced, which waits on CUDA; a large gradient whose memory layout differs from its weight's is
-    copied by the compiled way). The same input gives the same bits, for one thread count and build of torch.
+    waits for the device, and allocates no temporary of the model's size. (Two exceptions: a sparse gradient
+    is coalesced, which waits on CUDA; the compiled way copies a large gradient whose memory layout is not
+    its weight's.) The same input gives the same bits, for one build of torch and one thread count.
 
     Args:
-        parameters: the weights w, any shapes, real floating dtypes and layouts, all on one device. They are
-            read anew at each measurement. Tied weights must appear once.
+        parameters: the weights w, dense, of any real dtype, shape and memory layout, all on one device.
+            They are read anew at each measurement. Tied weights must appear once.
         references: the points w* by name, each with one tensor a parameter, of its shape and on its device.
+            Any dtype and layout; the parameter's own layout (``torch.empty_like``) is the fastest.
         per_parameter: also give the sums of each parameter tensor.
-        compiled: fuse the sums over large tensors with ``torch.compile``, at once for the dtypes of the
-            parameters (some 10 s the first time). Needs a C++ compiler, on CUDA Triton.
+        compiled: read large tensors with a kernel that ``torch.compile`` builds here and now, for the dtypes
+            of the parameters and references (some 10 s, once a process). Needs a C++ compiler; Triton on CUDA.
 
     Attributes:
-        names: what the columns of a measurement are. ``("g.g", "w.g", "w.w")`` first; then
+        names: what the columns of a measurement are: ``("g.g", "w.g", "w.w")``; then
             ``("g.d", "w.d", "d.d")`` of the reference named ``"final"``, if there is one; then, for every
-            other reference in the mapping's order, ``"references/NAME/inner_products/g.d"``, ``.../w.d`` and
-            ``.../d.d``.
+            other reference NAME in the mapping's order, ``"references/NAME/inner_products/g.d"``, ``.../w.d``
+            and ``.../d.d``.
 
     Raises:
         UsageError: no parameters, or a reference that does not match them in number, shape or device.
         UnsupportedTraining: a parameter that is complex, integer or not dense, or several devices.
-        GeomprobeError: ``compiled=True`` and ``torch.compile`` does not work here.
+        GeomprobeError: ``compiled`` was asked for, and ``torch.compile`` does not work here.
 
     >>> w, w_final, g = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0]), torch.tensor([3.0, 4.0])
     >>> products = InnerProducts([w], {"final": [w_final]})
@@ -88,36 +86,29 @@ class InnerProducts:
         per_parameter: bool = False,
         compiled: bool = False,
     ) -> None:
-        self._parameters = tuple(parameters)
-        _check_parameters(self._parameters)
+        _check_parameters(parameters)
         for name, reference in references.items():
-            _check_reference(name, reference, self._parameters)
+            _check_reference(name, reference, parameters)
         ordered = sorted(references, key=lambda name: name != "final")
-        self.names = SHARED + tuple(column for name in ordered for column in _reference_columns(name))
-        self._references = [tuple(references[name]) for name in ordered]
-        self._per_parameter = per_parameter
-        self._shapes = [parameter.shape for parameter in self._parameters]
-        self._orders = [_memory_order(parameter) for parameter in self._parameters]
+        prefixes = ["" if name == "final" else f"references/{name}/inner_products/" for name in ordered]
+        self.names = SHARED + tuple(prefix + column for prefix in prefixes for column in OF_REFERENCE)
 
-        device = self._parameters[0].device
-        powers = [name.rpartition("/")[2].count("g") for name in self.names]
+        device = parameters[0].device
+        powers = [2.0, 1.0, 0.0] + [1.0, 0.0, 0.0] * len(ordered)
         self._gradient_powers = torch.tensor(powers, dtype=torch.float64, device=device)
-        self._of_gradient = self._gradient_powers > 0
-        self._zero = torch.zeros((), dtype=torch.float64, device=device)
-
-        fused = [compiled and parameter.numel() >= FUSED_MINIMUM for parameter in self._parameters]
-        packed = sum(size.numel() for size, whole in zip(self._shapes, fused, strict=True) if not whole)
+        points = zip(parameters, *(references[name] for name in ordered), strict=True)
+        self._weights = [_Weight(index, w, stars, compiled) for index, (w, *stars) in enumerate(points)]
+        packed = sum(weight.w.numel() for weight in self._weights if not weight.fused)
         block = CPU_BLOCK if device.type == "cpu" else DEVICE_BLOCK
         self._scratch = torch.empty(3, min(block, packed), dtype=torch.float64, device=device)
-        everything = range(len(self._parameters))
-        members = [[index] for index in everything] if per_parameter else [list(everything)]
-        self._groups = [self._plan(indices, fused) for indices in members]
-        if any(fused):
-            self._compile(fused)
+        self._per_parameter = per_parameter
+        groups = [[weight] for weight in self._weights] if per_parameter else [self._weights]
+        self._groups = [_Group(weights, self._scratch, self._gradient_powers > 0) for weights in groups]
+        _build_kernel([weight for weight in self._weights if weight.fused], device)
 
     @property
     def scratch_bytes(self) -> int:
-        """Memory held for packing, in bytes; nothing else of any size is allocated.
+        """Memory held for packing, in bytes.
 
         >>> InnerProducts([torch.ones(10)], {}).scratch_bytes
         240
@@ -129,15 +120,15 @@ class InnerProducts:
         """The sums at the parameters' present values, in the order of :attr:`names`.
 
         Args:
-            gradients: one a parameter, of its shape; strided of any layout and dtype, or sparse COO.
-                ``None`` counts as zero.
+            gradients: one a parameter, of its shape: dense of any dtype and layout, or sparse COO. ``None``
+                counts as zero.
             grad_scale: what the gradients were multiplied by (a GradScaler's scale, which fused optimizers
-                take care of themselves). The sums are those of ``g / grad_scale``.
+                divide by themselves). The sums are those of ``g / grad_scale``.
 
         Returns:
             float64 on the parameters' device: ``[names]``, or with ``per_parameter``
-            ``[1 + parameters, names]``, whose row 0 is the total. Values that are not finite come out as the
-            arithmetic makes them.
+            ``[1 + parameters, names]``, whose row 0 is the total. What is not finite comes out as the
+            arithmetic makes it.
 
         Raises:
             UnsupportedTraining: a parameter changed its shape, or a gradient does not match its parameter.
@@ -148,137 +139,135 @@ class InnerProducts:
                 [8., 4., 2.],
                 [0., 0., 3.]], dtype=torch.float64)
         """
-        self._check_gradients(gradients)
-        sums = torch.stack([self._sums(group, gradients) for group in self._groups])
-        if self._per_parameter:
-            sums = torch.cat([sums.sum(0, keepdim=True), sums])
-        else:
-            sums = sums[0]
+        _check_gradients(self._weights, gradients)
+        sums = torch.stack([group.sums(gradients) for group in self._groups])
+        sums = torch.cat([sums.sum(0, keepdim=True), sums]) if self._per_parameter else sums[0]
         if grad_scale is None:
             return sums
         scale = grad_scale.double() if isinstance(grad_scale, Tensor) else grad_scale
         return sums / scale**self._gradient_powers
 
-    def _sums(self, group: _Group, gradients: Sequence[Tensor | None]) -> Tensor:
-        terms = [self._fused_sums(index, gradients[index]) for index in group.fused]
-        if group.blocks:
-            terms.append(self._packed_sums(group, gradients))
-        for index in group.members:
-            gradient = gradients[index]
+
+class _Weight:
+    """A parameter and its references. Tensors of its shape are read in the order of its memory."""
+
+    def __init__(self, index: int, w: Tensor, references: Sequence[Tensor], compiled: bool) -> None:
+        self.index, self.w, self.references, self.shape = index, w, references, w.shape
+        strides = w.stride()
+        order = sorted(range(w.dim()), key=lambda dimension: strides[dimension], reverse=True)
+        self._order = None if order == sorted(order) else order
+        flat = (self.in_order(tensor).is_contiguous() for tensor in (w, *references))
+        self.fused = compiled and w.numel() >= FUSED_MINIMUM and all(flat)
+
+    def in_order(self, tensor: Tensor) -> Tensor:
+        return tensor if self._order is None else tensor.permute(self._order)
+
+    def flat(self, tensor: Tensor) -> Tensor:
+        return self.in_order(tensor).reshape(-1)
+
+
+class _Group:
+    """Weights that are summed together, each in the way that suits it."""
+
+    def __init__(self, weights: Sequence[_Weight], scratch: Tensor, of_gradient: Tensor) -> None:
+        self._weights, self._of_gradient = weights, of_gradient
+        fused = [_Fused(weight, of_gradient) for weight in weights if weight.fused]
+        packed = [weight for weight in weights if not weight.fused]
+        self._ways: list[_Fused | _Packed] = [*fused, *([_Packed(packed, scratch)] if packed else [])]
+
+    def sums(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        terms = [way.sums(gradients) for way in self._ways]
+        for weight in self._weights:
+            gradient = gradients[weight.index]
             if gradient is not None and gradient.is_sparse:
-                terms.extend(self._sparse_sums(index, gradient))
+                terms.append(torch.where(self._of_gradient, _stored_sums(weight, gradient.coalesce()), 0.0))
         return torch.stack(terms).sum(0)
 
-    def _packed_sums(self, group: _Group, gradients: Sequence[Tensor | None]) -> Tensor:
-        dense = [
-            self._zero.expand(shape) if gradient is None or gradient.is_sparse else gradient
-            for shape, gradient in zip(self._shapes, gradients, strict=True)
-        ]
-        g_pieces = self._pieces(group.packed, dense)
-        w_pieces = self._pieces(group.packed, self._parameters)
-        reference_pieces = [self._pieces(group.packed, reference) for reference in self._references]
-        sums: list[Tensor] = []
-        for block in group.blocks:
-            g, w, d = block.rows
-            _fill(block.g, g_pieces)
-            _fill(block.w, w_pieces)
-            sums += (torch.dot(g, g), torch.dot(w, g), torch.dot(w, w))
-            for pieces in reference_pieces:
-                _fill(block.d, pieces)
-                torch.sub(w, d, out=d)
-                sums += (torch.dot(g, d), torch.dot(w, d), torch.dot(d, d))
-        return torch.stack(sums).view(len(group.blocks), len(self.names)).sum(0)
 
-    def _fused_sums(self, index: int, gradient: Tensor | None) -> Tensor:
-        tensors = [self._flat(index, tensors[index]) for tensors in (self._parameters, *self._references)]
+class _Fused:
+    """One large weight, read where it lies by the compiled kernel."""
+
+    def __init__(self, weight: _Weight, of_gradient: Tensor) -> None:
+        self._weight, self._of_gradient = weight, of_gradient
+        self._references = [weight.flat(reference) for reference in weight.references]
+
+    def sums(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        weight, gradient = self._weight, gradients[self._weight.index]
+        w = weight.flat(weight.w)
         if gradient is not None and not gradient.is_sparse:
-            return _fused()(self._flat(index, gradient), *tensors)
+            return _kernel()(weight.flat(gradient), w, *self._references)
         # Any gradient will do for the sums that have none in them.
-        sums = _fused()(self._flat(index, self._parameters[index]), *tensors)
-        return torch.where(self._of_gradient, self._zero, sums)
-
-    def _sparse_sums(self, index: int, gradient: Tensor) -> Iterator[Tensor]:
-        """What the stored rows of a sparse gradient add to the sums that have a gradient in them."""
-        gradient = gradient.coalesce()
-        positions, values = gradient.indices(), gradient.values()
-        rows = max(1, CPU_BLOCK * values.shape[0] // max(1, values.numel()))
-        for position, value in zip(positions.split(rows, 1), values.split(rows), strict=True):
-            at = tuple(position)
-            w, *references = (tensors[index][at] for tensors in (self._parameters, *self._references))
-            yield torch.where(self._of_gradient, _inner_products(value, w, *references), self._zero)
-
-    def _flat(self, index: int, tensor: Tensor) -> Tensor:
-        return _by_memory(tensor, self._orders[index]).reshape(-1)
-
-    def _pieces(self, indices: Iterable[int], tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-        limit = self._scratch.shape[1]
-        for index in indices:
-            yield from _split(_by_memory(tensors[index], self._orders[index]), limit)
-
-    def _plan(self, members: list[int], fused: Sequence[bool]) -> _Group:
-        packed = [index for index in members if not fused[index]]
-        pieces = self._pieces(packed, self._parameters)
-        blocks = list(_lay_out([piece.shape for piece in pieces], self._scratch))
-        return _Group(members, [index for index in members if fused[index]], packed, blocks)
-
-    @torch.no_grad()
-    def _compile(self, fused: Sequence[bool]) -> None:
-        dtypes = {
-            tuple(tensors[index].dtype for tensors in (self._parameters, *self._references))
-            for index, whole in enumerate(fused)
-            if whole
-        }
-        try:
-            for w_dtype, *reference_dtypes in dtypes:
-                zeros = [self._zero.new_zeros(FUSED_MINIMUM, dtype=d) for d in (w_dtype, *reference_dtypes)]
-                _fused()(torch.zeros_like(zeros[0]), *zeros)
-        except Exception as error:
-            raise GeomprobeError(
-                f"torch.compile could not build the fused inner products for {self._zero.device}: {error}. "
-                "Install a C++ compiler (Triton on CUDA), or measure with compiled=False."
-            ) from error
-
-    def _check_gradients(self, gradients: Sequence[Tensor | None]) -> None:
-        if len(gradients) != len(self._parameters):
-            raise UnsupportedTraining(
-                f"{len(gradients)} gradients for {len(self._parameters)} parameters. "
-                "Give one a parameter, None where there is none."
-            )
-        for index, (parameter, gradient) in enumerate(zip(self._parameters, gradients, strict=True)):
-            shape = self._shapes[index]
-            if parameter.shape != shape:
-                raise UnsupportedTraining(
-                    f"parameter {index} changed its shape from {tuple(shape)} to {tuple(parameter.shape)} "
-                    "during training: its distance to the references is undefined. Keep the shapes fixed."
-                )
-            if gradient is None:
-                continue
-            if gradient.shape != shape or gradient.layout not in (torch.strided, torch.sparse_coo):
-                raise UnsupportedTraining(
-                    f"the gradient of parameter {index} is {gradient.layout} of shape "
-                    f"{tuple(gradient.shape)}; the parameter has shape {tuple(shape)}. "
-                    "Give a dense or sparse COO gradient of the parameter's shape."
-                )
+        return torch.where(self._of_gradient, 0.0, _kernel()(weight.flat(weight.w), w, *self._references))
 
 
 @dataclass(frozen=True)
-class _Block:
-    """A stretch of the scratch: its rows g, w, d, and each row's places for the pieces that fill it."""
+class _Row:
+    """A row of the scratch, as far as it is filled, and the places in it for the pieces that fill it."""
 
-    rows: tuple[Tensor, Tensor, Tensor]
-    g: list[Tensor]
-    w: list[Tensor]
-    d: list[Tensor]
+    flat: Tensor
+    places: list[Tensor]
+
+    def fill(self, pieces: Iterator[Tensor]) -> None:
+        torch._foreach_copy_(self.places, list(islice(pieces, len(self.places))))
 
 
-@dataclass(frozen=True)
-class _Group:
-    """The parameters that are summed together, by index, and the way of each."""
+class _Packed:
+    """Several weights, in pieces, block by block through the scratch."""
 
-    members: list[int]
-    fused: list[int]
-    packed: list[int]
-    blocks: list[_Block]
+    def __init__(self, weights: Sequence[_Weight], scratch: Tensor) -> None:
+        self._weights = weights
+        self._limit = scratch.shape[1]
+        self._zero = scratch.new_zeros(())
+        shapes = [piece.shape for piece in self._pieces(weight.w for weight in weights)]
+        self._blocks = list(_lay_out(shapes, scratch))
+
+    def sums(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        g_pieces = self._pieces(self._dense(gradients[weight.index], weight) for weight in self._weights)
+        w_pieces = self._pieces(weight.w for weight in self._weights)
+        stars = zip(*(weight.references for weight in self._weights), strict=True)
+        star_pieces = [self._pieces(reference) for reference in stars]
+        sums: list[Tensor] = []
+        for g, w, d in self._blocks:
+            g.fill(g_pieces)
+            w.fill(w_pieces)
+            sums += (torch.dot(g.flat, g.flat), torch.dot(w.flat, g.flat), torch.dot(w.flat, w.flat))
+            for pieces in star_pieces:
+                d.fill(pieces)
+                torch.sub(w.flat, d.flat, out=d.flat)
+                sums += (torch.dot(g.flat, d.flat), torch.dot(w.flat, d.flat), torch.dot(d.flat, d.flat))
+        return torch.stack(sums).view(len(self._blocks), -1).sum(0)
+
+    def _dense(self, gradient: Tensor | None, weight: _Weight) -> Tensor:
+        return self._zero.expand(weight.shape) if gradient is None or gradient.is_sparse else gradient
+
+    def _pieces(self, tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+        for weight, tensor in zip(self._weights, tensors, strict=True):
+            yield from _split(weight.in_order(tensor), self._limit)
+
+
+def _split(tensor: Tensor, limit: int) -> Iterable[Tensor]:
+    """Views of at most ``limit`` elements, cut at the same places for every tensor of this shape."""
+    if tensor.numel() <= limit:
+        return (tensor,)
+    rows = limit * tensor.shape[0] // tensor.numel()
+    if rows:
+        return tensor.split(rows)
+    return (piece for row in tensor.unbind() for piece in _split(row, limit))
+
+
+def _lay_out(shapes: list[torch.Size], scratch: Tensor) -> Iterator[list[_Row]]:
+    """The scratch's rows g, w, d with places for as many pieces as fit, in order; again until all had one."""
+    start = used = 0
+    for end in range(1, len(shapes) + 1):
+        used += shapes[end - 1].numel()
+        if end == len(shapes) or used + shapes[end].numel() > scratch.shape[1]:
+            yield [_row(row[:used], shapes[start:end]) for row in scratch]
+            start, used = end, 0
+
+
+def _row(flat: Tensor, shapes: list[torch.Size]) -> _Row:
+    parts = flat.split([shape.numel() for shape in shapes])
+    return _Row(flat, [part.view(shape) for part, shape in zip(parts, shapes, strict=True)])
 
 
 def _inner_products(g: Tensor, w: Tensor, *references: Tensor) -> Tensor:
@@ -290,52 +279,34 @@ def _inner_products(g: Tensor, w: Tensor, *references: Tensor) -> Tensor:
     return torch.stack(sums)
 
 
+def _stored_sums(weight: _Weight, gradient: Tensor) -> Tensor:
+    """The sums over the elements that a coalesced sparse gradient stores."""
+    positions, values = gradient.indices(), gradient.values()
+    rows = max(1, CPU_BLOCK * values.shape[0] // max(1, values.numel()))
+    terms = []
+    for position, value in zip(positions.split(rows, 1), values.split(rows), strict=True):
+        at = tuple(position)
+        terms.append(_inner_products(value, weight.w[at], *(star[at] for star in weight.references)))
+    return torch.stack(terms).sum(0)
+
+
 @cache
-def _fused() -> Callable[..., Tensor]:
+def _kernel() -> Callable[..., Tensor]:
     return torch.compile(_inner_products, dynamic=True, fullgraph=True)
 
 
-def _reference_columns(name: str) -> tuple[str, ...]:
-    if name == "final":
-        return OF_REFERENCE
-    return tuple(f"references/{name}/inner_products/{column}" for column in OF_REFERENCE)
-
-
-def _memory_order(tensor: Tensor) -> list[int] | None:
-    """The dimensions from the slowest in memory to the fastest; None if that is how they stand."""
-    order = sorted(range(tensor.dim()), key=lambda dimension: -int(tensor.stride(dimension)))
-    return None if order == list(range(tensor.dim())) else order
-
-
-def _by_memory(tensor: Tensor, order: list[int] | None) -> Tensor:
-    return tensor if order is None else tensor.permute(order)
-
-
-def _split(tensor: Tensor, limit: int) -> Iterable[Tensor]:
-    """Pieces of at most ``limit`` elements: views, and the same ones for every tensor of this shape."""
-    if tensor.numel() <= limit:
-        return (tensor,)
-    rows = limit * tensor.shape[0] // tensor.numel()
-    if rows:
-        return tensor.split(rows)
-    return (piece for row in tensor.unbind() for piece in _split(row, limit))
-
-
-def _lay_out(shapes: Sequence[torch.Size], scratch: Tensor) -> Iterator[_Block]:
-    """Places for pieces of these shapes, in order, block after block."""
-    start = 0
-    while start < len(shapes):
-        places, used = [], 0
-        while start < len(shapes) and used + shapes[start].numel() <= scratch.shape[1]:
-            size = shapes[start].numel()
-            places.append([row[used : used + size].view(shapes[start]) for row in scratch])
-            start, used = start + 1, used + size
-        g, w, d = ([place[row] for place in places] for row in range(3))
-        yield _Block((scratch[0, :used], scratch[1, :used], scratch[2, :used]), g, w, d)
-
-
-def _fill(places: list[Tensor], pieces: Iterator[Tensor]) -> None:
-    torch._foreach_copy_(places, list(islice(pieces, len(places))))
+def _build_kernel(weights: Iterable[_Weight], device: torch.device) -> None:
+    """Compile for gradients of the weights' dtype now, not within a training step."""
+    try:
+        for dtypes in {(weight.w.dtype, *(star.dtype for star in weight.references)) for weight in weights}:
+            w, *references = (torch.zeros(FUSED_MINIMUM, dtype=dtype, device=device) for dtype in dtypes)
+            with torch.no_grad():
+                _kernel()(torch.zeros_like(w), w, *references)
+    except Exception as error:
+        raise GeomprobeError(
+            f"torch.compile could not build the kernel of the inner products: {error}. "
+            "Install a C++ compiler (Triton on CUDA), or measure with compiled=False."
+        ) from error
 
 
 def _check_parameters(parameters: Sequence[Tensor]) -> None:
@@ -344,26 +315,41 @@ def _check_parameters(parameters: Sequence[Tensor]) -> None:
     for index, parameter in enumerate(parameters):
         if not parameter.is_floating_point() or parameter.layout is not torch.strided:
             raise UnsupportedTraining(
-                f"parameter {index} is {parameter.dtype}, {parameter.layout}: inner products are defined here "
-                "for dense real parameters. Hold it as real tensors (torch.view_as_real)."
+                f"parameter {index} is {parameter.dtype}, {parameter.layout}: only dense real parameters "
+                "are measured. Hold complex ones as real tensors (torch.view_as_real)."
             )
         if parameter.device != parameters[0].device:
             raise UnsupportedTraining(
-                f"parameter {index} is on {parameter.device}, parameter 0 on {parameters[0].device}: "
-                "one process measures one device. Train on a single device, or one process a device."
+                f"parameter {index} is on {parameter.device}, parameter 0 on {parameters[0].device}. "
+                "Train with all parameters of a process on one device."
             )
 
 
 def _check_reference(name: str, reference: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
-    if len(reference) != len(parameters):
-        raise UsageError(
-            f"reference {name!r} has {len(reference)} tensors for {len(parameters)} parameters. "
-            "Give one a parameter, in the same order."
-        )
-    for index, (point, parameter) in enumerate(zip(reference, parameters, strict=True)):
-        if point.shape != parameter.shape or point.device != parameter.device:
+    found, needed = ([f"{list(t.shape)} on {t.device}" for t in ts] for ts in (reference, parameters))
+    for index, (a, b) in enumerate(zip_longest(found, needed, fillvalue="missing")):
+        if a != b:
             raise UsageError(
-                f"reference {name!r}, tensor {index}, has shape {tuple(point.shape)} on {point.device}; "
-                f"the parameter has shape {tuple(parameter.shape)} on {parameter.device}. "
-                "Load the reference for this model, onto its device."
+                f"reference {name!r} does not match the parameters: tensor {index} is {a}, parameter {index} "
+                f"is {b}. Load a reference of this model, onto its device."
+            )
+
+
+def _check_gradients(weights: Sequence[_Weight], gradients: Sequence[Tensor | None]) -> None:
+    if len(gradients) != len(weights):
+        raise UnsupportedTraining(
+            f"{len(gradients)} gradients for {len(weights)} parameters. Give each one or None."
+        )
+    for weight, gradient in zip(weights, gradients, strict=True):
+        if weight.w.shape != weight.shape:
+            raise UnsupportedTraining(
+                f"parameter {weight.index} changed its shape from {list(weight.shape)} to "
+                f"{list(weight.w.shape)}: its distance to a reference is undefined. Keep the shapes fixed."
+            )
+        if gradient is None:
+            continue
+        if gradient.shape != weight.shape or gradient.layout not in (torch.strided, torch.sparse_coo):
+            raise UnsupportedTraining(
+                f"the gradient of parameter {weight.index} is {gradient.layout} {list(gradient.shape)}, the "
+                f"parameter {list(weight.shape)}. Give a dense or sparse COO gradient of its shape."
             )
