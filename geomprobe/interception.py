@@ -28,6 +28,7 @@ class Listener(Protocol):
     def gradients_dropped(self) -> None: ...
     def loader_iterated(self, loader: DataLoader[Any]) -> None: ...
     def optimizer_stepping(self, optimizer: Optimizer) -> None: ...
+    def module_entered(self, module: nn.Module, inputs: Any) -> bool: ...
 
 
 @contextlib.contextmanager
@@ -47,6 +48,8 @@ def listening(listener: Listener) -> Iterator[None]:
             stack.callback(setattr, owner, name, original)
         hook = register_optimizer_step_pre_hook(lambda optimizer, *_: listener.optimizer_stepping(optimizer))
         stack.callback(hook.remove)
+        modules = _OutermostModules(listener.module_entered)
+        stack.callback(modules.stop)
         yield
 
 
@@ -101,14 +104,14 @@ def _iterate(original: Callable[..., Any], listener: Listener) -> Callable[..., 
     return iterate
 
 
-class OutermostModules:
-    """Reports each call of a module that is not made inside another module's call, until it is stopped.
+class _OutermostModules:
+    """Reports each call of a module that is not made inside another module's call.
 
     Args:
-        report: called with the module and its positional inputs.
+        report: called with the module and its positional inputs; False ends the watch.
     """
 
-    def __init__(self, report: Callable[[nn.Module, Any], None]) -> None:
+    def __init__(self, report: Callable[[nn.Module, Any], bool]) -> None:
         self._report = report
         self._depth = 0
         self._hooks = [
@@ -122,8 +125,9 @@ class OutermostModules:
             self._hooks.pop().remove()
 
     def _enter(self, module: nn.Module, inputs: Any) -> None:
-        if self._depth == 0 and torch.is_grad_enabled():  # evaluation is not part of a step
-            self._report(module, inputs)
+        evaluating = not torch.is_grad_enabled()  # which is not part of a step
+        if self._depth == 0 and not evaluating and not self._report(module, inputs):
+            self.stop()
         self._depth += 1
 
     def _leave(self, *_: Any) -> None:

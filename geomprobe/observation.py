@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,9 +11,8 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from geomprobe.determinism import flags
-from geomprobe.errors import GeomprobeError, UnsupportedTraining, UsageError
+from geomprobe.errors import UnsupportedTraining, UsageError
 from geomprobe.evidence import Evidence
-from geomprobe.interception import OutermostModules
 from geomprobe.probe import Probe
 from geomprobe.trace.schema import GROUP_COLUMNS, group_column
 
@@ -31,8 +31,8 @@ class Observation:
         self.manifest = manifest
         self.evidence = Evidence()
         self.probe: Probe | None = None
-        self.failure: GeomprobeError | None = None
-        self._modules = OutermostModules(self._module_entered)
+        self.failure: BaseException | None = None
+        self._updates = 0  # begun, whether or not the optimizer finished them
         self._called: dict[int, nn.Module] = {}
         self._iterated: dict[
             int, tuple[Any, int]
@@ -50,7 +50,6 @@ class Observation:
                 f"{_described(probe.optimizer)}. One run measures one optimizer; record them as two runs."
             )
         self.probe = probe
-        self._modules.stop()
         self.evidence.bind(probe)
 
     def begin(self) -> None:
@@ -74,12 +73,15 @@ class Observation:
         loss.backward(**options)
 
     def before_update(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
-        self._stop_if_failed()
         assert self.probe is not None
-        if self.probe.step == 0:
-            self._complete_manifest()
-            self.open()
-        self.measure(gradients, grad_scale)
+        with self._lasting():
+            self._require_whole_updates()
+            self.probe.require_same_parameters()
+            if self._updates == 0:
+                self._complete_manifest()
+                self.open()
+            self.measure(gradients, grad_scale)
+            self._updates += 1
 
     def after_update(self) -> None:
         """The optimizer has moved the weights."""
@@ -108,10 +110,19 @@ class Observation:
         self._iterated[id(data)] = data, self._iterated.get(id(data), (data, 0))[1] + 1
 
     def optimizer_stepping(self, optimizer: Optimizer) -> None:
-        if self.probe is None:
-            self._attach_to(optimizer)
-        elif optimizer is not self.probe.optimizer:
-            self._meet_another(optimizer)
+        with self._lasting():
+            if self.probe is None:
+                self._attach_to(optimizer)
+            elif optimizer is not self.probe.optimizer:
+                self._meet_another(optimizer)
+
+    def module_entered(self, module: nn.Module, inputs: Any) -> bool:
+        """A module is called from outside any other; returns whether to be told of the next one."""
+        if self.probe is not None:
+            return False  # the probe's own hook on its model takes over
+        self._called[id(module)] = module
+        self.evidence.entered(inputs)
+        return True
 
     # What a pass adds
 
@@ -125,7 +136,6 @@ class Observation:
 
     def close(self) -> None:
         """The script has ended, in whatever way."""
-        self._modules.stop()
 
     # Shared by the passes
 
@@ -171,9 +181,23 @@ class Observation:
         if self.failure is not None:
             raise self.failure
 
-    def _module_entered(self, module: nn.Module, inputs: Any) -> None:
-        self._called[id(module)] = module
-        self.evidence.entered(inputs)
+    @contextlib.contextmanager
+    def _lasting(self) -> Iterator[None]:
+        """What is raised in here ends the pass, even where the script catches it and goes on."""
+        self._stop_if_failed()
+        try:
+            yield
+        except BaseException as error:
+            self.failure = error
+            raise
+
+    def _require_whole_updates(self) -> None:
+        if self.probe is not None and self._updates != self.probe.step:
+            name = type(self.probe.optimizer).__name__
+            raise UnsupportedTraining(
+                f"{name}.step raised in step {self.probe.step}, and the script went on. What that step did to the "
+                "weights is not known, so no later one can be measured. Mend what raised, or let it end the script."
+            )
 
     def _attach_to(self, optimizer: Optimizer) -> None:
         wanted = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -190,13 +214,12 @@ class Observation:
             own |= {id(p) for p in self.probe.model.parameters()}
         if explicit and not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
             return  # it trains something else, beside what the script asked to measure
-        self.failure = UnsupportedTraining(
+        raise UnsupportedTraining(
             f"Two optimizers step in this run: {_described(self.probe.optimizer)} and {_described(optimizer)} "
             f"(at step {self.probe.step}). A trace is of one optimizer's path. Put all parameters into one "
             "optimizer's groups, or, where the second trains another model, call geomprobe.attach(model, "
             "optimizer) on the one to measure."
         )
-        raise self.failure
 
     def _complete_manifest(self) -> None:
         assert self.probe is not None
