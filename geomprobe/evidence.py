@@ -39,6 +39,7 @@ class Evidence:
         self._probe: Probe | None = None
         self._host_digests = Digests(torch.device("cpu"))
         self._fetch_rng: dict[str, int] | None = None
+        self._batch_came = False
         self._fetched = 0
         self._inputs: list[Tensor] = []
         self._losses: list[Tensor] = []
@@ -66,9 +67,15 @@ class Evidence:
         }
 
     def fetching(self) -> None:
-        """The loader is about to be asked for a batch; the first time in a step counts."""
-        if self._fetch_rng is None:
+        """The loader is about to be asked for a batch; the first that comes in a step counts."""
+        if self._fetch_rng is None and torch.is_grad_enabled():  # evaluation is not part of the step
             self._fetch_rng = rng_digests()
+
+    def fetch_ended(self, came: bool) -> None:
+        """The loader has given a batch, or was at its end."""
+        self._batch_came |= came and torch.is_grad_enabled()
+        if not self._batch_came:
+            self._fetch_rng = None
 
     def fetched(self, batch: Any) -> None:
         """A batch has come from the loader."""
@@ -121,7 +128,7 @@ class Evidence:
         fetch, now = self._fetch_rng or {}, rng_digests()
         host = [streams.get(name, 0) for streams in (fetch, now) for name in self._streams]
         host += [self._fetched, host_digest(repr(plain).encode())]
-        self._fetch_rng, self._fetched = None, 0
+        self._fetch_rng, self._batch_came, self._fetched = None, False, 0
         self._inputs, self._losses = [], []
         return digests, host
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -24,9 +24,11 @@ SCALE = "_geomprobe_scale"  # on a scaled loss: (the loss, the scale)
 class Listener(Protocol):
     """What a pass does with what is seen."""
 
-    def loss_seen(self, loss: Tensor) -> None: ...
+    def backward_called(self, losses: Sequence[Tensor], run: Callable[[], None], plain: bool) -> None: ...
     def gradients_dropped(self) -> None: ...
     def loader_iterated(self, loader: DataLoader[Any]) -> None: ...
+    def fetching(self) -> None: ...
+    def fetch_ended(self, came: bool) -> None: ...
     def optimizer_stepping(self, optimizer: Optimizer) -> None: ...
     def module_entered(self, module: nn.Module, inputs: Any) -> bool: ...
 
@@ -35,6 +37,7 @@ class Listener(Protocol):
 def listening(listener: Listener) -> Iterator[None]:
     """Report to ``listener`` while inside."""
     from torch.amp.grad_scaler import GradScaler
+    from torch.utils.data.dataloader import _BaseDataLoaderIter
 
     with contextlib.ExitStack() as stack:
         for owner, name, wrap in (
@@ -42,6 +45,7 @@ def listening(listener: Listener) -> Iterator[None]:
             (GradScaler, "scale", _scale),
             (Optimizer, "zero_grad", _zero_grad),
             (DataLoader, "__iter__", _iterate),
+            (_BaseDataLoaderIter, "__next__", _next),
         ):
             original = getattr(owner, name)
             setattr(owner, name, wrap(original, listener))
@@ -67,9 +71,8 @@ def _backward(original: Callable[..., None], listener: Listener) -> Callable[...
     @functools.wraps(original)
     def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
         losses = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-        for loss in losses:
-            listener.loss_seen(loss)
-        original(tensors, *args, **kwargs)
+        plain = all(option is None or option is False for option in (*args, *kwargs.values()))
+        listener.backward_called(losses, functools.partial(original, tensors, *args, **kwargs), plain)
 
     return backward
 
@@ -99,9 +102,25 @@ def _iterate(original: Callable[..., Any], listener: Listener) -> Callable[..., 
     @functools.wraps(original)
     def iterate(self: DataLoader[Any]) -> Any:
         listener.loader_iterated(self)
+        listener.fetching()  # making the iterator draws from the RNG already
         return original(self)
 
     return iterate
+
+
+def _next(original: Callable[..., Any], listener: Listener) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def next_batch(self: Any) -> Any:
+        listener.fetching()
+        came = False
+        try:
+            batch = original(self)
+            came = True
+        finally:
+            listener.fetch_ended(came)
+        return batch
+
+    return next_batch
 
 
 class _OutermostModules:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from geomprobe.errors import UnsupportedTraining, UsageError
 from geomprobe.evidence import Evidence
 from geomprobe.probe import Probe
 from geomprobe.trace.schema import GROUP_COLUMNS, group_column
+
+Closure = Callable[[], Tensor]
 
 
 class Observation:
@@ -40,6 +43,7 @@ class Observation:
         self._loader: DataLoader[Any] | None = None
         self._train_set: tuple[int, int] | None = None
         self._names_its_losses = False
+        self._in_backward = False
 
     # Events of the probe
 
@@ -59,18 +63,23 @@ class Observation:
         self._stop_if_failed()
         self.evidence.fetching()
 
+    def fetch_ended(self, came: bool) -> None:
+        self.evidence.fetch_ended(came)
+
     def fetched(self, batch: Any) -> None:
         self.evidence.fetched(batch)
 
     def entered(self, inputs: Any) -> None:
         self.evidence.entered(inputs)
 
-    def backward(self, loss: Tensor, *, closure: Any = None, **options: Any) -> None:
+    def backward(self, loss: Tensor, *, closure: Closure | None = None, **options: Any) -> None:
         if not self._names_its_losses:
             self._names_its_losses = True
-            self.evidence.gradients_dropped()
+            self.gradients_dropped()
         self._note_loss(loss)
-        loss.backward(**options)
+        plain = all(option is None or option is False for option in options.values())
+        with self._ignoring_backward():
+            self.differentiate(loss, closure, functools.partial(loss.backward, **options), plain)
 
     def before_update(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
         assert self.probe is not None
@@ -97,9 +106,15 @@ class Observation:
 
     # What is seen around the probe
 
-    def loss_seen(self, loss: Tensor) -> None:
-        if not self._names_its_losses:
+    def backward_called(self, losses: Sequence[Tensor], run: Callable[[], None], plain: bool) -> None:
+        """``torch.autograd.backward`` is called by something other than the probe; ``run`` does it."""
+        if self._names_its_losses or self._in_backward:
+            run()
+            return
+        for loss in losses:
             self._note_loss(loss)
+        with self._ignoring_backward():
+            self.differentiate(losses[0], None, run, plain and len(losses) == 1)
 
     def gradients_dropped(self) -> None:
         self.evidence.gradients_dropped()
@@ -129,6 +144,12 @@ class Observation:
     def open(self) -> None:
         """The first update is about to happen, and the manifest is complete."""
         raise NotImplementedError
+
+    def differentiate(
+        self, loss: Tensor, closure: Closure | None, run: Callable[[], None], plain: bool
+    ) -> None:
+        """Run the backward pass of a loss; a pass may do it in its own way, to the same bits."""
+        run()
 
     def measure(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
         """An update is about to happen."""
@@ -172,9 +193,17 @@ class Observation:
         groups = enumerate(self.probe.optimizer.param_groups)
         return [(i, c.name, group[c.name]) for i, group in groups for c in GROUP_COLUMNS if c.name in group]
 
+    @contextlib.contextmanager
+    def _ignoring_backward(self) -> Iterator[None]:
+        before, self._in_backward = self._in_backward, True
+        try:
+            yield
+        finally:
+            self._in_backward = before
+
     def _note_loss(self, loss: Tensor) -> None:
         if self.probe is not None and all(p.grad is None for p in self.probe.parameters.values()):
-            self.evidence.gradients_dropped()  # a step that was skipped left losses, but no gradients
+            self.gradients_dropped()  # a step that was skipped left losses, but no gradients
         self.evidence.loss_seen(loss)
 
     def _stop_if_failed(self) -> None:

@@ -24,9 +24,10 @@ from geomprobe.determinism import (
 )
 from geomprobe.errors import EnvironmentMismatch, RunError, UsageError
 from geomprobe.interception import listening
+from geomprobe.measuring import Measure
 from geomprobe.probe import observe, observing
 from geomprobe.recording import Recording
-from geomprobe.replaying import Measure, Replaying
+from geomprobe.replaying import Replaying
 from geomprobe.run import Run
 from geomprobe.trace.reader import Trace, open_trace
 from geomprobe.trace.record import Record, open_record
@@ -80,13 +81,13 @@ def record(
     target = Run(run)
     seed = draw_seed() if seed is None else seed
     script = _function_script(train) if script is None else script
-    with target.recording(force), _running(seed, strict):
+    with _running(seed, strict), target.recording(force):
         manifest = start_manifest(seed=seed, strict=strict, script=script)
         recording = Recording(target, manifest, reference_steps)
         with _observed(recording):
             train()
-        manifest["sources"] = _sources(script)
-        recording.complete()
+            manifest["sources"] = _sources(script)
+            recording.complete()
     return open_record(target.path)
 
 
@@ -95,6 +96,7 @@ def replay(
     run: RunPath,
     *,
     every: int = 1,
+    curvature_every: int | None = None,
     per_parameter: bool = False,
     compiled: bool = False,
     uncertified: bool = False,
@@ -107,6 +109,8 @@ def replay(
         train: the function that was recorded.
         run: the run folder.
         every: measure each N-th step; every step is compared.
+        curvature_every: take Hg at each N-th step, of those that are measured; 0 for never. None means at
+            each one where Hg has an exact route, and to leave it out, and say so, where it has none.
         per_parameter: keep the inner products of each parameter tensor too.
         compiled: compile the inner products (seconds at the start, faster steps).
         uncertified: go on where the replay differs, marking every later row.
@@ -125,18 +129,26 @@ def replay(
         raise UsageError(f"every={every}: measure each N-th step with N at least 1")
     target = Run(run)
     script = _function_script(train) if script is None else script
-    measure = Measure(every, per_parameter, compiled, uncertified)
-    with contextlib.closing(finished_record(target)) as recorded, target.replaying(force):
+    if curvature_every is not None and curvature_every < 0:
+        raise UsageError(f"curvature_every={curvature_every}: take Hg at each N-th step, or 0 for never")
+    measure = Measure(
+        every=every,
+        curvature_every=1 if curvature_every is None else curvature_every,
+        curvature_required=curvature_every is not None,
+        per_parameter=per_parameter,
+        compiled=compiled,
+    )
+    with contextlib.closing(finished_record(target)) as recorded:
         seed, strict = recorded.manifest["seed"], recorded.manifest["strict"]
         with _running(seed, strict):
             manifest = start_manifest(seed=seed, strict=strict, script=script)
             if not uncertified:
                 _require_same_start(recorded, manifest, target.path)
             manifest["sources"] = recorded.manifest.get("sources", {})
-            replaying = Replaying(target, recorded, manifest, measure)
-            with _observed(replaying):
+            replaying = Replaying(target, recorded, manifest, measure, uncertified)
+            with target.replaying(force), _observed(replaying):
                 train()
-            replaying.complete()
+                replaying.complete()
     return open_trace(target.path)
 
 
@@ -196,6 +208,8 @@ def finished_record(run: Run) -> Record:
 def _running(seed: int, strict: bool) -> Iterator[None]:
     if observing() is not None:
         raise UsageError("A pass is running in this process already; a pass cannot run inside another.")
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"seed {seed} is outside 0 .. {2**32 - 1}, the range that NumPy accepts.")
     with untouched_rng(), strict_mode(strict):
         seed_everything(seed)
         yield
@@ -207,9 +221,11 @@ def _observed(current: Recording | Replaying) -> Iterator[None]:
     try:
         with listening(current):
             yield
-    except Exception:
+    except Exception as error:
         current.fail()
-        raise
+        if current.failure in (None, error):
+            raise
+        raise current.failure from error  # the script failed because the pass had stopped, or differed
     except BaseException:  # interrupted: what is written stays as an unfinished pass
         current.close()
         raise

@@ -26,6 +26,7 @@ class Observer(Protocol):
     def attached(self, probe: Probe) -> None: ...
     def begin(self) -> None: ...
     def fetching(self) -> None: ...
+    def fetch_ended(self, came: bool) -> None: ...
     def fetched(self, batch: Any) -> None: ...
     def entered(self, inputs: Any) -> None: ...
     def backward(self, loss: Tensor, **options: Any) -> None: ...
@@ -205,7 +206,9 @@ class Probe:
                 try:
                     batch = next(iterator)
                 except StopIteration:
+                    self._observer.fetch_ended(False)
                     break
+                self._observer.fetch_ended(True)
                 self._observer.fetched(batch)
                 yield batch
                 advance()
@@ -289,7 +292,6 @@ class Probe:
     def _measure(self) -> None:
         self._measured = True
         if not self._overflowed():
-            self._require_same_parameters()
             gradients = [parameter.grad for parameter in self.parameters.values()]
             self._observer.before_update(gradients, getattr(self.optimizer, "grad_scale", None))
 
@@ -304,7 +306,12 @@ class Probe:
         found = getattr(self.optimizer, "found_inf", None)
         return found is not None and bool(found.item())
 
-    def _require_same_parameters(self) -> None:
+    def require_same_parameters(self) -> None:
+        """Hold the optimizer's parameters to those that it had when the probe was attached.
+
+        Raises:
+            UnsupportedTraining: parameters were added, removed or resized.
+        """
         sizes = [len(group["params"]) for group in self.optimizer.param_groups]
         shapes = [tuple(p.shape) for p in self.parameters.values()]
         if sizes == self._group_sizes and shapes == self._shapes:

@@ -19,7 +19,7 @@ from geomprobe.run import Run
 from geomprobe.tensors import to_numpy
 from geomprobe.trace.schema import FINAL, FINGERPRINTS, RECORD_SCHEMA, STEPS
 from geomprobe.trace.seal import seal_record, write_reference
-from geomprobe.trace.writer import PartWriter, Table
+from geomprobe.trace.writer import PartWriter, Table, WriteFailed
 
 REFERENCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -50,7 +50,8 @@ class Recording(Observation):
 
     def begin(self) -> None:
         assert self.probe is not None
-        checkpoint.save(self._run.checkpoints, self.probe)
+        with self._lasting():
+            checkpoint.save(self._run.checkpoints, self.probe)
 
     def open(self) -> None:
         assert self.probe is not None
@@ -90,15 +91,22 @@ class Recording(Observation):
                 f"probe.reference({name!r}): a reference's name is made of letters, digits, '.', '_' and '-', "
                 f"and {FINAL!r} is the final iterate, which is always kept. Choose another name."
             )
-        self._take(name)
+        with self._lasting():
+            self._take(name)
 
     def complete(self) -> None:
         """The script has ended well: keep ``w_T`` and seal the record.
 
         Raises:
             UnsupportedTraining: no optimizer stepped, or something moved the weights after the last step.
+            Exception: what stopped the pass earlier, where the script caught it and went on.
         """
-        self._stop_if_failed()
+        with self._lasting():
+            self._require_whole_updates()
+            self._keep_final()
+            self._seal("complete")
+
+    def _keep_final(self) -> None:
         if self.steps == 0:
             raise UnsupportedTraining(
                 "No optimizer stepped, so there is no path to record. Does the script train when it is run this "
@@ -114,11 +122,10 @@ class Recording(Observation):
         missed = sorted(t for t in self._reference_steps if f"step-{t}" not in self._references)
         if missed:
             self.manifest["missed_reference_steps"] = missed
-        self._seal("complete")
 
     def fail(self) -> None:
         """The script has failed: seal what was recorded, without references, as ``failed``."""
-        if self._writer is None:
+        if self._writer is None or isinstance(self.failure, WriteFailed):
             self.close()
         else:
             self._seal("failed")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,13 +14,14 @@ from torch import Tensor
 from geomprobe.determinism import FIRST_STEP_SECTIONS, require_same
 from geomprobe.errors import EnvironmentMismatch, ReplayDiverged, RunError
 from geomprobe.evidence import Difference, first_difference
-from geomprobe.inner_products import InnerProducts
-from geomprobe.observation import Observation
+from geomprobe.measuring import Measure, Measurement
+from geomprobe.observation import Closure, Observation
+from geomprobe.probe import Probe
 from geomprobe.rows import Block, Rows
 from geomprobe.run import Run
 from geomprobe.tensors import from_numpy
 from geomprobe.trace.record import Record
-from geomprobe.trace.schema import FINAL, TRACE_SCHEMA, VALUES, parameter_column, product_column
+from geomprobe.trace.schema import FINAL, TRACE_SCHEMA, VALUES
 from geomprobe.trace.seal import seal_trace
 from geomprobe.trace.writer import PartWriter, Table
 
@@ -36,23 +36,6 @@ _LIKELY = {
 }
 
 
-@dataclass(frozen=True)
-class Measure:
-    """What a replay measures.
-
-    Attributes:
-        every: measure each N-th step; every step is compared all the same.
-        per_parameter: keep the inner products of each parameter tensor too.
-        compiled: compile the inner products, which pays off in long runs.
-        uncertified: go on past the first difference, marking every later row.
-    """
-
-    every: int = 1
-    per_parameter: bool = False
-    compiled: bool = False
-    uncertified: bool = False
-
-
 class Replaying(Observation):
     """Replays a recorded run, comparing and measuring.
 
@@ -61,15 +44,24 @@ class Replaying(Observation):
         record: its sealed record.
         manifest: what is known of the environment before the script runs.
         measure: what to measure.
+        uncertified: go on past the first difference, marking every later row.
 
     Raises:
         RunError: a reference holds a value that is not finite.
     """
 
-    def __init__(self, run: Run, record: Record, manifest: dict[str, Any], measure: Measure) -> None:
+    def __init__(
+        self,
+        run: Run,
+        record: Record,
+        manifest: dict[str, Any],
+        measure: Measure,
+        uncertified: bool = False,
+    ) -> None:
         super().__init__(manifest)
-        self._run, self._record, self._measure = run, record, measure
-        self.manifest["measure"] = {"every": measure.every, "per_parameter": measure.per_parameter}
+        self._run, self._record, self._measure, self._uncertified = run, record, measure, uncertified
+        self._measurement: Measurement | None = None
+        self.manifest["measure"] = measure.described()
         self._references = {name: _finite_reference(record, name) for name in record.references}
         self._compared = self._equal = 0
         self._first: tuple[int, Difference] | None = None
@@ -82,29 +74,39 @@ class Replaying(Observation):
         """Updates seen so far."""
         return 0 if self.probe is None else self.probe.step
 
+    def attached(self, probe: Probe) -> None:
+        super().attached(probe)
+        self._measurement = Measurement(probe, self._measure)
+
+    def entered(self, inputs: Any) -> None:
+        super().entered(inputs)
+        if self._measurement is not None:
+            self._measurement.entered()
+
+    def gradients_dropped(self) -> None:
+        super().gradients_dropped()
+        if self._measurement is not None:
+            self._measurement.dropped()
+
+    def differentiate(
+        self, loss: Tensor, closure: Closure | None, run: Callable[[], None], plain: bool
+    ) -> None:
+        if self._measurement is None:  # the script has no attach, and this is its first step
+            run()
+        else:
+            self._measurement.backward(loss, closure, run, plain)
+
     def open(self) -> None:
         assert self.probe is not None
-        if not self._measure.uncertified:
+        if not self._uncertified:
             require_same(self._record.manifest, self.manifest, FIRST_STEP_SECTIONS, self._run.path)
-        parameters = list(self.probe.parameters.values())
         self._to_device()
-        self._products = InnerProducts(
-            parameters,
-            {name: list(weights.values()) for name, weights in self._references.items()},
-            per_parameter=self._measure.per_parameter,
-            compiled=self._measure.compiled,
-        )
+        assert self._measurement is not None
+        self._measurement.open(self._references)
         host_groups, device_groups = self.group_columns()
-        products = [product_column(*_product(name)) for name in self._products.names]
-        if self._measure.per_parameter:
-            own = [n for n in self._products.names if "/" not in n]
-            products += [parameter_column(p, n) for p in self.probe.parameters for n in own]
-        device = ["steps/loss", *device_groups, *products]
+        device = ["steps/loss", *device_groups, *self._measurement.columns]
         columns = ["steps/epoch", *host_groups, *device]
-        columns += ["steps/same"] if self._measure.uncertified else []
-        self._unmeasured = torch.full(
-            (len(products),), torch.nan, dtype=torch.float64, device=self.evidence.device
-        )
+        columns += ["steps/same"] if self._uncertified else []
         layout = self.evidence.layout
         prints = len(layout["weights"]) + len(layout["optimizer"]) + 2 + len(layout["buffers"])
         self._rows = Rows(self.evidence.device, len(device), prints, self._compare_and_write)
@@ -121,15 +123,14 @@ class Replaying(Observation):
     def measure(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
         assert self.probe is not None
         assert self._rows is not None
+        assert self._measurement is not None
         step = self.probe.step
-        if step >= self._record.num_steps and not self._measure.uncertified:
+        if step >= self._record.num_steps and not self._uncertified:
             self._rows.flush()  # an earlier difference is the cause, and comes first
             self._stop_if_failed()
             self._diverge(step, Difference("length", "steps", ()))
             self._stop_if_failed()
-        products = self._unmeasured
-        if step % self._measure.every == 0:
-            products = self._flat(self._products.measure(gradients, grad_scale))
+        products = self._measurement.row(gradients, grad_scale)
         host_groups, device_groups = self.group_values()
         floats = torch.cat([self.evidence.loss.reshape(1), *device_groups, products])
         digests, host = self.evidence.take()
@@ -146,23 +147,27 @@ class Replaying(Observation):
 
         Raises:
             ReplayDiverged: the replay was not the same run.
+            Exception: what else stopped the pass, where the script caught it and went on.
         """
         self._flush()
+        if self.failure is None:
+            self._require_whole_updates()
         if self.failure is None and self._first is None and self.steps < self._record.num_steps:
             self._diverge(self.steps, Difference("length", "steps", ()))
         if self.failure is None and self._first is None and not self._final_equal:
             self._diverge(self.steps, Difference("weights", "final weights", ()))
         if self.failure is None or isinstance(self.failure, ReplayDiverged):
             self._seal()
-        self.close()
         self._stop_if_failed()
 
     def fail(self) -> None:
         """The script has failed: if the replay had diverged that is why, else the parts stay, incomplete."""
-        self._flush()
-        if isinstance(self.failure, ReplayDiverged):
-            self._seal()
-        self.close()
+        try:
+            self._flush()
+            if isinstance(self.failure, ReplayDiverged):
+                self._seal()
+        finally:
+            self.close()
 
     def close(self) -> None:
         super().close()
@@ -191,9 +196,12 @@ class Replaying(Observation):
         if self._writer is None:
             return
         self._writer.close()
+        self._writer = None
+        if self._measurement is not None:
+            self.manifest["measure"]["curvature"] = self._measurement.curvature_found()
         status = "complete"
         if self._first is not None:
-            status = "uncertified" if self._measure.uncertified else "diverged"
+            status = "uncertified" if self._uncertified else "diverged"
         seal_trace(
             [self._run.part("trace", 0)],
             self._run.trace,
@@ -228,21 +236,15 @@ class Replaying(Observation):
                 for name, p in parameters.items()
             }
 
-    def _flat(self, products: Tensor) -> Tensor:
-        if not self._measure.per_parameter:
-            return products
-        own = [i for i, name in enumerate(self._products.names) if "/" not in name]
-        return torch.cat([products[0], products[1:, own].reshape(-1)])
-
     def _compare_and_write(self, block: Block) -> None:
-        if self._first is not None and not self._measure.uncertified:
+        if self._first is not None and not self._uncertified:
             return
         assert self._writer is not None
         prints = self.evidence.assemble(block.integers, block.host_integers)
         values = np.hstack([block.host_floats, block.floats])
         equal = self._equal_rows(prints, len(values))
-        if self._measure.uncertified:
-            same = np.full((len(values), 1), float(self._first is None))
+        if self._uncertified:
+            same = np.ones((len(values), 1))
             same[equal:] = 0.0
             self._writer.append({VALUES: np.hstack([values, same])})
         elif equal:
@@ -274,7 +276,7 @@ class Replaying(Observation):
 
     def _diverge(self, step: int, difference: Difference) -> None:
         self._first = step, difference
-        if self._measure.uncertified:
+        if self._uncertified:
             return
         self.failure = ReplayDiverged(
             self._account(step, difference),
@@ -303,12 +305,6 @@ class Replaying(Observation):
         assert self.probe is not None
         final = self._references[FINAL]
         return all(_same_bits(p, final[name]) for name, p in self.probe.parameters.items())
-
-
-def _product(name: str) -> tuple[str, str]:
-    """``g.d`` or ``references/best/inner_products/g.d`` as product and reference."""
-    *path, product = name.split("/")
-    return product, path[1] if path else FINAL
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

@@ -53,22 +53,26 @@ class Rows:
         self._host: list[tuple[list[float], list[int]]] = []
         self._copying: tuple[Tensor, Tensor, Any, list[tuple[list[float], list[int]]]] | None = None
         self._opened = time.monotonic()
+        self._whole = True
 
     def append(
         self, floats: Tensor, integers: Tensor, host_floats: list[float], host_integers: list[int]
     ) -> None:
         """Add a step's row; hands over a block when it is full or a second old."""
+        self._whole = False  # an error or Ctrl-C in here loses this row's place, and no later one may take it
         row = len(self._host)
         self._floats[row].copy_(floats, non_blocking=True)
         self._integers[row].copy_(integers, non_blocking=True)
         self._host.append((host_floats, host_integers))
         if len(self._host) == CAPACITY or time.monotonic() - self._opened > INTERVAL:
             self._rotate()
+        self._whole = True
 
     def flush(self) -> None:
-        """Hand over everything, waiting for the device where it must."""
-        self._rotate()
-        self._finish_copy()
+        """Hand over everything, waiting for the device where it must; nothing, once an `append` was cut off."""
+        if self._whole:
+            self._rotate()
+            self._finish_copy()
 
     def _allocate(self) -> tuple[Tensor, Tensor]:
         floats, integers = self._widths

@@ -14,6 +14,7 @@ from geomprobe.errors import RunError, UsageError
 from geomprobe.trace.schema import RECORD_FILE, STREAM_DIR, TRACE_FILE
 
 CHECKPOINTS_DIR = "checkpoints"
+LOCK = "lock"
 
 
 class Run:
@@ -51,8 +52,16 @@ class Run:
                 f"{self.path} is no run of geomprobe: --force will not empty it. Choose another."
             )
         with self._lock():
-            self._remove(self.record, self.trace, self.checkpoints, *self._parts())
-            yield
+            if not force and (self.record.exists() or self._parts()):  # another was faster
+                raise UsageError(
+                    f"{self.path} has just been recorded by another process. Choose another folder."
+                )
+            self._remove(self.trace, self.record, self.checkpoints, *self._left_over())
+            try:
+                yield
+            finally:
+                if not self.record.exists() and not self._parts():  # the script never took a step
+                    self._remove(self.checkpoints)
 
     @contextlib.contextmanager
     def replaying(self, force: bool) -> Iterator[None]:
@@ -62,14 +71,14 @@ class Run:
             UsageError: there is a trace already and ``force`` is not set.
             RunError: another process is writing there.
         """
-        earlier = [path for path in (self.trace, *self._parts()) if path.exists()]
+        earlier = [path for path in (self.trace, *self._parts("trace-")) if path.exists()]
         if earlier and not force:
             raise UsageError(
                 f"{earlier[0]} exists: nothing was replayed. `geomprobe inspect {self.path}` shows what is in "
                 "it; pass --force to replace it."
             )
         with self._lock():
-            self._remove(*earlier)
+            self._remove(self.trace, *self._left_over())
             yield
 
     def part(self, kind: str, first_step: int) -> Path:
@@ -85,10 +94,15 @@ class Run:
         self._remove(*self._parts())
 
     def _is_run(self) -> bool:
-        return any(path.exists() for path in (self.record, self.trace, self.stream))
+        own = [self.record, self.trace, self.stream / LOCK]
+        return any(path.exists() for path in own) or bool(self._parts("record-") + self._parts("trace-"))
 
-    def _parts(self) -> list[Path]:
-        return sorted(p for p in self.stream.glob("*") if p.name != "lock") if self.stream.is_dir() else []
+    def _parts(self, prefix: str = "") -> list[Path]:
+        return sorted(path for path in self.stream.glob(f"{prefix}*") if path.name != LOCK)
+
+    def _left_over(self) -> list[Path]:
+        """Parts, and files written aside, of a pass that was killed, even after it had sealed them."""
+        return [*self._parts(), *self.path.glob(".*.h5.new")]
 
     @staticmethod
     def _remove(*paths: Path) -> None:
@@ -100,24 +114,37 @@ class Run:
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
-        # The system drops the lock when its holder dies, however it dies, so a lock is never stale.
-        self.stream.mkdir(parents=True, exist_ok=True)
-        lock = self.stream / "lock"
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = self._acquire()
         try:
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            yield
+        finally:
+            (self.stream / LOCK).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # parts of an unfinished pass stay
+                self.stream.rmdir()
+            os.close(descriptor)
+
+    def _acquire(self) -> int:
+        # The system drops the lock when its holder dies, however it dies, so a lock is never stale.
+        while True:
+            try:
+                self.stream.mkdir(parents=True, exist_ok=True)
+                descriptor = os.open(self.stream / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            except OSError as error:
+                raise RunError(
+                    f"{self.path} cannot be written: {error.strerror}. Nothing was started; choose another folder, "
+                    "or mend this one."
+                ) from error
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 holder = os.read(descriptor, 200).decode(errors="replace").strip() or "unknown"
+                os.close(descriptor)
                 raise RunError(
                     f"{self.path} is being written by another process ({holder}). Wait for it to end, or choose "
                     "another run folder."
                 ) from error
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-            yield
-            lock.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # parts of an unfinished pass stay
-                self.stream.rmdir()
-        finally:
-            os.close(descriptor)
+            if os.fstat(descriptor).st_nlink:
+                return descriptor
+            os.close(descriptor)  # its last holder took it away just before we locked it

@@ -30,6 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--every", type=int, default=1, metavar="N", help="measure each N-th step (default: 1)"
     )
+    curvature = parser.add_mutually_exclusive_group()
+    curvature.add_argument(
+        "--curvature-every",
+        type=int,
+        metavar="N",
+        help="take Hg at each N-th step (default: at each measured one for which there is an exact route)",
+    )
+    curvature.add_argument(
+        "--no-curvature", dest="curvature_every", action="store_const", const=0, help="leave Hg out"
+    )
     parser.add_argument(
         "--per-parameter", action="store_true", help="keep the inner products of each parameter tensor too"
     )
@@ -59,6 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
         launch.runner(present),
         Path(arguments.folder).absolute(),
         every=arguments.every,
+        curvature_every=arguments.curvature_every,
         per_parameter=arguments.per_parameter,
         compiled=arguments.compile,
         uncertified=arguments.uncertified,
