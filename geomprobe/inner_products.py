@@ -153,9 +153,8 @@ class _Weight:
 
     def __init__(self, index: int, w: Tensor, references: Sequence[Tensor], compiled: bool) -> None:
         self.index, self.w, self.references, self.shape = index, w, references, w.shape
-        strides = w.stride()
-        order = sorted(range(w.dim()), key=lambda dimension: strides[dimension], reverse=True)
-        self._order = None if order == sorted(order) else order
+        order = w.dim_order()
+        self._order = None if order == tuple(range(w.dim())) else order
         flat = (self.in_order(tensor).is_contiguous() for tensor in (w, *references))
         self.fused = compiled and w.numel() >= FUSED_MINIMUM and all(flat)
 
@@ -346,9 +345,8 @@ def _check_gradients(weights: Sequence[_Weight], gradients: Sequence[Tensor | No
                 f"parameter {weight.index} changed its shape from {list(weight.shape)} to "
                 f"{list(weight.w.shape)}: its distance to a reference is undefined. Keep the shapes fixed."
             )
-        if gradient is None:
-            continue
-        if gradient.shape != weight.shape or gradient.layout not in (torch.strided, torch.sparse_coo):
+        dense_or_coo = gradient is None or gradient.layout in (torch.strided, torch.sparse_coo)
+        if gradient is not None and (gradient.shape != weight.shape or not dense_or_coo):
             raise UnsupportedTraining(
                 f"the gradient of parameter {weight.index} is {gradient.layout} {list(gradient.shape)}, the "
                 f"parameter {list(weight.shape)}. Give a dense or sparse COO gradient of its shape."

@@ -1,0 +1,138 @@
+"""What the inner products cost against reading w, w* and g once, and how exact they are.
+
+    python scripts/bench_inner_products.py --threads 2 --rounds 30
+
+The floor is ``torch.dot`` over as many bytes as w, w* and g have. Every way is timed once a round, one after
+the other, so that a busy machine slows them alike; the ratios are of the medians and of the minima. The
+errors are relative, against a float64 loop, for gradients with a cosine of 0.003 to w - w*.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torchvision
+from torch import Tensor
+
+from geomprobe.inner_products import InnerProducts
+
+COSINE = 0.003
+
+
+def points(model: str) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The model's initial weights, a reference 1 % away, and gradients with the wanted cosine."""
+    torch.manual_seed(0)
+    w = [parameter.detach() for parameter in torchvision.models.get_model(model).parameters()]
+    star = [x + 0.01 * torch.randn_like(x) for x in w]
+    noise = [1e-3 * torch.randn_like(x) for x in w]
+    d = [x - y for x, y in zip(w, star, strict=True)]
+    share = COSINE * (norm(noise) / norm(d))
+    return w, star, [x + share * y for x, y in zip(noise, d, strict=True)]
+
+
+def norm(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([tensor.norm() for tensor in tensors]).norm()
+
+
+def in_float64(w: Sequence[Tensor], star: Sequence[Tensor], g: Sequence[Tensor]) -> Tensor:
+    """The oracle: tensor by tensor, everything in float64."""
+    total = torch.zeros(6, dtype=torch.float64)
+    for x, y, z in zip(w, star, g, strict=True):
+        a, b = z.double(), x.double()
+        d = b - y.double()
+        total += torch.stack(
+            [(a * a).sum(), (b * a).sum(), (b * b).sum(), (a * d).sum(), (b * d).sum(), (d * d).sum()]
+        )
+    return total
+
+
+def naive(w: Sequence[Tensor], star: Sequence[Tensor], g: Sequence[Tensor]) -> tuple[Tensor, int]:
+    """Flatten, concatenate, float32 dots; and the bytes of the temporaries it makes."""
+    a, b, c = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (g, w, star))
+    d = b - c
+    sums = [a.dot(a), b.dot(a), b.dot(b), a.dot(d), b.dot(d), d.dot(d)]
+    return torch.stack([value.double() for value in sums]), 4 * d.nbytes
+
+
+def time_interleaved(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds, ``rounds`` of them a way, after two rounds that do not count."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds + 2):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: taken[2:] for name, taken in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="resnet18", help="a torchvision model (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=30, help="times each way is run (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads (default: %(default)s)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+
+    w, star, g = points(options.model)
+    size = sum(tensor.numel() for tensor in w)
+    x, y, z = torch.randn(3, size)
+    eager = InnerProducts(w, {"final": star})
+    rows = InnerProducts(w, {"final": star}, per_parameter=True)
+    start = time.perf_counter()
+    compiled = InnerProducts(w, {"final": star}, compiled=True)
+    compiling = time.perf_counter() - start
+
+    times = time_interleaved(
+        {
+            "floor: one read": lambda: (x.dot(y), z.dot(z)),
+            "eager": lambda: eager.measure(g),
+            "eager, per parameter": lambda: rows.measure(g),
+            "compiled": lambda: compiled.measure(g),
+            "naive": lambda: naive(w, star, g),
+        },
+        options.rounds,
+    )
+    naive_sums, naive_bytes = naive(w, star, g)
+    results = {
+        "eager": (eager.measure(g), eager.scratch_bytes),
+        "eager, per parameter": (rows.measure(g)[0], rows.scratch_bytes),
+        "compiled": (compiled.measure(g), compiled.scratch_bytes),
+        "naive": (naive_sums, naive_bytes),
+    }
+    print(
+        f"{options.model}: {size / 1e6:.1f} M parameters in {len(w)} tensors, {options.threads} threads, ",
+        end="",
+    )
+    print(f"torch {torch.__version__}; compiling took {compiling:.1f} s\n")
+    print_table(times, results, in_float64(w, star, g))
+
+
+def print_table(
+    times: dict[str, list[float]], results: dict[str, tuple[Tensor, int]], oracle: Tensor
+) -> None:
+    floor = times["floor: one read"]
+    print(
+        "| way | median ms | min ms | over the floor: medians | minima | error of g.d | worst of six | scratch MiB |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for name, taken in times.items():
+        median, least = statistics.median(taken), min(taken)
+        cells = [name, f"{median:.2f}", f"{least:.2f}"]
+        cells += [f"{median / statistics.median(floor):.2f}", f"{least / min(floor):.2f}"]
+        if name in results:
+            sums, scratch = results[name]
+            errors = ((sums - oracle) / oracle).abs()
+            cells += [f"{float(errors[3]):.0e}", f"{float(errors.max()):.0e}", f"{scratch / 2**20:.1f}"]
+        else:
+            cells += [""] * 3
+        print("| " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
