@@ -41,8 +41,9 @@ def written_aside(path: Path) -> Iterator[Any]:
             f"cannot create {aside}: {reason(error)}. Make room, or the folder, there"
         ) from error
     try:
-        with _closing(file, path):
+        with _abandoned_on_failure(file, path):
             yield file
+        file.close()
         _sync(aside)
         os.replace(aside, path)
     except BaseException:
@@ -52,10 +53,10 @@ def written_aside(path: Path) -> Iterator[Any]:
 
 
 @contextmanager
-def _closing(file: Any, path: Path) -> Iterator[None]:
+def _abandoned_on_failure(file: Any, path: Path) -> Iterator[None]:
     try:
         yield
-        file.close()
+        file.flush()
     except BaseException as error:
         abandon(file)
         if isinstance(error, (OSError, RuntimeError)) and not isinstance(error, WriteFailed):

@@ -14,10 +14,10 @@ class WriteFailed(RunError):
 
 
 def abandon(file: Any) -> None:
-    """Close an ``h5py.File`` that cannot be written any more, leaving its bytes on disk as they are.
+    """Close an ``h5py.File`` leaving its bytes on disk as they are.
 
-    HDF5 retries a failed write whenever it closes the file, and at exit that ends in a segmentation
-    fault. Pointed at the null device, its descriptor accepts everything, so the library lets go.
+    HDF5 writes when it closes a file, and writes again what failed before; where that fails too, the process
+    crashes. Pointed at the null device, the file's descriptor accepts everything, so the library lets go.
     """
     if not file:
         return

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from geomprobe.errors import RunError
 from geomprobe.trace.writer import Table
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 20.0
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _CHILD = (

@@ -44,6 +44,8 @@ def write_reference(path: Path, arrays: Mapping[str, tuple[NDArray[Any], str]]) 
             dataset.attrs["torch_dtype"] = dtype
             if array.ndim == 0:
                 dataset.attrs["scalar"] = True
+            # Here a full disk is an error; in the dataset's own clean-up it would be a crash.
+            dataset.flush()
 
 
 def chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ attribute ``tables`` (JSON) lists names, columns and dtypes.
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,9 @@ class PartWriter:
                 check_raw(column)
         layout = {table.name: {"columns": table.columns, "dtype": table.dtype} for table in tables}
         self._file = self._create()
+        # Called by `close`, and at exit. Every committed row is in the file already, and HDF5's own close would write
+        # once more, which on a full disk ends in a crash.
+        self._release = weakref.finalize(self, abandon, self._file)
         try:
             own = {"schema": schema, "schema_version": SCHEMA_VERSION, "first_step": first_step}
             self._file.attrs.update({**attributes, **own, "tables": json.dumps(layout)})
@@ -140,13 +144,8 @@ class PartWriter:
         self.rows = stop
 
     def close(self) -> None:
-        """Close the file; safe to call twice and after a failure. Committed rows need no close to be read."""
-        if not self._file:
-            return
-        try:
-            self._file.close()
-        except (OSError, RuntimeError):
-            abandon(self._file)
+        """Let go of the file without another write; safe to call twice, after a failure, and on a full disk."""
+        self._release()
 
     def __enter__(self) -> PartWriter:
         return self
@@ -196,7 +195,7 @@ class PartWriter:
         return counts.pop() if counts else 0
 
     def _broken(self, error: Exception) -> WriteFailed:
-        abandon(self._file)
+        self._release()
         self._failure = WriteFailed(
             f"cannot write {self.path}: {reason(error)}. The first {self.rows} rows are safe and stay "
             "readable. Free space on that disk (or raise the quota) and run the pass again"
