@@ -120,6 +120,13 @@ def test_a_step_without_any_gradient_is_counted():
     assert optimizer.skipped_steps.item() == 1
 
 
+def test_a_group_may_be_empty():
+    p = with_gradient([1.0], [2.0])
+    optimizer = CLR([{"params": []}, {"params": [p]}])
+    optimizer.step(loss=torch.tensor(2.0))
+    assert p.item() == 0.0
+
+
 def test_a_closure_is_called_with_gradients_enabled_and_its_loss_returned():
     cone = ConvexCone(2.0, start=[3.0, 4.0])
     optimizer = CLR(cone.parameters())
@@ -185,13 +192,28 @@ def test_sharded_gradients_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_gradients_are_summed_in_float64(dtype):
+def test_half_precision_gradients_are_summed_in_float32(dtype):
     p = parameter(*[0.0] * 1000, dtype=dtype)
     p.grad = torch.full_like(p, 100.0)  # the square of the norm, 1e7, is beyond float16
     optimizer = CLR([p, parameter(1.0)])
     optimizer.step(loss=torch.tensor(1e5))
-    assert optimizer.param_groups[0]["lr"].item() == pytest.approx(1e-2, rel=1e-12)
+    assert optimizer.param_groups[0]["lr"].item() == pytest.approx(1e-2, rel=1e-6)
     assert torch.equal(p.detach(), torch.full_like(p, -1.0))
+
+
+def test_large_tensors_are_summed_to_float32_rounding_and_updated_in_batches():
+    torch.manual_seed(0)
+    shapes = [(700, 999), (3,), (3000, 1001), (2, 5)]
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    parameters[2].data = parameters[2].data.t()
+    for p in parameters:
+        p.grad = torch.randn(p.shape) + 0.5
+    optimizer = CLR(parameters)
+    square = sum(p.grad.double().square().sum().item() for p in parameters)
+    optimizer.step(loss=torch.tensor(2.0 * square))
+    assert optimizer.param_groups[0]["lr"].item() == pytest.approx(2.0, rel=1e-6)
+    for p in parameters:
+        torch.testing.assert_close(p.detach(), -2.0 * p.grad)
 
 
 def make_run():
@@ -285,7 +307,7 @@ def test_a_step_on_a_gpu_never_waits_for_the_host():
         torch.cuda.set_sync_debug_mode("default")
     square = sum(p.grad.double().square().sum() for p in model.parameters())
     rate = min((loss.double() / square).item(), 10.0)
-    assert optimizer.param_groups[0]["lr"].item() == pytest.approx(rate, rel=1e-10)
+    assert optimizer.param_groups[0]["lr"].item() == pytest.approx(rate, rel=1e-5)
     for old, new in zip(before, model.parameters(), strict=True):
         torch.testing.assert_close(
             new.double(), old.double() - rate * new.grad.double(), rtol=1e-2, atol=1e-5
