@@ -183,7 +183,10 @@ class Observation:
         return names[0], names[1]
 
     def group_values(self) -> tuple[list[float], list[Tensor]]:
-        """lr, weight decay and momentum of each parameter group; a tensor on a device stays there."""
+        """lr, weight decay and momentum of each parameter group; a tensor on a device stays there.
+
+        Read after the update: an optimizer that finds its own rate, such as CLR, knows it only then.
+        """
         entries = self._group_entries()
         on_device = [value.detach().double().reshape(1) for _, _, value in entries if _on_device(value)]
         return [float(value) for _, _, value in entries if not _on_device(value)], on_device

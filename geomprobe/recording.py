@@ -65,18 +65,17 @@ class Recording(Observation):
 
     def measure(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
         assert self.probe is not None
-        assert self._rows is not None
         if self.probe.step in self._reference_steps:
             self._take(f"step-{self.probe.step}")
-        rate = self.probe.optimizer.param_groups[0].get("lr", float("nan"))
-        loss = self.evidence.loss
-        floats = torch.stack(
-            [loss, torch.as_tensor(rate, dtype=loss.dtype).to(loss.device, non_blocking=True)]
-        )
-        digests, host = self.evidence.take()
-        self._rows.append(floats, digests, [self.epoch], host)
+        self._row = self.evidence.loss, self.epoch, *self.evidence.take()
 
     def after_update(self) -> None:
+        assert self.probe is not None
+        assert self._rows is not None
+        loss, epoch, digests, host = self._row
+        rate = self.probe.optimizer.param_groups[0].get("lr", float("nan"))
+        rate = torch.as_tensor(rate, dtype=loss.dtype).to(loss.device, non_blocking=True)
+        self._rows.append(torch.stack([loss, rate]), digests, [epoch], host)
         self._final = None
         self._marks = self._versions()
 

@@ -131,13 +131,14 @@ class Replaying(Observation):
             self._diverge(step, Difference("length", "steps", ()))
             self._stop_if_failed()
         products = self._measurement.row(gradients, grad_scale)
-        host_groups, device_groups = self.group_values()
-        floats = torch.cat([self.evidence.loss.reshape(1), *device_groups, products])
-        digests, host = self.evidence.take()
-        self._rows.append(floats, digests, [self.epoch, *host_groups], host)
-        self._stop_if_failed()
+        self._row = self.evidence.loss.reshape(1), products, self.epoch, *self.evidence.take()
 
     def after_update(self) -> None:
+        assert self._rows is not None
+        loss, products, epoch, digests, host = self._row
+        host_groups, device_groups = self.group_values()
+        self._rows.append(torch.cat([loss, *device_groups, products]), digests, [epoch, *host_groups], host)
+        self._stop_if_failed()
         # The script may load other weights when training is over: only now are they the final iterate.
         if self.steps == self._record.num_steps:
             self._final_equal = self._weights_equal_final()
