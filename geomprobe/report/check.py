@@ -117,4 +117,5 @@ def worst_of(name: str, checks: list[Check]) -> Check:
     failed = [check for check in done if check.outcome == FAIL]
     worst = max(failed or done, key=lambda check: check.excess)
     rows = sum(check.rows for check in done)
-    return Check(name, worst.outcome, rows, worst.worst, worst.tolerance, worst.row, worst.name)
+    note = worst.name if worst.excess else ""
+    return Check(name, worst.outcome, rows, worst.worst, worst.tolerance, worst.row, note)

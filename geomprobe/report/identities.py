@@ -83,6 +83,28 @@ def relative(stored: Array, expected: Array) -> Array:
     return np.where(stored == expected, 0.0, np.where(np.isnan(deviation), np.inf, deviation))
 
 
+def check_identities(c: Columns, p: Precision) -> list[Check]:
+    """Every check that holds for any optimizer, in the order of a report.
+
+    Raises:
+        RunError: a column of the trace is damaged.
+    """
+    return [
+        _check_step(c),
+        _check_present(c),
+        _check_products(c),
+        _check_cosine(c),
+        _check_lolr(c),
+        _check_clr(c),
+        _check_bound(c, p),
+        _check_distance(c, p),
+        _check_cauchy_schwarz(c, p),
+        _check_reference_norm(c, p),
+        _check_final(c),
+        _check_parameters(c, p),
+    ]
+
+
 def _derived(name: str, stored: Array, expected: Array) -> Check:
     rows = np.isfinite(stored) | np.isfinite(expected)
     return compare(name, relative(stored, expected), DERIVED, rows)
@@ -93,7 +115,7 @@ def _follows(name: str, stored: Array, expected: Array) -> Check:
     return compare(name, relative(stored, expected), DERIVED, np.isfinite(expected))
 
 
-def check_step(c: Columns) -> Check:
+def _check_step(c: Columns) -> Check:
     """``step`` counts 0, 1, 2, ... without a gap; in an unfinished trace, whose parts may not join yet, it rises."""
     stored = c["steps/step"]
     everywhere = np.ones(len(stored), bool)
@@ -103,7 +125,7 @@ def check_step(c: Columns) -> Check:
     return compare("step = 0, 1, ..., T-1", stored - np.arange(len(stored)), 0.0, everywhere)
 
 
-def check_present(c: Columns) -> Check:
+def _check_present(c: Columns) -> Check:
     """Each row that should be measured is there; only weights or a gradient that overflowed excuse a NaN."""
     finite = {name: np.isfinite(c[f"inner_products/{name}"]) for name in WEIGHTS + GRADIENT}
     weights, gradient = finite["w.w"], finite["w.w"] & finite["g.g"]
@@ -124,19 +146,19 @@ def not_finite(c: Columns) -> int:
     return int((c.measured & ~rows).sum())
 
 
-def check_cosine(c: Columns) -> Check:
+def _check_cosine(c: Columns) -> Check:
     """``cosine = rsi / eb`` (NWT section 3)."""
     with np.errstate(all="ignore"):
         return _follows("cosine = rsi / eb", c["steps/cosine"], c["steps/rsi"] / c["steps/eb"])
 
 
-def check_lolr(c: Columns) -> Check:
+def _check_lolr(c: Columns) -> Check:
     """``lolr = rsi / eb^2`` (NWT eq. 5)."""
     with np.errstate(all="ignore"):
         return _follows("lolr = rsi / eb^2", c["steps/lolr"], c["steps/rsi"] / c["steps/eb"] ** 2)
 
 
-def check_clr(c: Columns) -> Check:
+def _check_clr(c: Columns) -> Check:
     """``clr = loss / grad_norm^2`` (CG eq. 3)."""
     name = "clr = loss / grad_norm^2"
     if np.isnan(c["steps/loss"]).all():
@@ -145,14 +167,14 @@ def check_clr(c: Columns) -> Check:
         return _follows(name, c["steps/clr"], c["steps/loss"] / c["steps/grad_norm"] ** 2)
 
 
-def check_bound(c: Columns, p: Precision) -> Check:
+def _check_bound(c: Columns, p: Precision) -> Check:
     """``|cosine| <= 1``, up to the errors of ``G.d`` (``sums``) and of both norms (``sums / 2`` each)."""
     cosine = c["steps/cosine"]
     over = np.maximum(np.abs(cosine) - 1, 0)
     return compare("|cosine| <= 1", over, 2 * p.sums, np.isfinite(cosine))
 
 
-def check_distance(c: Columns, p: Precision) -> Check:
+def _check_distance(c: Columns, p: Precision) -> Check:
     """``distance > 0`` before T, unless the weights stand still to the end for a reason that shows.
 
     They may: a step whose learning rate is 0, whose gradient is 0, or that is too short to survive
@@ -168,7 +190,7 @@ def check_distance(c: Columns, p: Precision) -> Check:
     return compare("distance > 0 before T", np.where(broken, np.inf, 0.0), 0.0, rows, note)
 
 
-def check_products(c: Columns) -> Check:
+def _check_products(c: Columns) -> Check:
     """Every derived column is what ``/inner_products`` (and loss, lr) give."""
     checks = []
     for reference in c.trace.references:
@@ -188,7 +210,7 @@ def _parameter_product(c: Columns, parameter: str, name: str) -> Array:
     return c[parameter_column(parameter, name)]
 
 
-def check_cauchy_schwarz(c: Columns, p: Precision) -> Check:
+def _check_cauchy_schwarz(c: Columns, p: Precision) -> Check:
     """``|a.b| <= ||a|| ||b||`` for every pair of vectors measured, by reference and by parameter."""
     checks = []
     for reference in c.trace.references:
@@ -210,7 +232,7 @@ def _cauchy_schwarz(p: Precision, where: str, find: Callable[[str], Array], pair
     return compare(f"{pair} of {where}", over, 2 * p.sums, np.isfinite(product) & np.isfinite(squares))
 
 
-def check_reference_norm(c: Columns, p: Precision) -> Check:
+def _check_reference_norm(c: Columns, p: Precision) -> Check:
     """``||w - d||^2 = w.w - 2 w.d + d.d`` is ``||w*||^2``: the same number at every step.
 
     Its error in a row is ``sums (||w|| + ||d||)^2``; each row is held against the most exact one.
@@ -231,7 +253,7 @@ def _constant(c: Columns, p: Precision, reference: str) -> Check:
     return compare(reference, (value - value[best]) / scale, p.sums * (1 + scale[best] / scale), rows)
 
 
-def check_final(c: Columns) -> Check:
+def _check_final(c: Columns) -> Check:
     """``/references/final`` holds the very numbers of ``/steps`` and ``/inner_products``, in the file itself."""
     name = "references/final = steps"
     if c.trace.status == "incomplete":
@@ -248,7 +270,7 @@ def _same_numbers(file: Any, path: str, other: str) -> bool:
     return file[path] == file[other] or np.array_equal(file[path][:], file[other][:], equal_nan=True)
 
 
-def check_parameters(c: Columns, p: Precision) -> Check:
+def _check_parameters(c: Columns, p: Precision) -> Check:
     """Each inner product is the sum of its parameters' (both sides off by ``sums ||a|| ||b||`` at most)."""
     name = "sum over parameters = whole"
     if not c.trace.parameters:

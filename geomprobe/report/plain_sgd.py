@@ -13,18 +13,21 @@ The inner products' own errors, ``sums`` relative to the norms, add to each.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from geomprobe import geometry
-from geomprobe.report.check import Array, Check, Rows, compare, skipped
+from geomprobe.report.check import FAIL, Array, Check, Rows, compare, skipped
 from geomprobe.report.identities import Columns
 from geomprobe.report.precision import Precision
 
 EQ4 = "distance[t+1] from row t (NWT eq. 4)"
 LENGTH = "distance[T-1] = lr grad_norm"
 DIRECTION = "cosine[T-1] = 1 (NWT section 4.1)"
+
+_SUSPECTS = "the trace is wrong, or something besides the optimizer moves the weights"
 
 
 def why_not_plain_sgd(manifest: Mapping[str, Any]) -> str:
@@ -86,7 +89,8 @@ def _eq4(c: Columns, p: Precision, settled: Rows, why: str, certified: bool) -> 
     tolerance = _eq4_tolerance(p, d_d, next_d_d, lr**2 * g_g, w_w, next_w_w)
     scale = np.where(d_d > 0, d_d, 1.0)
     gap = next_d_d - geometry.next_square_distance(lr, g_d, g_g, d_d)
-    return compare(EQ4, gap / scale, tolerance / scale, rows, "" if rows.any() else why)
+    check = compare(EQ4, gap / scale, tolerance / scale, rows, "" if rows.any() else why)
+    return replace(check, note=_SUSPECTS) if check.outcome == FAIL else check
 
 
 def _eq4_tolerance(
