@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -50,8 +51,9 @@ def backward_with_graph(
         loss: a scalar.
         parameters: the tensors that `hessian_vector_product` will differentiate by.
         apart: run ``loss.backward()`` itself and a second pass for the graph. It costs one gradient more, and
-            is needed where torch has another formula for a gradient that is to be differentiated (SiLU, Mish,
-            GroupNorm, LSTM and others), whose bits differ. `compared_backward` finds out.
+            is needed where a gradient has other bits when it is to be differentiated. That is done unasked
+            where torch is known to have another formula then (SiLU, Mish, GroupNorm, LSTM and others);
+            `compared_backward` finds out about the rest.
         module: its buffers are kept as they are in the second pass.
 
     Raises:
@@ -67,7 +69,7 @@ def backward_with_graph(
     [tensor([ 18., 144.])]
     """
     anatomy = _clear(loss)
-    if apart:
+    if apart or anatomy.two_formulas:
         loss.backward(retain_graph=True)
         return graph_of(loss, parameters, anatomy, module)
     _spend_cycle_warning()
@@ -126,7 +128,9 @@ def compared_backward(
     with _first_hooks((leaf, keep(leaf)) for leaf in anatomy.leaves):
         loss.backward(retain_graph=True)
     gradients = _gradients(loss, anatomy.leaves, anatomy, module)
-    equal = all(_same_bits(plain.get(leaf), g) for leaf, g in zip(anatomy.leaves, gradients, strict=True))
+    equal = not anatomy.two_formulas and all(
+        _same_bits(plain.get(leaf), g) for leaf, g in zip(anatomy.leaves, gradients, strict=True)
+    )
     by_leaf = dict(zip(anatomy.leaves, gradients, strict=True))
     return Graph([_edge(by_leaf.get(parameter)) for parameter in parameters]), equal
 
@@ -283,7 +287,9 @@ def _first_hooks(hooks: Iterable[tuple[Tensor, LeafHook]]) -> Iterator[None]:
     try:
         for leaf, hook in hooks:
             handles.append(handle := leaf.register_hook(hook))
-            leaf._backward_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
+            registered = cast("dict[int, LeafHook]", leaf._backward_hooks)
+            for key in [key for key in registered if key != handle.id]:
+                registered[key] = registered.pop(key)
         yield
     finally:
         for handle in handles:

@@ -116,6 +116,12 @@ _OTHER = _Kind(
     f"Replace it in the model, or {_CLOSURE} without it.",
 )
 
+# torch's formulas for these gradients depend on whether they are to be differentiated (derivatives.yaml asks
+# GradMode::is_enabled()), and round differently. On a handful of numbers the two can agree by chance.
+_TWO_FORMULAS = re.compile(
+    "^(silu|mish|nativegroupnorm|fusedrmsnorm|logit|cumprod|weightnorminterface|mkldnnrnnlayer|thnnfused)"
+)
+
 
 @dataclass
 class Anatomy:
@@ -125,11 +131,13 @@ class Anatomy:
         leaves: the tensors whose ``.grad`` a backward pass would fill.
         functions: nodes of Python-defined ``torch.autograd.Function``.
         obstacles: what is known to stop a second derivative, one for each operation.
+        two_formulas: whether some gradient is known to have other bits when it is to be differentiated.
     """
 
     leaves: list[Tensor] = field(default_factory=list)
     functions: list[Any] = field(default_factory=list)
     obstacles: list[Obstacle] = field(default_factory=list)
+    two_formulas: bool = False
 
 
 def dissect(loss: Tensor) -> Anatomy:
@@ -156,6 +164,7 @@ def dissect(loss: Tensor) -> Anatomy:
         if isinstance(node, BackwardCFunction):
             anatomy.functions.append(node)
     anatomy.obstacles = [kind.obstacle(name) for name in names if (kind := _kind_of(name)) is not None]
+    anatomy.two_formulas = any(_TWO_FORMULAS.search(_folded(name)) for name in names)
     marked = dict.fromkeys(node.name() for node in anatomy.functions if _is_once_differentiable(node))
     anatomy.obstacles += [_ONCE.obstacle(name) for name in marked]
     return anatomy

@@ -59,7 +59,7 @@ def side_graph(
     [tensor([ 6., 12.])]
     """
     with _aside(module, parameters), torch.enable_grad():
-        again = _evaluated(closure, loss, rng, tolerance)
+        again = _evaluated(closure, parameters, loss, rng, tolerance)
         return graph_of(again if scale is None else again * scale, parameters)
 
 
@@ -121,11 +121,12 @@ def secant_product(
 
     >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> secant_product(lambda: (w**2).sum(), [w], [torch.ones(2)], 0.5, loss=torch.tensor(5.0))
-    [tensor([2., 2.]), ...
+    [tensor([2., 2.])]
     """
     wanted = [parameter for parameter in parameters if parameter.requires_grad]
     with _aside(module, parameters), torch.enable_grad():
-        here = torch.autograd.grad(_evaluated(closure, loss, rng, tolerance), wanted, materialize_grads=True)
+        again = _evaluated(closure, parameters, loss, rng, tolerance)
+        here = torch.autograd.grad(again, wanted, materialize_grads=True)
         with _moved(parameters, gradients, -lr):
             _rewind(rng)
             there = torch.autograd.grad(closure(), wanted, materialize_grads=True)
@@ -149,13 +150,20 @@ def loss_tolerance(epsilon: float) -> float:
     return float(epsilon**0.75)
 
 
-def _evaluated(closure: Closure, loss: Tensor, rng: RNGState | None, tolerance: float) -> Tensor:
+def _evaluated(
+    closure: Closure, parameters: Sequence[Tensor], loss: Tensor, rng: RNGState | None, tolerance: float
+) -> Tensor:
     _rewind(rng)
     again = closure()
     if not isinstance(again, Tensor) or not again.requires_grad:
         raise ClosureMismatch(
             f"The closure returned {again!r}, which has no graph to differentiate. It must return the loss as a "
             "tensor, before .item() or .detach(), and outside torch.no_grad()."
+        )
+    if any(parameter.grad is not None for parameter in parameters):
+        raise ClosureMismatch(
+            "The closure called backward, which uses up the graph of its loss. It must only evaluate the loss and "
+            "return it."
         )
     here, before = float(again.detach()), float(loss)
     if here == before or (math.isnan(here) and math.isnan(before)):

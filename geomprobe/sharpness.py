@@ -1,4 +1,8 @@
-"""The top eigenvalue of a Hessian, by Lanczos on Hessian-vector products."""
+"""The top eigenvalue of a Hessian, by Lanczos on Hessian-vector products.
+
+The libraries at hand want either the matrix itself (torch.lobpcg) or vectors on the host (SciPy's eigsh),
+which would copy all weights to and fro for each product. Here the vectors stay where the weights are.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-
-# The libraries at hand either want the matrix itself (torch.lobpcg) or NumPy vectors on the host (SciPy's
-# eigsh): a copy of all weights to and fro for each product. The recurrence is ten lines on the device.
 
 
 class TopEigenvalue(NamedTuple):
