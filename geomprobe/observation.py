@@ -93,7 +93,8 @@ class Observation:
             self._updates += 1
 
     def after_update(self) -> None:
-        """The optimizer has moved the weights."""
+        with self._lasting():
+            self.updated()
 
     def weights_will_change(self) -> None:
         """Something other than the optimizer may be about to change the weights."""
@@ -153,6 +154,10 @@ class Observation:
 
     def measure(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
         """An update is about to happen."""
+        raise NotImplementedError
+
+    def updated(self) -> None:
+        """The optimizer has moved the weights."""
         raise NotImplementedError
 
     def close(self) -> None:

@@ -69,7 +69,7 @@ class Recording(Observation):
             self._take(f"step-{self.probe.step}")
         self._row = self.evidence.loss, self.epoch, *self.evidence.take()
 
-    def after_update(self) -> None:
+    def updated(self) -> None:
         assert self.probe is not None
         assert self._rows is not None
         loss, epoch, digests, host = self._row

@@ -133,7 +133,7 @@ class Replaying(Observation):
         products = self._measurement.row(gradients, grad_scale)
         self._row = self.evidence.loss.reshape(1), products, self.epoch, *self.evidence.take()
 
-    def after_update(self) -> None:
+    def updated(self) -> None:
         assert self._rows is not None
         loss, products, epoch, digests, host = self._row
         host_groups, device_groups = self.group_values()
