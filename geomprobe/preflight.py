@@ -236,10 +236,12 @@ def _nodes(loss: Tensor) -> Iterator[Node]:
 
 
 def _kind_of(name: str) -> _Kind | None:
-    folded = name.replace(
-        "_", ""
-    ).lower()  # ScaledDotProduct...Backward0 and _scaled_dot_product_..._backward
-    return next((kind for kind in _KINDS if re.search(kind.pattern, folded)), None)
+    return next((kind for kind in _KINDS if re.search(kind.pattern, _folded(name))), None)
+
+
+def _folded(name: str) -> str:
+    """One spelling for ScaledDotProductAttentionBackward0 and _scaled_dot_product_attention_backward."""
+    return name.replace("_", "").lower()
 
 
 def _is_once_differentiable(node: Any) -> bool:
