@@ -23,8 +23,9 @@ COLUMNS = ("rsi", "eb", "cosine")
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _GRAY = "0.45"
 _NAMES = {"rsi": "RSI", "eb": "EB", "cosine": "cosine γ", "lolr": "loLR", "clr": "CLR"}
+_LOGARITHMIC = ("rsi", "eb")
 _WIDE = 20
-"""Ratio of largest to smallest value from which a column is drawn on a logarithmic axis."""
+"""Ratio of largest to smallest value from which any other column is drawn on a logarithmic axis."""
 
 
 def figure(
@@ -113,8 +114,9 @@ def _draw_nulls(panel: Any, nulls: list[Curve | None]) -> None:
 def _scale(panel: Any, column: str, curves: list[Curve]) -> None:
     values = np.concatenate([np.append(curve.low, curve.high) for curve in curves])
     size = np.abs(values[np.isfinite(values) & (values != 0)])
-    wide = len(size) and size.max() > _WIDE * size.min()
-    if column.rpartition("/")[2] == "cosine" or not wide:
+    name = column.rpartition("/")[2]
+    wide = len(size) and (name in _LOGARITHMIC or size.max() > _WIDE * size.min())
+    if name == "cosine" or not wide:
         if np.nanmin(values) < 0 < np.nanmax(values):
             panel.axhline(0, color="0.7", linewidth=0.8, zorder=0)
     elif np.nanmin(values) >= 0:
