@@ -126,6 +126,7 @@ def stream_part(
     tables: Sequence[str] | None = None,
     start: int = 0,
     stop: int | None = None,
+    block_rows: int | None = None,
     timeout_s: float = TIMEOUT_S,
 ) -> Iterator[tuple[Header, Iterator[Block]]]:
     """A part's header and its committed rows, block by block in bounded memory.
@@ -137,6 +138,7 @@ def stream_part(
         tables: the tables wanted; all of them where None.
         start: first row wanted.
         stop: the row after the last one wanted; what is committed now where None.
+        block_rows: rows of a block; as many as make about 4 MiB where None.
         timeout_s: how long the child process may take for a block.
 
     Yields:
@@ -148,7 +150,7 @@ def stream_part(
     """
     path = Path(path)
     _refuse_unreadable(path)
-    request = {"path": str(path), "tables": tables, "start": start, "stop": stop}
+    request = {"path": str(path), "tables": tables, "start": start, "stop": stop, "block_rows": block_rows}
     command = [sys.executable, "-c", _CHILD, json.dumps(sys.path), json.dumps(request)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         pipe = _Pipe(process, path, timeout_s)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import h5py
@@ -23,7 +23,7 @@ _BLOCK_BYTES = 4 << 20
 
 
 def serve(request: str) -> None:
-    """Answer one request, JSON with ``path``, ``tables`` (null: all), ``start`` and ``stop`` (null: the end)."""
+    """Answer one request, JSON with ``path``, ``tables`` (null: all), ``start``, ``stop`` and ``block_rows``."""
     # So that Ctrl-C also ends a process that hangs inside HDF5.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     asked = json.loads(request)
@@ -31,24 +31,30 @@ def serve(request: str) -> None:
     with h5py.File(asked["path"], "r", libver="latest", swmr=True) as file:
         header = _header(file)
         out.write(json.dumps(header).encode() + b"\n")
-        names = [name for name, table in header["tables"].items() if table["columns"]]
-        chosen = [name for name in names if asked["tables"] is None or name in asked["tables"]]
-        places = [names.index(name) for name in chosen]
-        end = header["rows"] if asked["stop"] is None else min(asked["stop"], header["rows"])
-        size = max(
-            1, _BLOCK_BYTES // (8 + 8 * sum(len(header["tables"][name]["columns"]) for name in chosen))
-        )
-        for first in range(asked["start"], end, size):
-            rows = slice(first, min(first + size, end))
-            step, tables = file["step"][rows], [file[f"tables/{name}"][rows] for name in chosen]
-            good = _good(step, tables, file["checks"][rows], places)
-            out.write(np.int64(good).tobytes())
-            for array in (step, *tables):
-                out.write(np.ascontiguousarray(array[:good]).data)
-            if good < len(step):
-                break
+        for arrays in _whole_blocks(file, header, asked):
+            out.write(np.int64(len(arrays[0])).tobytes())
+            for array in arrays:
+                out.write(np.ascontiguousarray(array).data)
     out.write(np.int64(0).tobytes())
     out.flush()
+
+
+def _whole_blocks(file: Any, header: dict[str, Any], asked: dict[str, Any]) -> Iterator[list[NDArray[Any]]]:
+    """Blocks of ``step`` and the tables, up to the first row that is damaged."""
+    names = [name for name, table in header["tables"].items() if table["columns"]]
+    chosen = [name for name in names if asked["tables"] is None or name in asked["tables"]]
+    places = [1 + names.index(name) for name in chosen]
+    width = 1 + sum(len(header["tables"][name]["columns"]) for name in chosen)
+    size = asked["block_rows"] or max(1, _BLOCK_BYTES // (8 * width))
+    end = header["rows"] if asked["stop"] is None else min(asked["stop"], header["rows"])
+    for first in range(asked["start"], end, size):
+        rows = slice(first, min(first + size, end))
+        arrays = [file[path][rows] for path in ("step", *(f"tables/{name}" for name in chosen))]
+        good = _good(arrays[0], arrays[1:], file["checks"][rows], places)
+        if good:
+            yield [array[:good] for array in arrays]
+        if good < len(arrays[0]):
+            return
 
 
 def _header(file: Any) -> dict[str, Any]:
@@ -64,16 +70,13 @@ def _committed(step: NDArray[np.int64], first_step: int) -> int:
 
 
 def _good(
-    step: NDArray[np.int64], tables: Sequence[NDArray[Any]], checks: NDArray[np.int64], places: list[int]
+    step: NDArray[np.int64], tables: Sequence[NDArray[Any]], checks: NDArray[np.int64], places: Sequence[int]
 ) -> int:
-    """How many rows from the first on are whole."""
+    """How many rows from the first on are what their checksums say; `places` tells which checksums those are."""
     if any(len(array) != len(step) for array in (checks, *tables)):
         return 0
     good = [checks[:, 0] == step]
-    good += [
-        row_checksums(step, table) == checks[:, 1 + place]
-        for table, place in zip(tables, places, strict=True)
-    ]
+    good += [row_checksums(step, table) == checks[:, at] for table, at in zip(tables, places, strict=True)]
     return _leading(np.logical_and.reduce(good))
 
 

@@ -21,6 +21,7 @@ from geomprobe.trace.reference import copy_reference, write_reference
 __all__ = ["seal_record", "seal_trace", "write_reference"]
 
 _CHUNK_ROWS = 4096
+_BLOCK_BYTES = 1 << 26
 _PRINT_CHUNK_BYTES = 1 << 18
 
 
@@ -53,8 +54,10 @@ def seal_trace(
     raw = headers[0].tables[schema.VALUES].columns
     with written_aside(Path(out)) as file:
         _describe_file(file, schema.TRACE_SCHEMA, status, headers, num_parameters, manifest)
-        columns = {path: _create_column(file, path, headers[-1].stop_step) for path in sealed_columns(raw)}
-        for rows, block in _blocks(headers, timeout_s):
+        paths = sealed_columns(raw)
+        size = _block_rows(len(paths))
+        columns = {path: _create_column(file, path, headers[-1].stop_step, size) for path in paths}
+        for rows, block in _blocks(headers, size, timeout_s):
             values = np.ascontiguousarray(block[schema.VALUES].T)
             derived = Derived(block["step"], dict(zip(raw, values, strict=True)))
             for path, dataset in columns.items():
@@ -93,13 +96,11 @@ def seal_record(
     steps = headers[-1].stop_step
     with written_aside(Path(out)) as file:
         _describe_file(file, schema.RECORD_SCHEMA, status, headers, num_parameters, manifest)
-        columns = {
-            column.name: _create_column(file, f"steps/{column.name}", steps)
-            for column in schema.RECORD_COLUMNS
-        }
-        prints = _create_fingerprints(file, headers[0], steps)
         names = headers[0].tables[schema.STEPS].columns
-        for rows, block in _blocks(headers, timeout_s):
+        size = _block_rows(sum(len(table.columns) for table in headers[0].tables.values()))
+        columns = {name: _create_column(file, f"steps/{name}", steps, size) for name in ("step", *names)}
+        prints = _create_fingerprints(file, headers[0], steps)
+        for rows, block in _blocks(headers, size, timeout_s):
             columns["step"][rows] = block["step"]
             for name, values in zip(names, block[schema.STEPS].T, strict=True):
                 columns[name][rows] = values
@@ -138,11 +139,11 @@ def _ordered(parts: Sequence[Path], kind: str, timeout_s: float) -> list[Header]
     return headers
 
 
-def _blocks(headers: list[Header], timeout_s: float) -> Iterator[tuple[slice, Block]]:
+def _blocks(headers: list[Header], size: int, timeout_s: float) -> Iterator[tuple[slice, Block]]:
     """All rows of the parts in order, each block with the rows of the sealed file that it fills."""
     row = 0
     for header in headers:
-        with stream_part(header.path, stop=header.rows, timeout_s=timeout_s) as (_, blocks):
+        with stream_part(header.path, stop=header.rows, block_rows=size, timeout_s=timeout_s) as (_, blocks):
             for block in blocks:
                 rows = slice(row, row + len(block["step"]))
                 yield rows, block
@@ -164,11 +165,17 @@ def _describe_file(
     file.attrs["manifest"] = json.dumps(manifest)
 
 
-def _create_column(file: Any, path: str, rows: int) -> Any:
-    # HDF5 has no chunks, and so no checksums, for nothing. One chunk of cache serves a column that is written in
-    # order; the library's default, megabytes for each of a thousand columns, would add up.
-    chunk = min(rows, _CHUNK_ROWS)
-    checked = {"chunks": (chunk,), "fletcher32": True, "rdcc_nbytes": 8 * chunk} if rows else {}
+def _block_rows(columns: int) -> int:
+    """Rows that are sealed at a time, and of a column's chunk, so that each chunk is written once."""
+    return max(64, min(_CHUNK_ROWS, _BLOCK_BYTES // (8 * columns)))
+
+
+def _create_column(file: Any, path: str, rows: int, chunk_rows: int) -> Any:
+    chunk = min(rows, chunk_rows)
+    # A cache of one chunk does where each is written once; the default, for each of a thousand columns, adds up.
+    cache = {"rdcc_nbytes": 8 * chunk, "rdcc_nslots": 1}
+    # HDF5 has no chunks, and so no checksums, for nothing.
+    checked = {"chunks": (chunk,), "fletcher32": True, **cache} if rows else {}
     dataset = file.create_dataset(path, (rows,), "float64", fillvalue=np.nan, **checked)
     column = schema.describe(path)
     for name in ("long_name", "units", "formula", "source"):

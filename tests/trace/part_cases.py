@@ -1,5 +1,6 @@
 """Parts whose every number is a known function of its step, so that a wrong row cannot pass for a right one."""
 
+import h5py
 import numpy as np
 
 from geomprobe.trace.writer import PartWriter, Table
@@ -55,3 +56,12 @@ def assert_right(part, first_step=0):
         columns, array = part.tables[table.name]
         assert columns == table.columns
         np.testing.assert_array_equal(array, expected(table, steps))
+
+
+def flip_bit(path, dataset):
+    """Flip one bit of the first number that a chunked dataset keeps on disk."""
+    with h5py.File(path) as file:
+        place = file[dataset].id.get_chunk_info(0).byte_offset
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(bytes(content))
