@@ -26,7 +26,8 @@ class Listener(Protocol):
 
     def backward_called(self, losses: Sequence[Tensor], run: Callable[[], None], plain: bool) -> None: ...
     def gradients_dropped(self) -> None: ...
-    def loader_iterated(self, loader: DataLoader[Any]) -> None: ...
+    def loader_iterated(self, loader: DataLoader[Any], iterator: Iterator[Any]) -> None: ...
+    def batch_came(self, iterator: Iterator[Any]) -> None: ...
     def fetching(self) -> None: ...
     def fetch_ended(self, came: bool) -> None: ...
     def optimizer_stepping(self, optimizer: Optimizer) -> None: ...
@@ -101,9 +102,10 @@ def _zero_grad(original: Callable[..., None], listener: Listener) -> Callable[..
 def _iterate(original: Callable[..., Any], listener: Listener) -> Callable[..., Any]:
     @functools.wraps(original)
     def iterate(self: DataLoader[Any]) -> Any:
-        listener.loader_iterated(self)
         listener.fetching()  # making the iterator draws from the RNG already
-        return original(self)
+        iterator = original(self)
+        listener.loader_iterated(self, iterator)
+        return iterator
 
     return iterate
 
@@ -116,6 +118,7 @@ def _next(original: Callable[..., Any], listener: Listener) -> Callable[..., Any
         try:
             batch = original(self)
             came = True
+            listener.batch_came(self)
         finally:
             listener.fetch_ended(came)
         return batch

@@ -6,7 +6,9 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -37,11 +39,10 @@ class Observation:
         self.failure: BaseException | None = None
         self._updates = 0  # begun, whether or not the optimizer finished them
         self._called: dict[int, nn.Module] = {}
-        self._iterated: dict[
-            int, tuple[Any, int]
-        ] = {}  # data sets by id, each held so that its id stays its own
-        self._loader: DataLoader[Any] | None = None
-        self._train_set: tuple[int, int] | None = None
+        self._iterations: WeakKeyDictionary[Iterator[Any], tuple[int, DataLoader[Any]]] = WeakKeyDictionary()
+        self._iterated = 0
+        self._source: tuple[int, DataLoader[Any]] | None = None  # where the last batch came from
+        self._trained_on: set[int] = set()
         self._names_its_losses = False
         self._in_backward = False
 
@@ -89,6 +90,8 @@ class Observation:
             if self._updates == 0:
                 self._complete_manifest()
                 self.open()
+            if self._source is not None:
+                self._trained_on.add(self._source[0])
             self.measure(gradients, grad_scale)
             self._updates += 1
 
@@ -120,10 +123,13 @@ class Observation:
     def gradients_dropped(self) -> None:
         self.evidence.gradients_dropped()
 
-    def loader_iterated(self, loader: DataLoader[Any]) -> None:
-        data = loader.dataset
-        self._loader = loader
-        self._iterated[id(data)] = data, self._iterated.get(id(data), (data, 0))[1] + 1
+    def loader_iterated(self, loader: DataLoader[Any], iterator: Iterator[Any]) -> None:
+        self._iterated += 1
+        self._iterations[iterator] = self._iterated, loader  # one with persistent workers starts over
+
+    def batch_came(self, iterator: Iterator[Any]) -> None:
+        if torch.is_grad_enabled():  # evaluation is not part of the step
+            self._source = self._iterations.get(iterator)
 
     def optimizer_stepping(self, optimizer: Optimizer) -> None:
         with self._lasting():
@@ -167,17 +173,11 @@ class Observation:
 
     @property
     def epoch(self) -> float:
-        """The current epoch: named by the script, else counted from the training set's loader, else NaN."""
+        """The current epoch: named by the script, else passes over a loader that led to steps, else NaN."""
         assert self.probe is not None
         if self.probe.epoch is not None:
             return self.probe.epoch
-        if self._loader is None:
-            return float("nan")
-        if self._train_set is None:
-            key = id(self._loader.dataset)
-            self._train_set = key, self._iterated[key][1]
-        key, first = self._train_set
-        return self._iterated[key][1] - first
+        return len(self._trained_on) - 1 if self._trained_on else float("nan")
 
     def group_columns(self) -> tuple[list[str], list[str]]:
         """Names of the columns of `group_values`: those known on the host, then those on the device."""
@@ -277,9 +277,9 @@ class Observation:
             "parameters": list(self.probe.parameters),
             "device": str(self.evidence.device),
         }
-        if self._loader is not None:
+        if self._source is not None:
             names = ("batch_size", "num_workers", "persistent_workers", "drop_last")
-            self.manifest["loader"] = {name: getattr(self._loader, name) for name in names}
+            self.manifest["loader"] = {name: getattr(self._source[1], name) for name in names}
 
 
 def _on_device(value: Any) -> bool:
@@ -300,5 +300,10 @@ def _plain(value: Any) -> Any:
 def _described(optimizer: Optimizer) -> str:
     tensors = [p for group in optimizer.param_groups for p in group["params"]]
     return (
-        f"{type(optimizer).__name__} with {len(tensors)} tensors ({sum(t.numel() for t in tensors)} values)"
+        f"{type(optimizer).__name__} with {_count(len(tensors), 'tensor')} "
+        f"({_count(sum(t.numel() for t in tensors), 'value')})"
     )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

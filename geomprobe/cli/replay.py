@@ -13,7 +13,6 @@ Where a run cannot be repeated exactly, --uncertified goes on past the differenc
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping
 from contextlib import closing
@@ -99,5 +98,4 @@ def _present(script: Mapping[str, Any], run: str) -> dict[str, Any]:
     cwd = Path(script["cwd"])
     if not cwd.is_dir():
         raise UsageError(f"{run} was recorded in {cwd}, which is gone. Restore it; nothing was replayed.")
-    os.chdir(cwd)
     return launch.described(script["path"], script["argv"], module=script["kind"] == "module", cwd=cwd)
