@@ -1,6 +1,7 @@
 """A process that forks one writer a request, and lets it be killed: by its parent, or by the shim at a write.
 
 A request is a line ``PATH KIND ROWS KILL_AT TORN``: the k-th write call (0: none), and whether half of it is done.
+The kind ``seal`` seals the folder PATH's ``part.h5`` into its ``trace.h5`` instead.
 Answers are lines: ``pid N``, ``rows N`` after each committed append, ``calls N`` if it lived to its end, ``end``.
 """
 
@@ -8,8 +9,11 @@ import ctypes
 import os
 import random
 import sys
+from pathlib import Path
 
 from part_cases import blocks, open_part
+
+from geomprobe.trace.seal import seal_trace
 
 
 def say(word, number=""):
@@ -25,6 +29,11 @@ def write(path, kind, rows):
             say("rows", writer.rows)
 
 
+def seal(folder):
+    parts, out = [Path(folder) / "part.h5"], Path(folder) / "trace.h5"
+    seal_trace(parts, out, status="complete", num_parameters=1, manifest={})
+
+
 def serve(path, kind, rows, kill_at, torn):
     child = os.fork()
     if child == 0:
@@ -32,7 +41,10 @@ def serve(path, kind, rows, kill_at, torn):
         shim = ctypes.CDLL(None)
         if "LD_PRELOAD" in os.environ:
             shim.kill_at_write(ctypes.c_long(kill_at), ctypes.c_int(torn))
-        write(path, kind, rows)
+        if kind == "seal":
+            seal(path)
+        else:
+            write(path, kind, rows)
         if "LD_PRELOAD" in os.environ:
             say("calls", shim.writes_seen())
         os._exit(0)

@@ -27,7 +27,7 @@ def expected(table, steps):
     steps = np.asarray(steps)[:, None]
     places = np.arange(len(table.columns))[None]
     if table.dtype == "int64":
-        mixed = (steps.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        mixed = (steps.astype(np.uint64) + np.uint64(len(table.columns))) * np.uint64(0x9E3779B97F4A7C15)
         return (mixed ^ (places.astype(np.uint64) << np.uint64(7))).view(np.int64)
     return 1.0 + steps * 0.37 + places * 1e-3 + np.sin(steps + places) ** 2
 

@@ -12,10 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from part_cases import assert_right
+from part_cases import assert_right, write_part
 
 from geomprobe.errors import RunError
 from geomprobe.trace.part import PartNotBegun, read_part
+from geomprobe.trace.reader import open_trace
 
 HERE = Path(__file__).parent
 TRIALS = 25  # of each sort, for each kind of part
@@ -154,3 +155,22 @@ def test_no_wrong_row_and_no_hang_comes_of_half_a_write(shimmed, tmp_path):
 @pytest.mark.slow
 def test_no_wrong_row_and_no_hang_comes_of_half_a_write_at_any_place(shimmed, tmp_path):
     assert assert_torn_parts_are_right_or_refused(torn(shimmed, tmp_path, 2 * TRIALS)) < 2 * TRIALS
+
+
+def test_a_sealing_that_is_killed_leaves_the_old_file_or_the_new_one_whole(shimmed, tmp_path):
+    out = tmp_path / "trace.h5"
+    write_part(tmp_path / "part.h5", stop=100)
+    shimmed.start(tmp_path, "seal", 0)
+    calls = shimmed.rest()["calls"]
+    assert calls > 10
+    old = out.read_bytes()
+    (tmp_path / "part.h5").unlink()
+    write_part(tmp_path / "part.h5", stop=200)
+    for trial in range(8):
+        shimmed.start(tmp_path, "seal", 0, kill_at=1 + trial * (calls - 1) // 7)
+        assert shimmed.rest()["calls"] == 0
+        assert out.read_bytes() == old
+    shimmed.start(tmp_path, "seal", 0)
+    shimmed.rest()
+    assert open_trace(out).num_steps == 200
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["part.h5", "trace.h5"]
