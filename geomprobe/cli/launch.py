@@ -8,6 +8,7 @@ import runpy
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -31,29 +32,33 @@ def described(script: str, argv: Sequence[str], *, module: bool, cwd: Path | Non
         cwd: the folder to run in; the present one when None.
 
     Raises:
-        UsageError: the script does not exist.
+        UsageError: the script or module does not exist.
     """
     cwd = Path.cwd() if cwd is None else cwd
-    if module:
-        return {
-            "kind": "module",
-            "path": script,
-            "argv": list(argv),
-            "cwd": str(cwd),
-            "root": str(cwd),
-            "sha256": None,  # its files are among the manifest's sources
-        }
-    path = (cwd / script).resolve()
-    if not path.is_file():
-        raise UsageError(f"{script}: there is no such script in {cwd}.")
+    path = _module_file(script, cwd) if module else (cwd / script).resolve()
+    if path is None or not path.is_file():
+        raise UsageError(f"{script}: there is no such {'module' if module else 'script'} in {cwd}.")
     return {
-        "kind": "script",
-        "path": str(path),
+        "kind": "module" if module else "script",
+        "path": script if module else str(path),
         "argv": list(argv),
         "cwd": str(cwd),
-        "root": str(path.parent),
+        "root": str(cwd if module else path.parent),
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
     }
+
+
+def _module_file(name: str, cwd: Path) -> Path | None:
+    """The file that ``python -m name`` runs, found without importing the packages that it lies in."""
+    where: Sequence[str] | None = [str(cwd), *sys.path]
+    for end in (*(i for i, letter in enumerate(name) if letter == "."), len(name)):
+        spec = PathFinder.find_spec(name[:end], where) if where is not None else None
+        if spec is None:
+            return None
+        where = spec.submodule_search_locations
+    if where is not None:
+        return _module_file(f"{name}.__main__", cwd)
+    return Path(spec.origin) if spec is not None and spec.origin else None
 
 
 def runner(script: Mapping[str, Any]) -> Callable[[], None]:
