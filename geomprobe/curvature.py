@@ -25,8 +25,9 @@ from geomprobe.preflight import CurvatureUnavailable, Obstacle, coarsest_epsilon
 from geomprobe.reevaluation import (
     Closure,
     ClosureMismatch,
+    FiniteStep,
+    finite_step,
     loss_tolerance,
-    secant_product,
     side_graph,
     side_product,
 )
@@ -35,10 +36,11 @@ __all__ = [
     "ClosureMismatch",
     "Curvature",
     "CurvatureUnavailable",
+    "FiniteStep",
     "Graph",
     "backward_with_graph",
+    "finite_step",
     "hessian_vector_product",
-    "secant_product",
     "side_product",
 ]
 
@@ -153,6 +155,39 @@ class Curvature:
                 total = [a + b for a, b in zip(total, self._aside(part, vectors, keep), strict=True)]
         if not keep:
             self.discard()
+        return total
+
+    def over_step(self, direction: Sequence[Tensor | None], lr: float) -> FiniteStep | None:
+        """How the gradient and the summed loss change over a whole step; see `finite_step`.
+
+        Args:
+            direction: one tensor per parameter, such as the gradient; None stands for zero.
+            lr: the step along it, not 0.
+
+        Returns:
+            The change, or None where a micro-batch came without a closure that evaluates its loss again.
+
+        Raises:
+            ClosureMismatch: a closure returned another loss than its micro-batch's.
+        """
+        total: FiniteStep | None = None
+        for part in self._parts:
+            if part.closure is None:
+                return None
+            step = finite_step(
+                part.closure,
+                self._parameters,
+                direction,
+                lr,
+                loss=part.loss,
+                rng=part.rng,
+                module=self._module,
+                tolerance=part.tolerance,
+            )
+            if total is not None:
+                turned = [a + b for a, b in zip(total.turned, step.turned, strict=True)]
+                step = FiniteStep(turned, total.gap + step.gap)
+            total = step
         return total
 
     def discard(self) -> None:

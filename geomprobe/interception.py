@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -17,6 +18,10 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
+
+_STEP = Optimizer.profile_hook_step(lambda: None).__code__  # of what torch wraps around every `step`
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 
 SCALE = "_geomprobe_scale"  # on a scaled loss: (the loss, the scale)
 
@@ -30,7 +35,9 @@ class Listener(Protocol):
     def batch_came(self, iterator: Iterator[Any]) -> None: ...
     def fetching(self) -> None: ...
     def fetch_ended(self, came: bool) -> None: ...
-    def optimizer_stepping(self, optimizer: Optimizer) -> None: ...
+    def optimizer_stepping(
+        self, optimizer: Optimizer, args: Args, kwargs: Kwargs
+    ) -> tuple[Args, Kwargs] | None: ...
     def module_entered(self, module: nn.Module, inputs: Any) -> bool: ...
 
 
@@ -51,7 +58,7 @@ def listening(listener: Listener) -> Iterator[None]:
             original = getattr(owner, name)
             setattr(owner, name, wrap(original, listener))
             stack.callback(setattr, owner, name, original)
-        hook = register_optimizer_step_pre_hook(lambda optimizer, *_: listener.optimizer_stepping(optimizer))
+        hook = register_optimizer_step_pre_hook(listener.optimizer_stepping)
         stack.callback(hook.remove)
         modules = _OutermostModules(listener.module_entered)
         stack.callback(modules.stop)
@@ -66,6 +73,22 @@ def unscaled(loss: Tensor) -> tuple[Tensor, Tensor | None]:
     """
     original: tuple[Tensor, Tensor | None] = getattr(loss, SCALE, (loss, None))
     return original
+
+
+def nested_step(optimizer: Optimizer) -> bool:
+    """Whether the running step of ``optimizer``, whose hook asks, is a part of another step of it.
+
+    torch calls the hooks of a subclass's ``step`` and once more those of the parent's that it calls.
+
+    >>> nested_step(torch.optim.SGD([torch.zeros(1)], lr=0.1))
+    False
+    """
+    calls = 0
+    frame = inspect.currentframe()
+    while frame is not None:
+        calls += frame.f_code is _STEP and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return calls > 1
 
 
 def _backward(original: Callable[..., None], listener: Listener) -> Callable[..., None]:

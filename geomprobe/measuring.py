@@ -12,11 +12,13 @@ from torch import Tensor
 
 from geomprobe.curvature import Curvature, CurvatureUnavailable
 from geomprobe.determinism import RNGState, capture_rng
+from geomprobe.double_backward import graph_of, hessian_vector_product, untouched
 from geomprobe.errors import GeomprobeError
 from geomprobe.inner_products import InnerProducts
 from geomprobe.interception import unscaled
 from geomprobe.preflight import dissect
 from geomprobe.probe import Probe
+from geomprobe.sharpness import top_eigenvalue
 from geomprobe.trace.schema import FINAL, parameter_column, product_column
 
 CURVATURE_PRODUCTS = ("g.Hg", "Hg.Hg")
@@ -29,6 +31,8 @@ class Measure:
     Attributes:
         every: measure each N-th step; every step is compared all the same.
         curvature_every: take Hg at each N-th step, of those that are measured; 0 for never.
+        finite_step: where Hg is taken, evaluate the minibatch's loss after a whole step as well.
+        sharpness_every: take the Hessian's top eigenvalue at each N-th step, of those that are measured.
         curvature_required: fail where Hg has no exact route, instead of leaving it out and saying so.
         per_parameter: keep the inner products of each parameter tensor too.
         compiled: compile the inner products, which pays off in long runs.
@@ -36,6 +40,8 @@ class Measure:
 
     every: int = 1
     curvature_every: int = 1
+    finite_step: bool = False
+    sharpness_every: int = 0
     curvature_required: bool = False
     per_parameter: bool = False
     compiled: bool = False
@@ -59,8 +65,10 @@ class Measurement:
     def __init__(self, probe: Probe, measure: Measure) -> None:
         self._probe, self._measure = probe, measure
         self._parameters = list(probe.parameters.values())
-        self._curvature = Curvature(self._parameters, probe.model) if measure.curvature_every else None
-        self._complete = True  # every micro-batch of this step went through the curvature's own backward
+        second = measure.curvature_every or measure.sharpness_every
+        self._curvature = Curvature(self._parameters, probe.model) if second else None
+        self._fixed_loss: Callable[[], Tensor] | None = None
+        self._complete = True
         self._parts = 0
         self._rng: RNGState | None = None
         self.curvature_missing: str | None = None
@@ -84,6 +92,9 @@ class Measurement:
                 self.columns += [
                     parameter_column(p, name) for p in self._probe.parameters for name in products
                 ]
+        self._asked_for = ["secant_residual", "linear_decrease_gap"] if measure.finite_step else []
+        self._asked_for += ["sharpness"] if measure.sharpness_every else []
+        self.columns += [f"steps/{name}" for name in self._asked_for]
         self._unmeasured = torch.full_like(self._parameters[0], torch.nan, dtype=torch.float64).new_full(
             (len(self.columns),), torch.nan
         )
@@ -95,9 +106,17 @@ class Measurement:
         route = self._curvature.route if self._curvature is not None else None
         return {"every": self._measure.curvature_every, "route": route}
 
+    def sharpness_of(self, closure: Callable[[], Tensor]) -> None:
+        """Take the sharpness of the loss that ``closure`` evaluates, instead of the minibatch's."""
+        self._fixed_loss = closure
+
+    def fetched(self) -> None:
+        """A batch has come: a forward pass before it that led to no backward pass does not count."""
+        self._rng = None
+
     def entered(self) -> None:
         """The model is about to run: a closure will need the RNG streams as they are now."""
-        if self._wants_curvature() and self._rng is None:
+        if self._wants_graph() and self._rng is None:
             self._rng = capture_rng()
 
     def backward(
@@ -115,8 +134,8 @@ class Measurement:
             CurvatureUnavailable: Hg was required and has no exact route.
             ClosureMismatch: the closure evaluates another loss.
         """
-        if not self._wants_curvature() or not plain or loss.numel() != 1:
-            self._complete = self._complete and not self._wants_curvature()
+        if not self._wants_graph() or not plain or loss.numel() != 1:
+            self._complete = self._complete and not self._wants_graph()
             run()
             return
         obstacles = dissect(loss).obstacles if closure is None else []
@@ -134,7 +153,7 @@ class Measurement:
 
     def dropped(self) -> None:
         """The gradients so far were thrown away."""
-        self._complete, self._parts, self._rng = True, 0, None
+        self._complete, self._parts = True, 0
         if self._curvature is not None:
             self._curvature.discard()
 
@@ -149,28 +168,71 @@ class Measurement:
             self.dropped()
             return self._unmeasured
         products = self._products.measure(gradients, grad_scale)
-        curvature = self._curvature_products(gradients, grad_scale)
+        vectors = [_unscaled_gradient(gradient, grad_scale) for gradient in gradients]
+        asked_for = self._asked_for_values(vectors)
+        curvature = self._curvature_products(vectors)
         self.dropped()
         if not self._measure.per_parameter:
-            return torch.cat([products, curvature])
+            return torch.cat([products, curvature, asked_for])
         parts = [products[0], curvature[0], products[1:, self._own].reshape(-1), curvature[1:].reshape(-1)]
-        return torch.cat(parts)
+        return torch.cat([*parts, asked_for])
+
+    def _due(self, every: int) -> bool:
+        step = self._probe.step
+        return (
+            self._curvature is not None and every > 0 and not step % every and not step % self._measure.every
+        )
 
     def _wants_curvature(self) -> bool:
-        every = self._measure.curvature_every
-        step = self._probe.step
-        return self._curvature is not None and not step % every and not step % self._measure.every
+        return self._due(self._measure.curvature_every)
 
-    def _curvature_products(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> Tensor:
+    def _wants_graph(self) -> bool:
+        return self._wants_curvature() or (
+            self._due(self._measure.sharpness_every) and self._fixed_loss is None
+        )
+
+    def _asked_for_values(self, vectors: Sequence[Tensor | None]) -> Tensor:
+        """What was asked for beside the inner products, in the order of ``_asked_for``."""
+        found = dict.fromkeys(self._asked_for, self._unmeasured.new_full((), torch.nan))
+        lr = float(self._probe.optimizer.param_groups[0].get("lr", 0.0))
+        try:
+            if self._measure.finite_step and self._wants_curvature() and self._whole() and lr:
+                assert self._curvature is not None
+                step = self._curvature.over_step(vectors, lr)
+                if step is not None:
+                    found["secant_residual"] = (_square(step.turned) / _square(vectors)).sqrt()
+                    found["linear_decrease_gap"] = step.gap
+            if self._due(self._measure.sharpness_every) and (self._fixed_loss or self._whole()):
+                found["sharpness"] = found["sharpness"].new_tensor(self._sharpness())
+        except CurvatureUnavailable as error:
+            self._do_without(error)
+        return torch.stack([found[name] for name in self._asked_for]) if found else self._unmeasured[:0]
+
+    def _sharpness(self) -> float:
+        assert self._curvature is not None
+        curvature, module = self._curvature, self._probe.model
+        if self._fixed_loss is None:
+            return top_eigenvalue(lambda v: curvature.product(v, keep=True), self._parameters).value
+        with untouched(module), torch.enable_grad():
+            graph = graph_of(self._fixed_loss(), self._parameters, module=module)
+        return top_eigenvalue(
+            lambda v: hessian_vector_product([graph], self._parameters, v, module=module, keep_graphs=True),
+            self._parameters,
+        ).value
+
+    def _whole(self) -> bool:
+        """Whether every micro-batch of this step went through the curvature's own backward."""
+        return self._complete and self._parts > 0
+
+    def _curvature_products(self, vectors: Sequence[Tensor | None]) -> Tensor:
         """``g.Hg`` and ``Hg.Hg``, with a row for each parameter where they were asked for."""
         rows = (1 + len(self._parameters),) if self._measure.per_parameter else ()
         missing = self._unmeasured.new_full((*rows, 2), torch.nan)
         if not self._measure.curvature_every:
             return missing[..., :0]
-        if not self._wants_curvature() or not self._complete or not self._parts:
+        if not self._wants_curvature() or not self._whole():
             return missing
         assert self._curvature is not None
-        vectors = [_unscaled_gradient(gradient, grad_scale) for gradient in gradients]
         try:
             product = self._curvature.product(vectors)
         except CurvatureUnavailable as error:
@@ -194,6 +256,14 @@ def _unscaled_gradient(gradient: Tensor | None, scale: Tensor | None) -> Tensor 
         return None
     dense = gradient.to_dense() if gradient.is_sparse else gradient
     return dense if scale is None else dense / scale
+
+
+def _square(vectors: Sequence[Tensor | None]) -> Tensor:
+    present = [vector for vector in vectors if vector is not None]
+    if not present:
+        return torch.zeros((), dtype=torch.float64)
+    products = InnerProducts(present, {})
+    return products.measure([None] * len(present))[products.names.index("w.w")]
 
 
 def _product(name: str) -> tuple[str, str]:

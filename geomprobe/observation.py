@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from geomprobe.determinism import flags
 from geomprobe.errors import UnsupportedTraining, UsageError
 from geomprobe.evidence import Evidence
-from geomprobe.probe import Probe
+from geomprobe.probe import Args, Kwargs, Probe, given_closure, replace_closure
 from geomprobe.trace.schema import GROUP_COLUMNS, group_column
 
 Closure = Callable[[], Tensor]
@@ -105,6 +105,9 @@ class Observation:
     def reference(self, name: str) -> None:
         """The script asks for its present weights to be kept."""
 
+    def sharpness_of(self, closure: Closure) -> None:
+        """The script names the loss whose sharpness is wanted."""
+
     def detached(self) -> None:
         self.weights_will_change()
 
@@ -131,12 +134,19 @@ class Observation:
         if torch.is_grad_enabled():  # evaluation is not part of the step
             self._source = self._iterations.get(iterator)
 
-    def optimizer_stepping(self, optimizer: Optimizer) -> None:
+    def optimizer_stepping(
+        self, optimizer: Optimizer, args: Args, kwargs: Kwargs
+    ) -> tuple[Args, Kwargs] | None:
+        """An optimizer is about to step; may return the call to make instead, as torch's own hooks do."""
         with self._lasting():
             if self.probe is None:
+                closure = given_closure(args, kwargs)
+                if closure is not None and not self._models_of(optimizer):
+                    return replace_closure(args, kwargs, self._attaching(optimizer, closure))
                 self._attach_to(optimizer)
             elif optimizer is not self.probe.optimizer:
                 self._meet_another(optimizer)
+        return None
 
     def module_entered(self, module: nn.Module, inputs: Any) -> bool:
         """A module is called from outside any other; returns whether to be told of the next one."""
@@ -236,12 +246,30 @@ class Observation:
                 "weights is not known, so no later one can be measured. Mend what raised, or let it end the script."
             )
 
-    def _attach_to(self, optimizer: Optimizer) -> None:
+    def _models_of(self, optimizer: Optimizer) -> list[nn.Module]:
+        """The modules called so far that hold any of an optimizer's parameters."""
         wanted = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        roots = [m for m in self._called.values() if any(id(p) in wanted for p in m.parameters())]
+        return [m for m in self._called.values() if any(id(p) in wanted for p in m.parameters())]
+
+    def _attach_to(self, optimizer: Optimizer) -> None:
+        roots = self._models_of(optimizer)
         model = roots[0] if len(roots) == 1 else nn.ModuleList(roots) if roots else None
         self._called.clear()
         Probe(model, optimizer, {}, self)
+
+    def _attaching(self, optimizer: Optimizer, closure: Closure) -> Closure:
+        """The first closure, for a script that calls its model in there: only then is the model known."""
+
+        def attach_and_measure() -> Tensor:
+            loss = closure()
+            with self._lasting():
+                if self.probe is None:
+                    self._attach_to(optimizer)
+                assert self.probe is not None
+                self.probe.update_due()
+            return loss
+
+        return attach_and_measure
 
     def _meet_another(self, optimizer: Optimizer) -> None:
         assert self.probe is not None

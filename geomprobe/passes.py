@@ -22,7 +22,7 @@ from geomprobe.determinism import (
     strict_mode,
     untouched_rng,
 )
-from geomprobe.errors import EnvironmentMismatch, RunError, UsageError
+from geomprobe.errors import EnvironmentMismatch, RunError, UnsupportedTraining, UsageError
 from geomprobe.interception import listening
 from geomprobe.measuring import Measure
 from geomprobe.probe import observe, observing
@@ -97,6 +97,8 @@ def replay(
     *,
     every: int = 1,
     curvature_every: int | None = None,
+    finite_step: bool = False,
+    sharpness_every: int = 0,
     per_parameter: bool = False,
     compiled: bool = False,
     uncertified: bool = False,
@@ -111,6 +113,9 @@ def replay(
         every: measure each N-th step; every step is compared.
         curvature_every: take Hg at each N-th step, of those that are measured; 0 for never. None means at
             each one where Hg has an exact route, and to leave it out, and say so, where it has none.
+        finite_step: where Hg is taken, also measure ``secant_residual`` and ``linear_decrease_gap``: the loss
+            and its gradient on the same minibatch after a whole step. Needs ``probe.backward(loss, closure=...)``.
+        sharpness_every: take the Hessian's top eigenvalue at each N-th measured step; 0 for never.
         per_parameter: keep the inner products of each parameter tensor too.
         compiled: compile the inner products (seconds at the start, faster steps).
         uncertified: go on where the replay differs, marking every later row.
@@ -129,12 +134,20 @@ def replay(
         raise UsageError(f"every={every}: measure each N-th step with N at least 1")
     target = Run(run)
     script = _function_script(train) if script is None else script
-    if curvature_every is not None and curvature_every < 0:
-        raise UsageError(f"curvature_every={curvature_every}: take Hg at each N-th step, or 0 for never")
+    if min(curvature_every or 0, sharpness_every) < 0:
+        raise UsageError(
+            f"curvature_every={curvature_every}, sharpness_every={sharpness_every}: name each N-th step, or 0 for never"
+        )
+    if finite_step and curvature_every == 0:
+        raise UsageError(
+            "finite_step is measured where Hg is, and curvature_every=0 leaves Hg out: drop one of them"
+        )
     measure = Measure(
         every=every,
         curvature_every=1 if curvature_every is None else curvature_every,
-        curvature_required=curvature_every is not None,
+        curvature_required=curvature_every is not None or sharpness_every > 0,
+        finite_step=finite_step,
+        sharpness_every=sharpness_every,
         per_parameter=per_parameter,
         compiled=compiled,
     )
@@ -223,9 +236,14 @@ def _observed(current: Recording | Replaying) -> Iterator[None]:
             yield
     except Exception as error:
         current.fail()
-        if current.failure in (None, error):
-            raise
-        raise current.failure from error  # the script failed because the pass had stopped, or differed
+        if current.failure not in (None, error):
+            raise current.failure from error  # the script failed because the pass had stopped, or differed
+        if current.manifest["strict"] and "use_deterministic_algorithms(True)" in str(error):
+            raise UnsupportedTraining(
+                f"{error} The recording is strict about that: replace the operation, or record with `geomprobe record "
+                "--no-strict` (strict=False in Python), and the replay will tell whether it came out the same."
+            ) from error
+        raise
     except BaseException:  # interrupted: what is written stays as an unfinished pass
         current.close()
         raise

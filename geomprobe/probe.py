@@ -16,8 +16,11 @@ from torch.utils.hooks import RemovableHandle
 
 from geomprobe import progress
 from geomprobe.errors import UnsupportedTraining, UsageError
+from geomprobe.interception import nested_step
 
 Item = TypeVar("Item")
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 
 
 class Observer(Protocol):
@@ -34,6 +37,7 @@ class Observer(Protocol):
     def after_update(self) -> None: ...
     def weights_will_change(self) -> None: ...
     def reference(self, name: str) -> None: ...
+    def sharpness_of(self, closure: Callable[[], Tensor]) -> None: ...
     def detached(self) -> None: ...
 
 
@@ -75,6 +79,9 @@ class InertProbe:
 
     def reference(self, name: str) -> None:
         """Nothing: see :meth:`Probe.reference`."""
+
+    def sharpness_of(self, closure: Callable[[], Tensor]) -> None:
+        """Nothing: see :meth:`Probe.sharpness_of`."""
 
     def remove(self) -> None:
         """Nothing: see :meth:`Probe.remove`."""
@@ -234,6 +241,14 @@ class Probe:
         """
         self._observer.reference(name)
 
+    def sharpness_of(self, closure: Callable[[], Tensor]) -> None:
+        """Take ``replay --sharpness-every``'s eigenvalue of a fixed loss instead of each minibatch's.
+
+        Args:
+            closure: evaluates that loss, such as the model's on one batch kept for it.
+        """
+        self._observer.sharpness_of(closure)
+
     def remove(self) -> None:
         """Take the hooks off; the pass ends with the steps seen so far."""
         for handle in self._handles:
@@ -263,30 +278,37 @@ class Probe:
     def _loading(self, *_: Any) -> None:
         self._observer.weights_will_change()
 
-    def _before_step(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _before_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        if nested_step(optimizer):
+            return None
         self._begin()
         self._measured = False
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if not callable(closure):
+        closure = given_closure(args, kwargs)
+        if closure is None:
             self._measure()
             return None
 
         def measured_closure() -> Any:
             # Lightning runs forward and backward in here, so only now is there a gradient to look at.
-            if self._measured:
-                raise UnsupportedTraining(
-                    f"{type(optimizer).__name__} evaluated its closure twice in step {self.step}: which of "
-                    "the gradients is the step's is not defined. Use an optimizer that evaluates it once."
-                )
             loss = closure()
-            self._measure()
+            self.update_due()
             return loss
 
-        if "closure" in kwargs:
-            return args, {**kwargs, "closure": measured_closure}
-        return (args[0], measured_closure, *args[2:]), kwargs
+        return replace_closure(args, kwargs, measured_closure)
+
+    def update_due(self) -> None:
+        """A closure has been evaluated: the present gradients are the step's.
+
+        Raises:
+            UnsupportedTraining: it was evaluated for the second time in one step.
+        """
+        if self._measured:
+            raise UnsupportedTraining(
+                f"{type(self.optimizer).__name__} evaluated its closure twice in step {self.step}: which of "
+                "the gradients is the step's is not defined. Use an optimizer that evaluates it once."
+            )
+        self._begin()
+        self._measure()
 
     @torch.no_grad()
     def _measure(self) -> None:
@@ -295,8 +317,8 @@ class Probe:
             gradients = [parameter.grad for parameter in self.parameters.values()]
             self._observer.before_update(gradients, getattr(self.optimizer, "grad_scale", None))
 
-    def _after_step(self, *_: Any) -> None:
-        if self._measured and not self._overflowed():
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if self._measured and not self._overflowed() and not nested_step(optimizer):
             self.step += 1
             self._observer.after_update()
 
@@ -327,6 +349,27 @@ class Probe:
             "only defined for a fixed set of parameters. Create all of them before the first step (freezing "
             "one by requires_grad_(False) or grad = None is fine), or record the stages as separate runs."
         )
+
+
+def given_closure(args: Args, kwargs: Kwargs) -> Callable[[], Any] | None:
+    """The closure in a call of ``Optimizer.step``, whose first argument is the optimizer.
+
+    >>> given_closure((None, abs), {}) is given_closure((None,), {"closure": abs}) is abs
+    True
+    """
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    return closure if callable(closure) else None
+
+
+def replace_closure(args: Args, kwargs: Kwargs, closure: Callable[[], Any]) -> tuple[Args, Kwargs]:
+    """The same call with another closure.
+
+    >>> replace_closure((None, abs), {}, min)
+    ((None, <built-in function min>), {})
+    """
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": closure}
+    return (args[0], closure, *args[2:]), kwargs
 
 
 def measured_parameters(model: nn.Module | None, optimizer: Optimizer) -> dict[str, nn.Parameter]:

@@ -124,7 +124,9 @@ class Recording(Observation):
 
     def fail(self) -> None:
         """The script has failed: seal what was recorded, without references, as ``failed``."""
-        if self._writer is None or isinstance(self.failure, WriteFailed):
+        if self._writer is None:
+            self._run.clear_stream()  # references of a run without a step
+        elif isinstance(self.failure, WriteFailed):
             self.close()
         else:
             self._seal("failed")

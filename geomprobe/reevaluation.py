@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -90,48 +91,65 @@ def side_product(
     return hessian_vector_product([graph], parameters, vectors, module=module)
 
 
-def secant_product(
+class FiniteStep(NamedTuple):
+    """What changes over a whole step along a direction ``v``, on one minibatch.
+
+    Attributes:
+        turned: ``(g(w) - g(w - lr v)) / lr``, one tensor per parameter.
+        gap: ``E(w - lr v) - (E(w) - lr g(w).v)``, float64: how far the loss lies above its linear decrease.
+    """
+
+    turned: list[Tensor]
+    gap: Tensor
+
+
+def finite_step(
     closure: Closure,
     parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor | None],
+    direction: Sequence[Tensor | None],
     lr: float,
     *,
     loss: Tensor,
     rng: RNGState | None = None,
     module: nn.Module | None = None,
     tolerance: float = 0.0,
-) -> list[Tensor]:
-    """``(g(w) - g(w - lr v)) / lr`` on one minibatch: how the gradient turns over a whole step along ``v``.
+) -> FiniteStep:
+    """How gradient and loss change over a step along ``direction``, with the run left untouched.
 
-    It tends to ``H v`` as ``lr`` goes to 0 where the loss is twice differentiable on the way (CG theorem 3.1
-    takes that limit). Across the kinks of a ReLU network it does not: ``g`` jumps there, and ``H`` does not
-    see it. It is therefore a quantity of its own and never stands in for ``H v``.
+    ``turned`` tends to ``H v`` as ``lr`` goes to 0 where the loss is twice differentiable on the way (CG theorem
+    3.1 takes that limit). Across the kinks of a ReLU network it does not: ``g`` jumps there, and ``H`` does not
+    see it. It is therefore a quantity of its own and never stands in for ``H v``. Inside a corridor ``turned``
+    and, with ``v = g``, ``gap`` are 0 (CG lemma 2.9, proposition 2.10).
 
     Args:
-        gradients: the direction ``v``, one tensor per parameter, None for zero. ``g(w)`` is evaluated by
-            ``closure`` as well: the direction may be clipped or summed over micro-batches, ``g(w)`` is neither.
+        direction: ``v``, one tensor per parameter, None for zero. ``g(w)`` is evaluated by ``closure``: the
+            direction may be clipped or summed over micro-batches, ``g(w)`` is neither.
         lr: the step along ``v``, not 0.
         closure, parameters, loss, rng, module, tolerance: as for `side_graph`.
-
-    Returns:
-        One tensor per parameter, of its shape.
 
     Raises:
         ClosureMismatch: the closure returned another loss than the step's at the step's own weights.
 
     >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
-    >>> secant_product(lambda: (w**2).sum(), [w], [torch.ones(2)], 0.5, loss=torch.tensor(5.0))
-    [tensor([2., 2.])]
+    >>> step = finite_step(lambda: (w**2).sum(), [w], [torch.ones(2)], 0.5, loss=torch.tensor(5.0))
+    >>> step.turned, float(step.gap)
+    ([tensor([2., 2.])], 0.5)
     """
     wanted = [parameter for parameter in parameters if parameter.requires_grad]
     with _aside(module, parameters), torch.enable_grad():
-        again = _evaluated(closure, parameters, loss, rng, tolerance)
-        here = torch.autograd.grad(again, wanted, materialize_grads=True)
-        with _moved(parameters, gradients, -lr):
+        before = _evaluated(closure, parameters, loss, rng, tolerance)
+        here = torch.autograd.grad(before, wanted, materialize_grads=True)
+        with _moved(parameters, direction, -lr):
             _rewind(rng)
-            there = torch.autograd.grad(closure(), wanted, materialize_grads=True)
+            after = closure()
+            there = torch.autograd.grad(after, wanted, materialize_grads=True)
+    gradient = dict(zip(wanted, here, strict=True))
     turned = {p: (a - b) / lr for p, a, b in zip(wanted, here, there, strict=True)}
-    return [turned[p] if p in turned else torch.zeros_like(p) for p in parameters]
+    gap = after.detach().double() - before.detach().double()
+    for parameter, along in zip(parameters, direction, strict=True):
+        if along is not None and parameter in gradient:
+            gap += lr * torch.sum(gradient[parameter].double() * along.double())
+    return FiniteStep([turned[p] if p in turned else torch.zeros_like(p) for p in parameters], gap)
 
 
 def loss_tolerance(epsilon: float) -> float:

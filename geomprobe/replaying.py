@@ -78,10 +78,19 @@ class Replaying(Observation):
         super().attached(probe)
         self._measurement = Measurement(probe, self._measure)
 
+    def fetch_ended(self, came: bool) -> None:
+        super().fetch_ended(came)
+        if self._measurement is not None and came and torch.is_grad_enabled():
+            self._measurement.fetched()
+
     def entered(self, inputs: Any) -> None:
         super().entered(inputs)
         if self._measurement is not None:
             self._measurement.entered()
+
+    def sharpness_of(self, closure: Closure) -> None:
+        assert self._measurement is not None
+        self._measurement.sharpness_of(closure)
 
     def gradients_dropped(self) -> None:
         super().gradients_dropped()

@@ -11,7 +11,7 @@ import torch
 from hessian_cases import CASES, PRECISIONS, case, dense_product, flat, gradients, relative, same_bits
 
 from geomprobe.determinism import capture_rng
-from geomprobe.reevaluation import ClosureMismatch, secant_product, side_product
+from geomprobe.reevaluation import ClosureMismatch, finite_step, side_product
 
 
 @PRECISIONS
@@ -35,7 +35,9 @@ def test_a_loss_linear_in_the_parameters_has_side_product_zero():
     assert torch.equal(side_product(lambda: w @ x, [w], [x], loss=(w @ x).detach())[0], torch.zeros(4))
 
 
-@pytest.mark.parametrize("measure", [side_product, lambda c, p, v, **k: secant_product(c, p, v, 0.1, **k)])
+@pytest.mark.parametrize(
+    "measure", [side_product, lambda c, p, v, **k: finite_step(c, p, v, 0.1, **k).turned]
+)
 def test_a_closure_may_draw_zero_gradients_and_move_buffers(measure):
     it = case("convolutional", torch.float32)
     optimizer = torch.optim.SGD(it.parameters, lr=0.1)
@@ -128,21 +130,21 @@ def test_a_failing_closure_leaves_everything_in_place():
     loss = it.loss().detach()
     copies[len(weights) :] = [b.clone() for b in it.model.buffers()]
     with pytest.raises(RuntimeError, match="out of coffee"):
-        secant_product(closure, it.parameters, held, 0.1, loss=loss, module=it.model)
+        finite_step(closure, it.parameters, held, 0.1, loss=loss, module=it.model)
     assert all(p.grad is g for p, g in zip(it.parameters, held, strict=True))
     assert [p.data_ptr() for p in it.parameters] == weights
     assert all(map(same_bits, copies, (*it.parameters, *it.model.buffers())))
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_the_secant_product_is_the_difference_of_gradients_a_step_apart():
+def test_the_finite_step_is_the_difference_of_gradients_a_step_apart():
     it = case("transformer")
     torch.manual_seed(4)
     rng = capture_rng()
     loss = it.loss()
     loss.backward()
     v = gradients(it.parameters)
-    found = secant_product(it.loss, it.parameters, v, 0.3, loss=loss.detach(), rng=rng, module=it.model)
+    found = finite_step(it.loss, it.parameters, v, 0.3, loss=loss.detach(), rng=rng, module=it.model).turned
     moved = copy.deepcopy(it)
     with torch.no_grad():
         for p, g in zip(moved.parameters, v, strict=True):
@@ -154,13 +156,13 @@ def test_the_secant_product_is_the_difference_of_gradients_a_step_apart():
     torch.testing.assert_close(flat(found), expected, rtol=1e-12, atol=1e-14)
 
 
-def test_the_secant_product_tends_to_the_hessian_product_on_a_smooth_loss():
+def test_the_finite_step_tends_to_the_hessian_product_on_a_smooth_loss():
     it = case("tied")
     it.loss().backward()
     v = gradients(it.parameters)
     hessian = dense_product(it.model, it.loss, 0, v)
     errors = [
-        relative(flat(secant_product(it.loss, it.parameters, v, lr, loss=it.loss().detach())), hessian)
+        relative(flat(finite_step(it.loss, it.parameters, v, lr, loss=it.loss().detach()).turned), hessian)
         for lr in (1e-2, 1e-3)
     ]
     assert errors[1] == pytest.approx(errors[0] / 10, rel=0.05)

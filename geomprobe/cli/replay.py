@@ -40,6 +40,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-curvature", dest="curvature_every", action="store_const", const=0, help="leave Hg out"
     )
     parser.add_argument(
+        "--finite-step",
+        action="store_true",
+        help="where Hg is taken, also the loss and gradient after a whole step on the same minibatch "
+        "(needs probe.backward(loss, closure=...))",
+    )
+    parser.add_argument(
+        "--sharpness-every",
+        type=int,
+        default=0,
+        metavar="N",
+        help="take the top eigenvalue of the Hessian at each N-th step (Lanczos: tens of products each)",
+    )
+    parser.add_argument(
         "--per-parameter", action="store_true", help="keep the inner products of each parameter tensor too"
     )
     parser.add_argument(
@@ -69,6 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
         Path(arguments.folder).absolute(),
         every=arguments.every,
         curvature_every=arguments.curvature_every,
+        finite_step=arguments.finite_step,
+        sharpness_every=arguments.sharpness_every,
         per_parameter=arguments.per_parameter,
         compiled=arguments.compile,
         uncertified=arguments.uncertified,

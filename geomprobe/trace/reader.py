@@ -216,7 +216,7 @@ class _SealedColumns(Mapping[str, Array]):
 
 def _datasets(file: Any) -> Iterator[str]:
     """Paths of a sealed trace's columns, told from the names of its groups without opening any dataset."""
-    known = [f"steps/{column.name}" for column in (*schema.STEP_COLUMNS, schema.SAME)]
+    known = [f"steps/{column.name}" for column in (*schema.STEP_COLUMNS, *schema.OPTIONAL_STEP_COLUMNS)]
     yield from (path for path in known if path in file)
     yield from _members(file, "inner_products")
     for parent in ("groups", "references", "parameters"):

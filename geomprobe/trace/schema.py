@@ -82,6 +82,28 @@ STEP_COLUMNS = (
 # Only in an uncertified replay: 0 from the first difference on.
 SAME = Column("same", "1 while the replay equalled the recording", "1", "same", "replay")
 
+# Only where they were asked for; they are measured as they are, not derived from inner products.
+ASKED_FOR = (
+    Column(
+        "sharpness", "top eigenvalue of the Hessian", "1/lr", "max eig(H)", "CG section 1 (edge of stability)"
+    ),
+    Column(
+        "secant_residual",
+        "turn rate of the gradient over a whole step",
+        "1/lr",
+        "||g(w) - g(w - lr G)|| / (lr ||G||)",
+        "CG theorem 3.1, without its limit",
+    ),
+    Column(
+        "linear_decrease_gap",
+        "loss after the step above its linear decrease",
+        "loss",
+        "E(w - lr G) - (E(w) - lr g(w).G)",
+        "CG proposition 2.10",
+    ),
+)
+OPTIONAL_STEP_COLUMNS = (SAME, *ASKED_FOR)
+
 _OF_A_REFERENCE = ("distance", "grad_dot_offset", "rsi", "eb", "cosine", "lolr")
 REFERENCE_COLUMNS = tuple(column for column in STEP_COLUMNS if column.name in _OF_A_REFERENCE)
 
@@ -111,7 +133,7 @@ GROUP_COLUMNS = (
 
 RECORD_COLUMNS = STEP_COLUMNS[:4]
 RAW_RECORD_COLUMNS = RECORD_COLUMNS[1:]
-RAW_STEP_COLUMNS = (*STEP_COLUMNS[1:3], SAME)
+RAW_STEP_COLUMNS = (*STEP_COLUMNS[1:3], *OPTIONAL_STEP_COLUMNS)
 
 COMPONENTS = ("rng", "batch", "weights", "optimizer", "loss", "buffers")
 """What a step's fingerprints cover, in the order of blame: an earlier one that differs explains the later."""
@@ -240,7 +262,7 @@ def _hint(name: str, known: Iterable[str]) -> str:
 def _columns_at(path: str) -> tuple[Column, ...]:
     match path.split("/"):
         case ["steps", _]:
-            return (*STEP_COLUMNS, SAME)
+            return (*STEP_COLUMNS, *OPTIONAL_STEP_COLUMNS)
         case ["groups", index, _] if index.isdecimal():
             return GROUP_COLUMNS
         case ["inner_products", _] | ["parameters", _, _]:
