@@ -6,6 +6,11 @@ windows of steps. Several runs are laid over one another. A trace that is not ce
 title. The file's suffix picks the format (png, pdf, svg). Needs matplotlib: pip install 'geomprobe[plot]'.
 
     geomprobe plot runs/a runs/b -o gamma.png --columns cosine,lolr --skip-last-epoch
+    geomprobe plot runs/a -o rates.png --columns lr,lolr,clr                       (NWT figure 3, CG figure 4)
+    geomprobe plot runs/a -o corridor.png --columns loss,hg_norm,relative_residual (CG figure 7)
+    geomprobe plot runs/a runs/b -o occupancy.png --occupancy --smooth 25
+
+With --occupancy it draws how much of training was spent below each threshold of the relative residual.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ import sys
 from pathlib import Path
 
 from geomprobe.errors import UsageError
-from geomprobe.report.plot import COLUMNS, figure, save
+from geomprobe.report.plot import COLUMNS, figure, occupancy_figure, save
 from geomprobe.trace.reader import open_trace
 
 
@@ -36,6 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--skip-last-epoch", action="store_true", help="leave out the last epoch, where w nears w*"
     )
     parser.add_argument("--no-null-model", action="store_true", help="leave out the random walk")
+    parser.add_argument("--occupancy", action="store_true", help="draw the occupancy of near-corridors")
+    parser.add_argument(
+        "--smooth", type=int, metavar="N", help="with --occupancy: average over N measured steps first"
+    )
     parser.add_argument("--force", action="store_true", help="overwrite FILE")
 
 
@@ -44,12 +53,16 @@ def run(arguments: argparse.Namespace) -> int:
     output: Path = arguments.output
     if output.exists() and not arguments.force:
         raise UsageError(f"{output} exists; --force overwrites it")
-    drawing = figure(
-        [open_trace(run) for run in arguments.runs],
-        arguments.columns,
-        skip_last_epoch=arguments.skip_last_epoch,
-        with_null_model=not arguments.no_null_model,
-    )
+    traces = [open_trace(run) for run in arguments.runs]
+    if arguments.occupancy:
+        drawing = occupancy_figure(traces, arguments.smooth)
+    else:
+        drawing = figure(
+            traces,
+            arguments.columns,
+            skip_last_epoch=arguments.skip_last_epoch,
+            with_null_model=not arguments.no_null_model,
+        )
     save(drawing, output)
     print(f"Wrote {output}")
     print(f"Next: geomprobe inspect {arguments.runs[0]}", file=sys.stderr)

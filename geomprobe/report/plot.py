@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from geomprobe.corridor.detection import occupancy
 from geomprobe.errors import RunError, UsageError
 from geomprobe.report.curves import Curve, groups, labels, null_model
 from geomprobe.trace.schema import describe
@@ -58,6 +59,32 @@ def figure(
     drawing.align_ylabels(list(panels))
     _title(drawing, traces)
     _legend(drawing, list(panels))
+    return drawing
+
+
+def occupancy_figure(traces: Sequence[Trace], smooth: int | None = None) -> Figure:
+    """The share of measured steps below every threshold of the relative residual, one line a run.
+
+    Args:
+        traces: whose replays took Hg.
+        smooth: moving average over so many measured rows; None for none.
+
+    Raises:
+        UsageError: matplotlib is not installed, or a trace has no Hg.
+    """
+    drawing = _new_figure(4.0)
+    panel = drawing.subplots()
+    for i, (trace, name) in enumerate(zip(traces, labels(traces), strict=True)):
+        curve = occupancy(trace, smooth=smooth)
+        style = ("-", "-.", ":")[i // len(_COLORS) % 3]
+        panel.plot(curve.thresholds, curve.share, style, color=_COLORS[i % len(_COLORS)], label=name)
+    panel.set_xscale("log")
+    panel.set_ylim(0, 1.02)
+    panel.set_xlabel("threshold of the relative residual lr ‖HG‖ / ‖G‖")
+    panel.set_ylabel("share of measured steps below it")
+    panel.grid(alpha=0.25, linewidth=0.5)
+    _title(drawing, traces)
+    _legend(drawing, [panel])
     return drawing
 
 
