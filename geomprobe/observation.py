@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from geomprobe.determinism import flags
 from geomprobe.errors import UnsupportedTraining, UsageError
 from geomprobe.evidence import Evidence
+from geomprobe.interception import nested_step
 from geomprobe.probe import Args, Kwargs, Probe, given_closure, replace_closure
 from geomprobe.trace.schema import GROUP_COLUMNS, group_column
 
@@ -138,6 +139,8 @@ class Observation:
         self, optimizer: Optimizer, args: Args, kwargs: Kwargs
     ) -> tuple[Args, Kwargs] | None:
         """An optimizer is about to step; may return the call to make instead, as torch's own hooks do."""
+        if nested_step(optimizer):
+            return None
         with self._lasting():
             if self.probe is None:
                 closure = given_closure(args, kwargs)

@@ -71,7 +71,8 @@ def trainer(style, *, optimizer=torch.optim.SGD, fault=None, swallow=False, **se
         t.probe = None if style == "unmodified" else geomprobe.attach(t.model, t.optimizer)
         t.at("fetch")
         for _ in t.probe.epochs(t.epochs) if style == "batches" else range(t.epochs):
-            for t.batch in t.probe.batches(t.loader) if style == "batches" else t.loader:
+            for batch in t.probe.batches(t.loader) if style == "batches" else t.loader:
+                t.batch = batch
                 try:
                     one_step(t, style)
                 except Exception:
