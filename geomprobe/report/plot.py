@@ -156,7 +156,8 @@ def _label(column: str) -> str:
     described = describe(column if "/" in column else f"steps/{column}")
     name = _NAMES.get(described.name, described.name.replace("_", " "))
     place = column.rpartition("/")[0]
-    name = name if described.units == "1" else f"{name} ({described.units})"
+    bare = described.units in ("1", described.name)
+    name = name if bare else f"{name} ({described.units})"
     return name if place in ("", "steps") else f"{name}\n{place}"
 
 
