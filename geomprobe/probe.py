@@ -165,7 +165,7 @@ class Probe:
         self.epoch: int | None = None
         self._observer = observer
         self._begun = False
-        self._measured = False
+        self._measured = self._skipped = False
         self._epochs_named = False
         observer.attached(self)
         self._handles: list[RemovableHandle] = [
@@ -312,13 +312,13 @@ class Probe:
 
     @torch.no_grad()
     def _measure(self) -> None:
-        self._measured = True
-        if not self._overflowed():
+        self._measured, self._skipped = True, self._overflowed()
+        if not self._skipped:
             gradients = [parameter.grad for parameter in self.parameters.values()]
             self._observer.before_update(gradients, getattr(self.optimizer, "grad_scale", None))
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if self._measured and not self._overflowed() and not nested_step(optimizer):
+        if self._measured and not self._skipped and not nested_step(optimizer):
             self.step += 1
             self._observer.after_update()
 

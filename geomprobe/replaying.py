@@ -109,6 +109,7 @@ class Replaying(Observation):
         assert self.probe is not None
         if not self._uncertified:
             require_same(self._record.manifest, self.manifest, FIRST_STEP_SECTIONS, self._run.path)
+        self._require_same_layout()
         self._to_device()
         assert self._measurement is not None
         self._measurement.open(self._references)
@@ -226,6 +227,17 @@ class Replaying(Observation):
         if self._rows is not None:
             rows, self._rows = self._rows, None
             rows.flush()
+
+    def _require_same_layout(self) -> None:
+        for component, names in self.evidence.layout.items():
+            then = self._record.names(component)
+            if list(names) != then:
+                only = sorted(set(names) ^ set(then)) or ["their order"]
+                raise EnvironmentMismatch(
+                    f"{self._run.path} was recorded with {len(then)} entries under {component}, and here there are "
+                    f"{len(names)} (not in both: {', '.join(only[:5])}), so the steps cannot be compared. Nothing was "
+                    "replayed. Build the same model and optimizer, or record anew."
+                )
 
     def _to_device(self) -> None:
         assert self.probe is not None
