@@ -177,25 +177,37 @@ def leaves(batch: Any) -> tuple[list[Tensor], list[bytes]]:
     return tensors, rest
 
 
-def _collect(item: Any, tensors: list[Tensor], rest: list[bytes]) -> None:
+def _collect(item: Any, tensors: list[Tensor], rest: list[bytes], above: tuple[int, ...] = ()) -> None:
     rest.append(type(item).__name__.encode())
+    inside = (*above, id(item))
     if isinstance(item, Tensor):
         tensors.append(item)
         rest.append(f"{tuple(item.shape)} {item.dtype}".encode())
     elif isinstance(item, np.ndarray):
         rest.append(f"{item.shape} {item.dtype}".encode())
         rest.append(repr(item.tolist()).encode() if item.dtype.hasobject else item.tobytes())
-    elif isinstance(item, Mapping):
-        for key, value in item.items():
-            rest.append(repr(key).encode())
-            _collect(value, tensors, rest)
     elif isinstance(item, (str, bytes, int, float, complex, bool, type(None), np.generic)):
         rest.append(repr(item).encode())
+    elif id(item) in above:
+        rest.append(str(above.index(id(item))).encode())  # an object that holds itself
+    elif isinstance(item, Mapping):
+        rest.append(str(len(item)).encode())  # or a nested end could move unseen
+        for key, value in item.items():
+            rest.append(repr(key).encode())
+            _collect(value, tensors, rest, inside)
     elif isinstance(item, (Sequence, set, frozenset)):
+        rest.append(str(len(item)).encode())
         for value in sorted(item, key=repr) if isinstance(item, (set, frozenset)) else item:
-            _collect(value, tensors, rest)
-    elif hasattr(item, "__dict__"):
-        _collect(vars(item), tensors, rest)
+            _collect(value, tensors, rest, inside)
+    else:
+        _collect(_attributes(item), tensors, rest, inside)
+
+
+def _attributes(item: Any) -> dict[str, Any]:
+    slots = [getattr(kind, "__slots__", ()) for kind in type(item).__mro__]
+    names = [name for found in slots for name in ([found] if isinstance(found, str) else found)]
+    own = {name: getattr(item, name) for name in names if hasattr(item, name) and name[:2] != "__"}
+    return {**own, **getattr(item, "__dict__", {})}
 
 
 def rng_digests() -> dict[str, int]:
