@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from geomprobe.determinism import capture_rng
+from geomprobe.errors import RunError
 from geomprobe.probe import Probe
 
 
@@ -54,10 +56,20 @@ def load(path: Path, probe: Probe) -> dict[str, Any]:
 
     Returns:
         ``model``, ``optimizer``, ``stateful`` and ``rng``, as `save` found them.
+
+    Raises:
+        RunError: the checkpoint holds state of the optimizer, and the probe's has none yet to shape it.
     """
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load as read
 
-    state = _state(probe)
+    state = copy.deepcopy(_state(probe))  # it is read in place
+    stored = FileSystemReader(path).read_metadata().state_dict_metadata
+    if not state["optimizer"]["state"] and any(name.startswith("optimizer.state.") for name in stored):
+        raise RunError(
+            f"{path} holds the state of an optimizer that had stepped, and {type(probe.optimizer).__name__} has "
+            "not, so there is nothing to read it into. Let it step once first."
+        )
     with _quiet():
         read(state, checkpoint_id=path, no_dist=True)
     return state
