@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import runpy
 import subprocess
@@ -21,6 +22,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader, TensorDataset
 
 import geomprobe
+from geomprobe.cli import launch
+from geomprobe.errors import UsageError
 
 SEED = 11
 
@@ -297,24 +300,19 @@ def test_the_manifest_tells_what_was_run(by_command: Path) -> None:
     assert manifest["model"]["class"] == "Sequential"
 
 
-def test_a_module_is_recorded_and_replayed(tmp_path: Path) -> None:
+def test_a_module_is_known_by_its_file_without_importing_its_package(tmp_path: Path) -> None:
     package = tmp_path / "package"
     package.mkdir()
-    (package / "__init__.py").touch()
-    (package / "network.py").write_text(MODEL)
-    (package / "train.py").write_text(TRAIN.replace("from network", "from package.network"))
-    module = ("-m", "package.train", "--lr", "0.2", "--log", "log.json")
-    command("-m", "geomprobe", "record", "-o", "run", *module, cwd=tmp_path)
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    command("-m", "geomprobe", "replay", "../run", cwd=elsewhere)
-    trace = geomprobe.open_trace(tmp_path / "run")
-    assert trace.status == "complete"
-    assert (trace.manifest["script"]["kind"], trace.manifest["script"]["path"]) == ("module", "package.train")
-    assert set(trace.manifest["sources"]) == {"package/__init__.py", "package/network.py"}
-    (package / "train.py").write_text("")
-    refused = command("-m", "geomprobe", "replay", "--force", "run", cwd=tmp_path, code=1)
-    assert "script.sha256" in refused.stderr
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    for name in ("train", "__main__"):
+        (package / f"{name}.py").write_text(f"# {name}")
+    for module, file in (("package.train", "train.py"), ("package", "__main__.py")):
+        found = launch.described(module, ["--lr"], module=True, cwd=tmp_path)
+        assert found["sha256"] == hashlib.sha256((package / file).read_bytes()).hexdigest()
+        assert (found["kind"], found["path"], found["argv"]) == ("module", module, ["--lr"])
+    for missing in ("package.nothing", "nothing", "package.train.deeper"):
+        with pytest.raises(UsageError, match=f"{missing}: there is no such module in"):
+            launch.described(missing, [], module=True, cwd=tmp_path)
 
 
 def test_a_script_with_attach_runs_by_itself_and_loads_no_hdf5(tmp_path: Path) -> None:
