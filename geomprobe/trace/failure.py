@@ -1,12 +1,14 @@
-"""What to do when HDF5 cannot write: say what is safe, and let go of the file without a crash."""
+"""What to do when HDF5 fails: say what and where in words, and let go of a file without a crash."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from geomprobe.errors import RunError
+from geomprobe.errors import GeomprobeError, RunError
 
 
 class WriteFailed(RunError):
@@ -28,6 +30,29 @@ def abandon(file: Any) -> None:
         os.close(null)
     with contextlib.suppress(OSError, RuntimeError, ValueError):
         file.close()
+
+
+@contextlib.contextmanager
+def damage_named(what: str, path: Path) -> Iterator[None]:
+    """Turn whatever HDF5 raises at a changed bit into an error that says what is damaged.
+
+    Raises:
+        RunError: what was being read is damaged.
+
+    >>> with damage_named("steps/loss", Path("trace.h5")):
+    ...     raise OSError("wrong checksum")
+    Traceback (most recent call last):
+        ...
+    geomprobe.errors.RunError: steps/loss in trace.h5 is damaged (wrong checksum)...
+    """
+    try:
+        yield
+    except GeomprobeError:
+        raise
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        raise RunError(
+            f"{what} in {path} is damaged ({reason(error)}). Restore the file from a copy, or make it again"
+        ) from error
 
 
 def reason(error: BaseException) -> str:

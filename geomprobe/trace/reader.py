@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from geomprobe.errors import RunError, UsageError
+from geomprobe.errors import UsageError
 from geomprobe.trace import schema
 from geomprobe.trace.derive import Array, Derived
-from geomprobe.trace.failure import reason
+from geomprobe.trace.failure import damage_named
 from geomprobe.trace.part import stream_part
 from geomprobe.trace.record import Record, open_record
 from geomprobe.trace.source import Source, read_settled, spans
@@ -167,10 +167,12 @@ def open_trace(path: str | os.PathLike[str]) -> Trace:
 def _read(source: Source) -> Trace:
     if source.file is None:
         return Trace(source, {}, _streamed(source))
-    columns = _SealedColumns(source.file)
-    with h5py.File(source.file, "r") as sealed:
-        facts = dict(sealed["certificate"].attrs) if "certificate" in sealed else {}
-    return Trace(source, {name: _decode(name, value) for name, value in facts.items()}, columns)
+    with damage_named("the list of columns", source.file), h5py.File(source.file, "r") as file:
+        columns = _SealedColumns(source.file, _datasets(file))
+    with damage_named("the certificate", source.file), h5py.File(source.file, "r") as file:
+        facts = dict(file["certificate"].attrs) if "certificate" in set(file) else {}
+        certificate = {name: _decode(name, value) for name, value in facts.items()}
+    return Trace(source, certificate, columns)
 
 
 def _streamed(source: Source) -> Derived:
@@ -189,10 +191,9 @@ def _streamed(source: Source) -> Derived:
 class _SealedColumns(Mapping[str, Array]):
     """Columns of a sealed file by path, read at each look-up so that nothing stays open or in memory."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, datasets: Iterable[str]) -> None:
         self._path = path
-        with h5py.File(path, "r") as file:
-            self._paths = dict.fromkeys(_datasets(file))
+        self._paths = dict.fromkeys(datasets)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._paths)
@@ -204,32 +205,32 @@ class _SealedColumns(Mapping[str, Array]):
         return isinstance(path, str) and schema.canonical(path) in self._paths
 
     def __getitem__(self, path: str) -> Array:
-        try:
-            with h5py.File(self._path, "r") as file:
-                array: Array = file[schema.canonical(path)][:]
-        except OSError as error:
-            raise RunError(
-                f"{path} in {self._path} is damaged ({reason(error)}); replay the run again"
-            ) from error
+        with damage_named(path, self._path), h5py.File(self._path, "r") as file:
+            array: Array = file[schema.canonical(path)][:]
         return array
 
 
 def _datasets(file: Any) -> Iterator[str]:
     """Paths of a sealed trace's columns, told from the names of its groups without opening any dataset."""
-    known = [f"steps/{column.name}" for column in (*schema.STEP_COLUMNS, *schema.OPTIONAL_STEP_COLUMNS)]
-    yield from (path for path in known if path in file)
-    yield from _members(file, "inner_products")
-    for parent in ("groups", "references", "parameters"):
-        for name in file.get(parent, {}):
+    groups = set(file)
+    steps = set(file["steps"])
+    yield from (
+        f"steps/{column.name}" for column in (*schema.STEP_COLUMNS, schema.SAME) if column.name in steps
+    )
+    if "inner_products" in groups:
+        yield from _members("inner_products", file["inner_products"])
+    for parent in groups & {"groups", "references", "parameters"}:
+        for name in file[parent]:
             if (parent, name) != ("references", schema.FINAL):
-                yield from _members(file, f"{parent}/{name}")
-                if parent == "references":
-                    yield from _members(file, f"{parent}/{name}/inner_products")
+                yield from _members(f"{parent}/{name}", file[parent][name])
 
 
-def _members(file: Any, group: str) -> Iterator[str]:
-    # Every group names the one step column again, and references hold a group besides their columns.
-    return (f"{group}/{name}" for name in file.get(group, {}) if name not in ("step", "inner_products"))
+def _members(path: str, group: Any) -> Iterator[str]:
+    for name in group:
+        if name == "inner_products":
+            yield from _members(f"{path}/{name}", group[name])
+        elif name != "step":  # the one step column, which every group names again
+            yield f"{path}/{name}"
 
 
 def _path(name: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from geomprobe.errors import RunError
 from geomprobe.trace import schema
 from geomprobe.trace.derive import Array
-from geomprobe.trace.failure import reason
+from geomprobe.trace.failure import damage_named
 from geomprobe.trace.part import stream_part
 from geomprobe.trace.reference import read_reference
 from geomprobe.trace.source import Source, Span, read_settled, spans
@@ -136,39 +135,45 @@ class _Sealed:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file: Any = h5py.File(path, "r")
-        self.num_steps = int(self._file.attrs["num_steps"])
+        with damage_named("the head", path):
+            self._file: Any = h5py.File(path, "r")
+            self._groups = set(self._file)
+            self._prints = set(self._file[schema.FINGERPRINTS])
+            self.num_steps = int(self._file.attrs["num_steps"])
 
     def names(self, component: str) -> list[str]:
-        stored = self._file.get(f"{schema.FINGERPRINTS}/{component}_names")
-        return [] if stored is None else list(stored.asstr()[:])
+        if f"{component}_names" not in self._prints:
+            return []
+        path = f"{schema.FINGERPRINTS}/{component}_names"
+        with damage_named(path, self._path):
+            return list(self._file[path].asstr()[:])
 
     def fingerprints(self, component: str, start: int, stop: int) -> NDArray[np.int64]:
-        path = f"{schema.FINGERPRINTS}/{component}"
-        if path not in self._file:
+        if component not in self._prints:
             return np.empty((max(0, stop - start), 0), np.int64)
-        return self._checked(path, lambda dataset: dataset[start:stop])
+        path = f"{schema.FINGERPRINTS}/{component}"
+        with damage_named(path, self._path):
+            found: NDArray[np.int64] = self._file[path][start:stop]
+            return found
 
     def steps(self) -> dict[str, Array]:
         names = [column.name for column in schema.RECORD_COLUMNS]
-        return {name: self._checked(f"steps/{name}", lambda dataset: dataset[:]) for name in names}
+        with damage_named("steps", self._path):
+            return {name: self._file[f"steps/{name}"][:] for name in names}
 
     def references(self) -> list[str]:
-        return [schema.unescape(name) for name in self._file.get("references", {})]
+        if "references" not in self._groups:
+            return []
+        with damage_named("the list of references", self._path):
+            return [schema.unescape(name) for name in self._file["references"]]
 
     def reference(self, name: str) -> Reference:
-        return read_reference(self._file[f"references/{schema.escape(name)}"])
+        path = f"references/{schema.escape(name)}"
+        with damage_named(path, self._path):
+            return read_reference(self._file[path])
 
     def close(self) -> None:
         self._file.close()
-
-    def _checked(self, path: str, read: Callable[[Any], NDArray[Any]]) -> NDArray[Any]:
-        try:
-            return read(self._file[path])
-        except OSError as error:
-            raise RunError(
-                f"{path} in {self._path} is damaged ({reason(error)}); record the run again"
-            ) from error
 
 
 class _Streaming:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from geomprobe.errors import RunError
 from geomprobe.trace.aside import written_aside
-from geomprobe.trace.failure import reason
+from geomprobe.trace.failure import damage_named
 from geomprobe.trace.schema import escape, unescape
 
 _CHUNK_BYTES = 1 << 20
@@ -87,15 +87,11 @@ def read_reference(group: Any) -> dict[str, tuple[NDArray[Any], str]]:
         RunError: a dataset is damaged; the message names it.
     """
     arrays = {}
-    for component, dataset in group.items():
+    for component in group:
         name = unescape(component)
-        try:
-            array = dataset[()]
-        except (OSError, RuntimeError) as error:
-            raise RunError(
-                f"{name!r} in {dataset.name} of {dataset.file.filename} is damaged ({reason(error)}): "
-                "a stored bit has changed. Restore the file from a copy, or record the run again"
-            ) from error
-        whole = array.reshape(()) if dataset.attrs.get("scalar", False) else array
-        arrays[name] = (np.asarray(whole), str(dataset.attrs["torch_dtype"]))
+        with damage_named(f"{name!r} of {group.name}", Path(group.file.filename)):
+            dataset = group[component]
+            array = np.asarray(dataset[()])
+            whole = array.reshape(()) if dataset.attrs.get("scalar", False) else array
+            arrays[name] = (whole, str(dataset.attrs["torch_dtype"]))
     return arrays

@@ -187,11 +187,18 @@ def _create_fingerprints(file: Any, header: Header, rows: int) -> dict[str, Any]
     datasets = {}
     for name in (f"{schema.FINGERPRINTS}/{component}" for component in schema.COMPONENTS):
         names = header.tables[name].columns if name in header.tables else ()
-        file.create_dataset(f"{name}_names", data=list(names), shape=(len(names),), dtype=h5py.string_dtype())
+        _write_names(file, f"{name}_names", names)
         shape = (rows, len(names))
         checked = {"chunks": _print_chunk(shape), "fletcher32": True} if all(shape) else {}
         datasets[name] = file.create_dataset(name, shape, "int64", **checked)
     return {name: dataset for name, dataset in datasets.items() if dataset.size}
+
+
+def _write_names(file: Any, path: str, names: Sequence[str]) -> None:
+    # Of fixed length, because HDF5 keeps strings of variable length where no checksum reaches.
+    encoded = [name.encode() for name in names]
+    dtype = h5py.string_dtype("utf-8", max(map(len, encoded), default=1))
+    file.create_dataset(path, data=np.array(encoded, dtype), fletcher32=bool(names) or None)
 
 
 def _print_chunk(shape: tuple[int, int]) -> tuple[int, int]:

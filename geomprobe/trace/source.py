@@ -12,7 +12,7 @@ import h5py
 
 from geomprobe.errors import RunError
 from geomprobe.trace import schema
-from geomprobe.trace.failure import reason
+from geomprobe.trace.failure import damage_named
 from geomprobe.trace.part import Header, PartNotBegun, part_state, read_header
 
 T = TypeVar("T")
@@ -107,16 +107,14 @@ def _of_file(path: Path, file: Path, kind: str) -> Source:
         attributes = _attributes(file)
         _check(file, kind, attributes)
         if "tables" not in attributes:
-            return Source(path, attributes["status"], **_facts(attributes), file=file)
+            with damage_named("the head", file):
+                return Source(path, attributes["status"], **_facts(attributes), file=file)
     return _of_parts(path, (read_header(file),), kind)
 
 
 def _attributes(path: Path) -> dict[str, Any]:
-    try:
-        with h5py.File(path, "r") as file:
-            return dict(file.attrs)
-    except (OSError, RuntimeError) as error:
-        raise RunError(f"{path} cannot be opened: {reason(error)}. It is damaged or cut off") from error
+    with damage_named("the head", path), h5py.File(path, "r") as file:
+        return dict(file.attrs)
 
 
 def _of_parts(path: Path, parts: tuple[Header, ...], kind: str) -> Source:

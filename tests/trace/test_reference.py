@@ -53,7 +53,7 @@ def test_a_flipped_bit_is_an_error_that_names_the_parameter(tmp_path, name):
     flip_bit(out, f"references/final/{name}")
     with (
         open_record(out) as opened,
-        pytest.raises(RunError, match=f"'{name}' in /references/final/.* is damaged"),
+        pytest.raises(RunError, match=f"'{name}' of /references/final in .* is damaged"),
     ):
         opened.reference("final")
 
