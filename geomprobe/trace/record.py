@@ -135,7 +135,7 @@ class _Sealed:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with damage_named("the head", path):
+        with damage_named("the header", path):
             self._file: Any = h5py.File(path, "r")
             self._groups = set(self._file)
             self._prints = set(self._file[schema.FINGERPRINTS])

@@ -107,13 +107,13 @@ def _of_file(path: Path, file: Path, kind: str) -> Source:
         attributes = _attributes(file)
         _check(file, kind, attributes)
         if "tables" not in attributes:
-            with damage_named("the head", file):
+            with damage_named("the header", file):
                 return Source(path, attributes["status"], **_facts(attributes), file=file)
     return _of_parts(path, (read_header(file),), kind)
 
 
 def _attributes(path: Path) -> dict[str, Any]:
-    with damage_named("the head", path), h5py.File(path, "r") as file:
+    with damage_named("the header", path), h5py.File(path, "r") as file:
         return dict(file.attrs)
 
 
