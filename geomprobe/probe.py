@@ -188,12 +188,14 @@ class Probe:
         """
         self._epochs_named = True
         self._begin()
-        with progress.bar("epoch", count) as advance:
-            for epoch in range(count):
-                self.epoch = epoch
-                yield epoch
-                advance()
-        self._observer.weights_will_change()  # what follows the loop may load other weights
+        try:
+            with progress.bar("epoch", count) as advance:
+                for epoch in range(count):
+                    self.epoch = epoch
+                    yield epoch
+                    advance()
+        finally:  # after a break, too, what follows the loop may load other weights
+            self._observer.weights_will_change()
 
     def batches(self, loader: Iterable[Item]) -> Iterator[Item]:
         """Iterate over ``loader``, fingerprinting each batch as it comes.
@@ -205,22 +207,14 @@ class Probe:
         if self.epoch is None:
             self.epoch = 0
         first_step = self.step
-        self._observer.fetching()  # making the iterator draws from the RNG already
-        iterator = iter(loader)
-        with progress.bar("batch", _length(loader)) as advance:
-            while True:
-                self._observer.fetching()
-                try:
-                    batch = next(iterator)
-                except StopIteration:
-                    self._observer.fetch_ended(False)
-                    break
-                self._observer.fetch_ended(True)
-                self._observer.fetched(batch)
-                yield batch
-                advance()
-        if not self._epochs_named and self.step > first_step:  # an evaluation loop is no epoch
-            self.epoch += 1
+        try:
+            with progress.bar("batch", _length(loader)) as advance:
+                for batch in self._fetched(loader):
+                    yield batch
+                    advance()
+        finally:  # of a break, too
+            if not self._epochs_named and self.step > first_step:  # an evaluation loop is no epoch
+                self.epoch += 1
 
     def backward(self, loss: Tensor, closure: Callable[[], Tensor] | None = None, **options: Any) -> None:
         """``loss.backward(**options)``, letting the pass see the loss.
@@ -262,6 +256,20 @@ class Probe:
 
     def __exit__(self, *exception: object) -> None:
         self.remove()
+
+    def _fetched(self, loader: Iterable[Item]) -> Iterator[Item]:
+        self._observer.fetching()  # making the iterator draws from the RNG already
+        iterator = iter(loader)
+        while True:
+            self._observer.fetching()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                self._observer.fetch_ended(False)
+                return
+            self._observer.fetch_ended(True)
+            self._observer.fetched(batch)
+            yield batch
 
     # What the hooks call
 
