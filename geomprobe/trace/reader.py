@@ -19,10 +19,7 @@ from geomprobe.trace import schema
 from geomprobe.trace.derive import Array, Derived
 from geomprobe.trace.failure import damage_named
 from geomprobe.trace.part import stream_part
-from geomprobe.trace.record import Record, open_record
 from geomprobe.trace.source import Source, read_settled, spans
-
-__all__ = ["PerEpoch", "Record", "Trace", "open_record", "open_trace"]
 
 _CERTIFICATE_JSON = ("components", "first_difference")
 
@@ -214,9 +211,8 @@ def _datasets(file: Any) -> Iterator[str]:
     """Paths of a sealed trace's columns, told from the names of its groups without opening any dataset."""
     groups = set(file)
     steps = set(file["steps"])
-    yield from (
-        f"steps/{column.name}" for column in (*schema.STEP_COLUMNS, schema.SAME) if column.name in steps
-    )
+    known = (*schema.STEP_COLUMNS, *schema.OPTIONAL_STEP_COLUMNS)
+    yield from (f"steps/{column.name}" for column in known if column.name in steps)
     if "inner_products" in groups:
         yield from _members("inner_products", file["inner_products"])
     for parent in groups & {"groups", "references", "parameters"}:

@@ -5,7 +5,7 @@ import pytest
 from part_cases import RECORD_TABLES, expected, flip_bit, open_part, write_part
 
 from geomprobe.errors import RunError
-from geomprobe.trace.reader import open_record
+from geomprobe.trace.record import open_record
 from geomprobe.trace.seal import seal_record, write_reference
 
 KIND = "geomprobe-record"

@@ -129,6 +129,20 @@ def test_references_and_parameters_are_listed_by_their_own_names(tmp_path):
         assert trace[schema.parameter_column("odd/one", "g.g")].tolist() == [1, 1]
 
 
+def test_columns_that_only_some_runs_have_are_read_where_they_are(tmp_path):
+    names = [column.name for column in schema.OPTIONAL_STEP_COLUMNS]
+    table = Table("values", tuple(f"steps/{name}" for name in names), "float64")
+    (tmp_path / "stream").mkdir()
+    with PartWriter(
+        tmp_path / "stream" / "p.h5", schema=schema.TRACE_SCHEMA, tables=[table], attributes={}
+    ) as part:
+        part.append({"values": expected(table, np.arange(3))})
+    for trace in (open_trace(tmp_path), open_trace(sealed(tmp_path))):
+        assert trace.columns[len(schema.STEP_COLUMNS) :] == names
+        for name, values in zip(names, expected(table, np.arange(3)).T, strict=True):
+            np.testing.assert_array_equal(trace[name], values)
+
+
 def test_per_epoch_agrees_with_a_plain_loop(tmp_path):
     rng = np.random.default_rng(0)
     rows = 60

@@ -4,7 +4,7 @@ import pytest
 from part_cases import flip_bit, write_part
 
 from geomprobe.errors import RunError
-from geomprobe.trace.reader import open_record
+from geomprobe.trace.record import open_record
 from geomprobe.trace.reference import chunk_shape, write_reference
 from geomprobe.trace.seal import seal_record
 

@@ -5,7 +5,7 @@ import pytest
 from geomprobe.errors import GeomprobeError
 from geomprobe.trace import schema
 
-ALL = (*schema.STEP_COLUMNS, schema.SAME, *schema.INNER_PRODUCTS, *schema.GROUP_COLUMNS)
+ALL = (*schema.STEP_COLUMNS, *schema.OPTIONAL_STEP_COLUMNS, *schema.INNER_PRODUCTS, *schema.GROUP_COLUMNS)
 
 
 @pytest.mark.parametrize("column", ALL, ids=lambda column: column.name)
@@ -52,6 +52,8 @@ def test_units_agree_with_the_formulas():
     assert units["corridor_residual"] == over(hg, g)
     assert units["relative_residual"] == (0, 0)
     assert units["flow_drift"] == times(of("lr"), of("lr"), hg) == d
+    assert units["sharpness"] == units["secant_residual"] == of("1/lr")
+    assert units["linear_decrease_gap"] == loss
     assert units["weight_decay"] == over(g, d)
 
 

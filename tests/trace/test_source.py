@@ -5,7 +5,8 @@ import pytest
 from part_cases import write_part
 
 from geomprobe.errors import RunError
-from geomprobe.trace.reader import open_record, open_trace
+from geomprobe.trace.reader import open_trace
+from geomprobe.trace.record import open_record
 from geomprobe.trace.seal import seal_record, seal_trace
 
 TRACE, RECORD = "geomprobe-trace", "geomprobe-record"
