@@ -35,16 +35,38 @@ def save(checkpoints: Path, probe: Probe) -> Path:
 
     Returns:
         The new folder.
+
+    Raises:
+        RunError: the disk is full, or the state holds something that cannot be kept.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_saver import save as write
 
     target = folder(checkpoints, probe.step)
     aside = target.with_name(f"{target.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
-    with _quiet():
-        write(_state(probe), checkpoint_id=aside, no_dist=True)
-    aside.rename(target)
+    try:
+        with _quiet():
+            write(_state(probe), checkpoint_id=aside, no_dist=True)
+        aside.rename(target)
+    except OSError as error:
+        raise _unwritten(target, error) from error
+    except CheckpointException as error:  # torch wraps whatever was raised, and derives it from BaseException
+        cause, _ = next(iter(error.failures.values()))
+        raise _unwritten(target, cause) from error
     return target
+
+
+def _unwritten(target: Path, cause: BaseException) -> RunError:
+    if isinstance(cause, OSError):
+        return RunError(
+            f"cannot write {target}: {cause.strerror}. Free space on that disk, or choose another, and run the pass "
+            "again."
+        )
+    return RunError(
+        f"cannot write {target}: {type(cause).__name__}: {cause}. Does an object given to attach hold something "
+        "that cannot be pickled? Leave it out, or take that out of its state_dict."
+    )
 
 
 def load(path: Path, probe: Probe) -> dict[str, Any]:

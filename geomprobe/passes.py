@@ -252,17 +252,18 @@ def _observed(current: Recording | Replaying) -> Iterator[None]:
 
 
 def _require_same_start(recorded: Record, manifest: Mapping[str, Any], run: Path) -> None:
-    sections = tuple(s for s in BINDING_SECTIONS if s not in FIRST_STEP_SECTIONS and s != "sources")
-    require_same(recorded.manifest, manifest, sections, run)
-    changed = changed_sources(
-        recorded.manifest.get("sources", {}), Path(manifest["script"].get("root") or ".")
-    )
-    if changed:
+    before, now = recorded.manifest["script"], manifest["script"]
+    changed = changed_sources(recorded.manifest.get("sources", {}), Path(now.get("root") or "."))
+    if before["sha256"] != now["sha256"] and before["path"] == now["path"]:
+        changed.insert(0, now["path"])
+    if changed and before.get("root") == now.get("root"):
         raise EnvironmentMismatch(
             f"{', '.join(changed)} changed since {run} was recorded, so the replay would be another run: nothing was "
             "replayed. Restore the recorded version, or record anew. (`replay --uncertified` goes on without a "
             "certificate.)"
         )
+    sections = tuple(s for s in BINDING_SECTIONS if s not in FIRST_STEP_SECTIONS and s != "sources")
+    require_same(recorded.manifest, manifest, sections, run)
 
 
 def _sources(script: Mapping[str, Any]) -> dict[str, str]:

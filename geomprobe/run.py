@@ -116,8 +116,11 @@ class Run:
     def _lock(self) -> Iterator[None]:
         descriptor = self._acquire()
         try:
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            with contextlib.suppress(
+                OSError
+            ):  # only to name ourselves; a full disk is told by what must be written
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             yield
         finally:
             (self.stream / LOCK).unlink(missing_ok=True)
