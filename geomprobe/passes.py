@@ -10,6 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from geomprobe import sealing
 from geomprobe.determinism import (
     BINDING_SECTIONS,
     FIRST_STEP_SECTIONS,
@@ -202,6 +203,7 @@ def finished_record(run: Run) -> Record:
     Raises:
         RunError: the recording is missing, unfinished or failed.
     """
+    sealing.finish(run)
     recorded = open_record(run.path)
     if recorded.status == "complete":
         return recorded

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from geomprobe import checkpoint
+from geomprobe import checkpoint, sealing
 from geomprobe.errors import UnsupportedTraining, UsageError
 from geomprobe.observation import Observation
 from geomprobe.rows import Block, Rows
 from geomprobe.run import Run
 from geomprobe.tensors import to_numpy
+from geomprobe.trace.reference import write_reference
 from geomprobe.trace.schema import FINAL, FINGERPRINTS, RECORD_SCHEMA, STEPS
-from geomprobe.trace.seal import seal_record, write_reference
 from geomprobe.trace.writer import PartWriter, Table, WriteFailed
 
 REFERENCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -126,7 +126,7 @@ class Recording(Observation):
         """The script has failed: seal what was recorded, without references, as ``failed``."""
         if self._writer is None:
             self._run.clear_stream()  # references of a run without a step
-        elif isinstance(self.failure, WriteFailed):
+        elif isinstance(self.failure, WriteFailed) or sealing.planned(self._run, "record"):
             self.close()
         else:
             self._seal("failed")
@@ -141,16 +141,8 @@ class Recording(Observation):
 
     def _seal(self, status: str) -> None:
         Recording.close(self)
-        references = dict.fromkeys(self._references) if status == "complete" else {}
-        seal_record(
-            [self._run.part("record", 0)],
-            self._run.record,
-            status=status,
-            manifest=self.manifest,
-            references={name: self._run.stored_reference(name) for name in references},
-            num_parameters=self.manifest["model"]["num_parameters"],
-        )
-        self._run.clear_stream()
+        references = list(self._references) if status == "complete" else []
+        sealing.seal(self._run, "record", status=status, manifest=self.manifest, references=references)
 
     def _attributes(self) -> dict[str, Any]:
         return {

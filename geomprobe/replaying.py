@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from geomprobe import sealing
 from geomprobe.determinism import FIRST_STEP_SECTIONS, require_same
 from geomprobe.errors import EnvironmentMismatch, ReplayDiverged, RunError
 from geomprobe.evidence import Difference, first_difference
@@ -22,7 +23,6 @@ from geomprobe.run import Run
 from geomprobe.tensors import from_numpy
 from geomprobe.trace.record import Record
 from geomprobe.trace.schema import FINAL, TRACE_SCHEMA, VALUES
-from geomprobe.trace.seal import seal_trace
 from geomprobe.trace.writer import PartWriter, Table
 
 _LIKELY = {
@@ -213,15 +213,7 @@ class Replaying(Observation):
         status = "complete"
         if self._first is not None:
             status = "uncertified" if self._uncertified else "diverged"
-        seal_trace(
-            [self._run.part("trace", 0)],
-            self._run.trace,
-            status=status,
-            manifest=self.manifest,
-            num_parameters=self.manifest["model"]["num_parameters"],
-            certificate=self.certificate,
-        )
-        self._run.clear_stream()
+        sealing.seal(self._run, "trace", status=status, manifest=self.manifest, certificate=self.certificate)
 
     def _flush(self) -> None:
         if self._rows is not None:

@@ -51,7 +51,7 @@ class Run:
             raise UsageError(
                 f"{self.path} is no run of geomprobe: --force will not empty it. Choose another."
             )
-        with self._lock():
+        with self.writing():
             if not force and (self.record.exists() or self._parts()):  # another was faster
                 raise UsageError(
                     f"{self.path} has just been recorded by another process. Choose another folder."
@@ -77,7 +77,7 @@ class Run:
                 f"{earlier[0]} exists: nothing was replayed. `geomprobe inspect {self.path}` shows what is in "
                 "it; pass --force to replace it."
             )
-        with self._lock():
+        with self.writing():
             self._remove(self.trace, *self._left_over())
             yield
 
@@ -113,7 +113,12 @@ class Run:
                 path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
+    def writing(self) -> Iterator[None]:
+        """Hold the run against other writers, with whatever is in it.
+
+        Raises:
+            RunError: another process is writing there.
+        """
         descriptor = self._acquire()
         try:
             with contextlib.suppress(

@@ -66,12 +66,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Replay, and say what was written and whether it held."""
-    from geomprobe import passes
+    from geomprobe import passes, sealing
     from geomprobe.cli import launch
     from geomprobe.run import Run
 
     if arguments.every < 1:
         raise UsageError(f"--every {arguments.every}: N is at least 1")
+    if "trace" in sealing.finish(Run(arguments.folder)):
+        print(f"Wrote {arguments.folder}/{TRACE_FILE}: its replay was over, and only its sealing was cut off.")
+        print(f"Next: geomprobe verify {arguments.folder}", file=sys.stderr)
+        return 0
     with closing(passes.finished_record(Run(arguments.folder))) as recorded:
         script, environment = recorded.manifest["script"], recorded.manifest["environment"]
     known = {name: environment[name] for name in launch.START_UP if environment.get(name)}

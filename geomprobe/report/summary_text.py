@@ -9,7 +9,7 @@ from typing import Any
 
 from geomprobe.report.summary import Summary
 from geomprobe.report.table import number, size, table
-from geomprobe.trace.schema import RECORD_FILE, TRACE_FILE
+from geomprobe.trace.schema import RECORD_FILE, SEALING_PREFIX, STREAM_DIR, TRACE_FILE
 
 
 def render(summary: Summary) -> str:
@@ -37,6 +37,8 @@ def next_command(summary: Summary) -> str:
     path, record, trace = Path(summary["path"]), summary["record"] or {}, summary["trace"] or {}
     if path.name in (RECORD_FILE, TRACE_FILE):
         path = path.parent
+    if any((path / STREAM_DIR).glob(f"{SEALING_PREFIX}*")):
+        return f"geomprobe replay {path}"  # which first finishes the sealing that was cut off
     status = trace.get("status")
     if status in ("complete", "uncertified"):
         return f"geomprobe verify {path}"

@@ -17,6 +17,7 @@ RECORD_FILE = "record.h5"
 TRACE_FILE = "trace.h5"
 STREAM_DIR = "stream"
 REFERENCE_PREFIX = "reference-"
+SEALING_PREFIX = "sealing-"
 
 VALUES = "values"
 """The one table of a trace part; its columns are the raw paths of the sealed file."""
@@ -132,7 +133,6 @@ GROUP_COLUMNS = (
 )
 
 RECORD_COLUMNS = STEP_COLUMNS[:4]
-RAW_RECORD_COLUMNS = RECORD_COLUMNS[1:]
 RAW_STEP_COLUMNS = (*STEP_COLUMNS[1:3], *OPTIONAL_STEP_COLUMNS)
 
 COMPONENTS = ("rng", "batch", "weights", "optimizer", "loss", "buffers")
