@@ -77,17 +77,21 @@ def backward_with_graph(
     edges: list[GradientEdge | None] = [None] * len(parameters)
 
     def keep(leaf: Tensor) -> LeafHook:
+        watched = bool(leaf._backward_hooks)
+
         def hook(gradient: Tensor | None) -> Tensor | None:
             # torch sets the gradient mode anew for each node it runs, so this holds for the accumulation into
-            # this leaf only, which then is that of a plain backward pass: in place, layout and all. Left on,
-            # create_graph would replace leaf.grad by a tensor that refers to its own graph: a leak.
+            # this leaf only, which then is that of a plain backward pass: it takes the memory over, copies it
+            # or adds in place, just as there. With the mode on, create_graph would replace leaf.grad by a
+            # tensor that refers to its own graph, which leaks.
             torch.set_grad_enabled(False)
             if gradient is None:
                 return None
             if leaf in index:
                 edges[index[leaf]] = _edge(gradient)
-            # Two leaves can be handed the same tensor, and an empty .grad takes over what it is given.
-            return gradient.detach().clone() if leaf.grad is None else gradient.detach()
+            # The leaf's other hooks expect a gradient without a graph. It is a copy, since accumulation could
+            # not see that two leaves share it.
+            return gradient.detach().clone() if watched else None
 
         return hook
 
@@ -176,7 +180,7 @@ def hessian_vector_product(
         vectors: one per parameter, of its shape and dtype; None stands for zero.
         scale: the factor on the losses (a GradScaler's), which is divided out.
         module: its buffers are kept: checkpointing runs parts of the forward pass again.
-        keep_graphs: leave the graphs fit for further products, instead of freeing them.
+        keep_graphs: leave the graphs fit for further products; otherwise their activations are freed on the way.
 
     Returns:
         One tensor per parameter, of its shape; zeros where the gradient does not depend on the parameter. To
@@ -203,9 +207,6 @@ def hessian_vector_product(
         with untouched(module), _silent(wanted), _explaining():
             found = torch.autograd.grad(edges, wanted, weights, retain_graph=keep_graphs, allow_unused=True)
         products = {p: h for p, h in zip(wanted, found, strict=True) if h is not None}
-    if not keep_graphs:
-        for graph in graphs:
-            graph.edges = [None] * len(graph.edges)
     return [_finished(products.get(parameter), parameter, scale) for parameter in parameters]
 
 

@@ -8,10 +8,11 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from hessian_cases import case, dense_product, flat, gradients, relative
+from hessian_cases import case, dense_product, flat, gradients, relative, same_bits
 from torch import nn
 
 from geomprobe.double_backward import backward_with_graph, hessian_vector_product
+from geomprobe.preflight import CurvatureUnavailable
 
 
 def test_two_backward_passes_over_a_shared_graph_give_the_product_of_their_sum():
@@ -73,6 +74,35 @@ def test_accumulation_keeps_the_very_gradient_tensors():
     backward_with_graph(it.loss(), it.parameters)
     assert all(p.grad is g for p, g in zip(it.parameters, before, strict=True))
     assert torch.is_grad_enabled()
+
+
+def test_gradients_known_to_have_two_formulas_keep_the_plain_bits():
+    it = case("gated", torch.float32)
+    plain = torch.autograd.grad(it.loss(), it.parameters)
+    recast = torch.autograd.grad(it.loss(), it.parameters, create_graph=True)
+    backward_with_graph(it.loss(), it.parameters)
+    assert all(map(same_bits, gradients(it.parameters), plain))
+    assert not all(map(same_bits, recast, plain))
+
+
+def test_gradients_clipped_in_place_are_the_vector_and_leave_the_graph_alone():
+    it = case("convolutional")
+    graph = backward_with_graph(it.loss(), it.parameters)
+    torch.nn.utils.clip_grad_norm_(it.parameters, 1e-2)
+    found = hessian_vector_product([graph], it.parameters, gradients(it.parameters))
+    assert float(flat(gradients(it.parameters)).norm()) == pytest.approx(1e-2, rel=1e-3)
+    assert relative(flat(found), dense_product(it.model, it.loss, 0, gradients(it.parameters))) < 1e-10
+
+
+def test_a_graph_is_used_up_by_its_product_unless_it_is_kept():
+    it = case("mlp")
+    graph = backward_with_graph(it.loss(), it.parameters)
+    v = gradients(it.parameters)
+    kept = hessian_vector_product([graph], it.parameters, v, keep_graphs=True)
+    last = hessian_vector_product([graph], it.parameters, v)
+    assert all(map(torch.equal, kept, last))
+    with pytest.raises(CurvatureUnavailable, match="a second time"):
+        hessian_vector_product([graph], it.parameters, v)
 
 
 def test_equal_gradients_of_two_parameters_do_not_share_memory():

@@ -84,6 +84,8 @@ def train(
             loss = loss_of()
             measured.backward(loss, loss_of, rng)
             trace.add(loss, *gradients(model.parameters()), x.grad)
+        if "clip" in options:
+            nn.utils.clip_grad_norm_(parameters, options["clip"])
         measured.measure()
         trace.add(*gradients(model.parameters()), x.grad, *extra)
         optimizer.step()
@@ -169,6 +171,7 @@ TRAININGS = {
     "checkpointed": (Checkpointed, (6, 5), {}),
     "accumulation": (convolutional, (6, 2, 6, 6), {"accumulate": 3}),
     "accumulation into zeros": (dropping, (6, 5), {"accumulate": 2, "set_to_none": False}),
+    "clipping": (convolutional, (6, 2, 6, 6), {"clip": 0.01, "accumulate": 2}),
     "input with gradient": (mlp, (6, 5), {"input_grad": True, "accumulate": 2}),
     "parameters outside the optimizer": (mlp, (6, 5), {"first": 2}),
     "autocast": (dropping, (6, 5), {"autocast": True}),
