@@ -68,6 +68,12 @@ def part_state(path: Path) -> Literal["new", "streaming", "closed", "foreign"]:
 
     ``"new"``: nothing to read yet. ``"streaming"``: a writer holds it, or was killed. ``"closed"``: it is an
     ordinary, closed HDF5 file. ``"foreign"``: it is no HDF5 file.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "part.h5"
+    >>> path.touch()
+    >>> part_state(path)
+    'new'
     """
     with open(path, "rb") as file:
         head = file.read(12)
@@ -88,6 +94,14 @@ def read_header(path: Path, timeout_s: float = TIMEOUT_S) -> Header:
     Raises:
         PartNotBegun: its writer has not begun.
         RunError: it is missing, no part, or damaged.
+
+    >>> import tempfile
+    >>> from geomprobe.trace.writer import PartWriter
+    >>> path = Path(tempfile.mkdtemp()) / "part.h5"
+    >>> with PartWriter(path, schema="geomprobe-record", tables=[], attributes={}, first_step=5):
+    ...     header = read_header(path)
+    >>> header.first_step, header.rows
+    (5, 0)
     """
     with stream_part(path, stop=0, timeout_s=timeout_s) as (header, _):
         return header
@@ -147,11 +161,22 @@ def stream_part(
     Raises:
         PartNotBegun: its writer has not begun.
         RunError: it is missing, no part, or damaged.
+
+    >>> import tempfile
+    >>> from geomprobe.trace.writer import PartWriter
+    >>> path = Path(tempfile.mkdtemp()) / "part.h5"
+    >>> table = Table("fingerprints/loss", ("loss",), "int64")
+    >>> with PartWriter(path, schema="geomprobe-record", tables=[table], attributes={}) as writer:
+    ...     writer.append({"fingerprints/loss": np.array([[7], [8], [9]])})
+    >>> with stream_part(path, start=1) as (header, blocks):
+    ...     [block["fingerprints/loss"].tolist() for block in blocks]
+    [[[8], [9]]]
     """
     path = Path(path)
     _refuse_unreadable(path)
     request = {"path": str(path), "tables": tables, "start": start, "stop": stop, "block_rows": block_rows}
-    command = [sys.executable, "-c", _CHILD, json.dumps(sys.path), json.dumps(request)]
+    # Isolated, so that no file of the working folder passes for a standard module before the path is set.
+    command = [sys.executable, "-I", "-c", _CHILD, json.dumps(sys.path), json.dumps(request)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         pipe = _Pipe(process, path, timeout_s)
         try:

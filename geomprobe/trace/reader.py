@@ -48,6 +48,18 @@ class Trace:
         num_parameters: scalar parameters of the model.
         manifest: the environment of the run.
         certificate: what the replay's comparison with the recording found; empty where it did not end.
+
+    >>> import tempfile
+    >>> from geomprobe.trace.writer import PartWriter, Table
+    >>> path = Path(tempfile.mkdtemp()) / "part.h5"
+    >>> table = Table("values", ("steps/epoch", "steps/loss"), "float64")
+    >>> with PartWriter(path, schema="geomprobe-trace", tables=[table], attributes={}) as part:
+    ...     part.append({"values": np.array([[0.0, 4.0], [0.0, 2.0], [1.0, 1.0]])})
+    >>> trace = open_trace(path)
+    >>> trace["loss"].tolist(), "cosine" in trace, trace.references
+    ([4.0, 2.0, 1.0], True, ['final'])
+    >>> trace.per_epoch("loss").mean.tolist()
+    [3.0, 1.0]
     """
 
     def __init__(self, source: Source, certificate: dict[str, Any], columns: Mapping[str, Array]) -> None:

@@ -49,6 +49,17 @@ def seal_trace(
     Raises:
         RunError: parts are missing, damaged, unlike one another, or do not join.
         WriteFailed: the disk refused a write.
+
+    >>> import tempfile
+    >>> from geomprobe.trace.writer import PartWriter, Table
+    >>> run = Path(tempfile.mkdtemp())
+    >>> table = Table("values", ("inner_products/g.g",), "float64")
+    >>> with PartWriter(run / "part.h5", schema="geomprobe-trace", tables=[table], attributes={}) as part:
+    ...     part.append({"values": np.array([[4.0]])})
+    >>> seal_trace([run / "part.h5"], run / "trace.h5", status="complete", num_parameters=1, manifest={})
+    >>> with h5py.File(run / "trace.h5") as file:
+    ...     file["steps/grad_norm"][:].tolist(), file["steps/grad_norm"].attrs["units"]
+    ([2.0], 'loss/weight')
     """
     headers = _ordered(parts, schema.TRACE_SCHEMA, timeout_s)
     raw = headers[0].tables[schema.VALUES].columns
@@ -91,6 +102,18 @@ def seal_record(
     Raises:
         RunError: parts or references are missing, damaged, unlike one another, or do not join.
         WriteFailed: the disk refused a write.
+
+    >>> import tempfile
+    >>> from geomprobe.trace.writer import PartWriter, Table
+    >>> run = Path(tempfile.mkdtemp())
+    >>> tables = [Table("steps", ("loss",), "float64"), Table("fingerprints/loss", ("loss",), "int64")]
+    >>> with PartWriter(run / "part.h5", schema="geomprobe-record", tables=tables, attributes={}) as part:
+    ...     part.append({"steps": np.array([[0.5]]), "fingerprints/loss": np.array([[77]])})
+    >>> facts = {"status": "failed", "num_parameters": 1, "manifest": {}, "references": {}}
+    >>> seal_record([run / "part.h5"], run / "record.h5", **facts)
+    >>> with h5py.File(run / "record.h5") as file:
+    ...     file["fingerprints/loss"][:].tolist()
+    [[77]]
     """
     headers = _ordered(parts, schema.RECORD_SCHEMA, timeout_s)
     steps = headers[-1].stop_step

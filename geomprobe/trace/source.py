@@ -88,7 +88,13 @@ def read_settled(path: Path, kind: str, read: Callable[[Source], T]) -> T:
 
 
 def spans(parts: Sequence[Header]) -> list[Span]:
-    """The rows of parts in the order of steps, each step once: where two hold a step, the earlier part has it."""
+    """The rows of parts in the order of steps, each step once: where two hold a step, the earlier part has it.
+
+    >>> first = Header(Path("a"), "geomprobe-trace", 1, 0, {}, {}, rows=10)
+    >>> resumed = Header(Path("b"), "geomprobe-trace", 1, 8, {}, {}, rows=10)
+    >>> [(span.part.path.name, span.first_step, span.stop - span.start) for span in spans([first, resumed])]
+    [('a', 0, 10), ('b', 10, 8)]
+    """
     found = []
     step = 0
     for part in sorted(parts, key=lambda part: part.first_step):

@@ -197,7 +197,7 @@ class PartWriter:
     def _broken(self, error: Exception) -> WriteFailed:
         self._release()
         self._failure = WriteFailed(
-            f"cannot write {self.path}: {reason(error)}. The first {self.rows} rows are safe and stay "
+            f"cannot write {self.path}: {reason(error)}. {self.rows} rows were committed, are safe and stay "
             "readable. Free space on that disk (or raise the quota) and run the pass again"
         )
         return self._failure

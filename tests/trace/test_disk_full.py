@@ -33,7 +33,7 @@ def test_appending_fails_with_the_safe_rows_named_and_keeps_failing_alike(tmp_pa
     assert max(counts) > 1000
     for line, count in zip(said, counts, strict=True):
         assert line.startswith(f"{count} True cannot write {tmp_path}")
-        assert f"The first {count} rows are safe" in line
+        assert f"{count} rows were committed, are safe" in line
         assert "Free space on that disk" in line
 
 

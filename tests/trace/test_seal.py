@@ -1,5 +1,7 @@
 import itertools
 import json
+import subprocess
+import sys
 
 import h5py
 import numpy as np
@@ -198,6 +200,26 @@ def test_references_and_parameters_get_their_groups_and_odd_names_survive(tmp_pa
             file["parameters/a%2Fb.weight/g.g"][:], expected(table, np.arange(9))[:, 3]
         )
         assert "same" in file["steps"]
+
+
+@pytest.mark.slow
+def test_sealing_needs_no_more_memory_for_more_rows(tmp_path):
+    columns = tuple(schema.parameter_column(f"p{i}", "g.g") for i in range(200))
+    table = Table("values", columns, "float64")
+    with PartWriter(tmp_path / "p.h5", schema=TRACE, tables=[table], attributes={}) as writer:
+        for start in range(0, 120_000, 10_000):
+            writer.append({"values": expected(table, np.arange(start, start + 10_000))})
+    code = (
+        "import resource, sys; from pathlib import Path; from geomprobe.trace.seal import seal_trace\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before, folder = peak(), Path(sys.argv[1])\n"
+        "facts = {'status': 'complete', 'num_parameters': 1, 'manifest': {}}\n"
+        "seal_trace([folder / 'p.h5'], folder / 't.h5', **facts)\n"
+        "print((peak() - before) // 1024)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    assert (tmp_path / "t.h5").stat().st_size > 190 << 20
+    assert int(done.stdout) < 64
 
 
 @pytest.mark.slow
