@@ -17,6 +17,8 @@ from geomprobe.trace.seal import seal_record, seal_trace
 
 Kind = Literal["record", "trace"]
 
+_PATIENCE_S = 600.0  # a block: the parts are our own, so what is slow is the disk, not a torn file
+
 
 def seal(
     run: Run,
@@ -106,6 +108,7 @@ def _carry_out(run: Run, kind: Kind) -> None:
             manifest=manifest,
             num_parameters=num_parameters,
             references=references,
+            timeout_s=_PATIENCE_S,
         )
     else:
         seal_trace(
@@ -115,6 +118,7 @@ def _carry_out(run: Run, kind: Kind) -> None:
             manifest=manifest,
             num_parameters=num_parameters,
             certificate=plan["certificate"],
+            timeout_s=_PATIENCE_S,
         )
     _plan(run, kind).unlink()  # first: from here on there is nothing to take up again
     run.clear_stream()
