@@ -249,6 +249,14 @@ def test_a_script_that_swallows_exceptions_cannot_hide_a_divergence(recorded, tm
     assert_caught(found, run, recorded_run, step, "weights", "4.weight")
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_another_set_of_tensors_is_refused_before_the_first_step(recorded, tmp_path, style):
+    run = replayable(recorded.run(style, momentum=0.9), tmp_path)
+    fault = at_step(0, "built", lambda t: t.model.register_buffer("scale", torch.ones(1)))
+    with pytest.raises(EnvironmentMismatch, match=r"3 entries under buffers, and here there are 4 .*scale"):
+        geomprobe.replay(trainer(style, fault=fault, momentum=0.9), run)
+
+
 def threads(t):
     torch.set_num_threads(2)
 

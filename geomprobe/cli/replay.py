@@ -73,7 +73,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.every < 1:
         raise UsageError(f"--every {arguments.every}: N is at least 1")
     if "trace" in sealing.finish(Run(arguments.folder)):
-        print(f"Wrote {arguments.folder}/{TRACE_FILE}: its replay was over, and only its sealing was cut off.")
+        print(
+            f"Wrote {arguments.folder}/{TRACE_FILE}: its replay was over, and only its sealing was cut off."
+        )
         print(f"Next: geomprobe verify {arguments.folder}", file=sys.stderr)
         return 0
     with closing(passes.finished_record(Run(arguments.folder))) as recorded:
@@ -81,19 +83,23 @@ def run(arguments: argparse.Namespace) -> int:
     known = {name: environment[name] for name in launch.START_UP if environment.get(name)}
     launch.restart_with(known)
     present = _present(script, arguments.folder)
-    trace = passes.replay(
-        launch.runner(present),
-        Path(arguments.folder).absolute(),
-        every=arguments.every,
-        curvature_every=arguments.curvature_every,
-        finite_step=arguments.finite_step,
-        sharpness_every=arguments.sharpness_every,
-        per_parameter=arguments.per_parameter,
-        compiled=arguments.compile,
-        uncertified=arguments.uncertified,
-        force=arguments.force,
-        script=present,
-    )
+    try:
+        trace = passes.replay(
+            launch.runner(present),
+            Path(arguments.folder).absolute(),
+            every=arguments.every,
+            curvature_every=arguments.curvature_every,
+            finite_step=arguments.finite_step,
+            sharpness_every=arguments.sharpness_every,
+            per_parameter=arguments.per_parameter,
+            compiled=arguments.compile,
+            uncertified=arguments.uncertified,
+            force=arguments.force,
+            script=present,
+        )
+    except launch.ScriptFailed as failure:
+        kept = f"What was measured before that is kept: geomprobe inspect {arguments.folder}"
+        raise launch.ScriptFailed(f"{failure} It did not when it was recorded. {kept}") from failure
     held = trace.certificate
     compared = f"{held['steps_equal']} of {held['steps_recorded']} steps equal"
     if trace.status == "complete":

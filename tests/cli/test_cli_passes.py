@@ -31,6 +31,8 @@ from torch.utils.data import DataLoader, TensorDataset
 other = os.environ.get("OTHER")
 if other == "seed":
     torch.manual_seed(7)
+if other == "crash":
+    torch.nn.Linear(3, "four")
 if other == "threads":
     torch.set_num_threads(3)
 features, labels = torch.randn(40, 3), torch.randn(40, 1)
@@ -39,6 +41,8 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.06 if other == "lr" else 0.
 step = 0
 for epoch in range(14):
     for x, y in DataLoader(TensorDataset(features, labels), 8, shuffle=True):
+        if step == 66 and other == "give up":
+            raise RuntimeError("the disk of the data is gone")
         if step == 66 and other == "draw":
             random.random()
         if step == 66 and other == "augmentation":
@@ -151,6 +155,18 @@ def test_a_replay_that_differs_says_where_and_in_what(once, other):
         inspected = run("inspect", "run", cwd=once)
         assert (inspected.code, "diverged" in inspected.out) == (0, True)
         assert open_trace(once / "run").num_steps == (0 if other == "seed" else 66)
+
+
+@pytest.mark.parametrize(("other", "rows"), [("crash", 0), ("give up", 66)])
+def test_a_script_that_fails_in_its_replay_alone_leaves_what_was_measured(once, other, rows):
+    (once / "run" / "trace.h5").unlink(missing_ok=True)
+    result = run("replay", "run", "--force", cwd=once, env={"OTHER": other})
+    failed(
+        result, 1, "train.py raised", "Traceback", "It did not when it was recorded", "geomprobe inspect run"
+    )
+    if rows:
+        assert (open_trace(once / "run").status, open_trace(once / "run").num_steps) == ("incomplete", rows)
+    assert run("replay", "run", "--force", cwd=once).code == 0
 
 
 def test_debug_shows_where_in_geomprobe_an_error_came_from(once):
@@ -400,6 +416,16 @@ def test_an_interrupted_replay_is_unfinished_and_readable(folder):
 # A disk that fills up
 
 
+def test_a_file_that_may_not_grow_is_told_and_what_it_holds_is_kept(folder, long_record):
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))"
+    script(folder, f"{TRAINING}\nimport resource\n{limit}\nfor _ in range(4000): step()")
+    words = "File too large", "safe and stay readable"
+    failed(run("record", "--seed", 0, "-o", "run", "train.py", cwd=folder), 1, *words)
+    with open_record(folder / "run") as left, open_record(long_record / "run") as whole:
+        assert 0 < left.num_steps < 4000
+        np.testing.assert_array_equal(left.steps["loss"], whole.steps["loss"][: left.num_steps])
+
+
 @pytest.fixture
 def disk(tmp_path):
     """A disk of four megabytes, and a function that leaves so many bytes of it free."""
@@ -440,13 +466,13 @@ def test_a_disk_that_fills_up_while_recording_ends_it_with_what_was_kept(disk, f
         run("record", "--seed", 0, "-o", disk / "run", "train.py", cwd=folder),
         1,
         "No space left on device",
-        "rows are safe and stay readable",
+        "safe and stay readable",
         "Free space on that disk",
     )
     with open_record(disk / "run") as left, open_record(long_record / "run") as whole:
         assert left.status == "incomplete"
         assert 0 < left.num_steps < 4000
-        assert f"The first {left.num_steps} rows are safe" in result.err
+        assert f"{left.num_steps} rows were committed" in result.err
         for component in ("rng", "weights", "optimizer", "loss"):
             rows = left.fingerprints(component, 0, left.num_steps)
             np.testing.assert_array_equal(rows, whole.fingerprints(component, 0, left.num_steps))
@@ -470,7 +496,7 @@ def test_a_disk_that_fills_up_while_replaying_ends_it_with_what_was_kept(disk, l
     (disk / "run").mkdir()
     (disk / "run" / "record.h5").write_bytes((long_record / "run" / "record.h5").read_bytes())
     leave(450_000)
-    words = "No space left on device", "rows are safe and stay readable"
+    words = "No space left on device", "safe and stay readable"
     failed(run("replay", disk / "run", cwd=long_record), 1, *words)
     left = open_trace(disk / "run")
     assert left.status == "incomplete"
