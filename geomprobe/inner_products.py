@@ -140,9 +140,8 @@ class InnerProducts:
         _check_gradients(self._weights, gradients)
         sums = torch.stack([group.sums(gradients) for group in self._groups])
         sums = torch.cat([sums.sum(0, keepdim=True), sums]) if self._per_parameter else sums[0]
-        if isinstance(grad_scale, Tensor):
-            grad_scale = grad_scale.double()
-        return sums if grad_scale is None else sums / grad_scale**self._gradient_powers
+        scale = grad_scale.double() if isinstance(grad_scale, Tensor) else grad_scale
+        return sums if scale is None else sums / scale**self._gradient_powers
 
 
 class _Weight:
@@ -168,9 +167,10 @@ class _Group:
 
     def __init__(self, weights: Sequence[_Weight], scratch: Tensor, of_gradient: Tensor) -> None:
         self._weights, self._of_gradient = weights, of_gradient
-        fused = [_Fused(weight, of_gradient) for weight in weights if weight.fused]
         packed = [weight for weight in weights if not weight.fused]
-        self._ways: list[_Fused | _Packed] = [*fused, *([_Packed(packed, scratch)] if packed else [])]
+        fused = (_Fused(weight, of_gradient) for weight in weights if weight.fused)
+        # Packing first: the large tensors sweep all that it needs out of the caches.
+        self._ways: list[_Fused | _Packed] = [*([_Packed(packed, scratch)] if packed else []), *fused]
 
     def sums(self, gradients: Sequence[Tensor | None]) -> Tensor:
         terms = [way.sums(gradients) for way in self._ways]
