@@ -36,8 +36,8 @@ from torch.nn import functional
 
 from geomprobe.curvature import Curvature
 
-WARM_UP = 3
 SPARSE = 8
+WARM_UP = SPARSE  # rounds
 
 Batch = tuple[Tensor, Tensor]
 Lane = Iterator[None]
@@ -209,14 +209,14 @@ def available(model: str) -> list[str]:
 def measure(model: str, names: list[str], steps: int) -> dict[str, list[float]]:
     """Seconds of each step of each training, taking turns, each round beginning with another one."""
     times: dict[str, list[float]] = {name: [] for name in names}
-    lanes = {name: lane(name, model, WARM_UP * SPARSE + steps) for name in names}
-    for step in range(WARM_UP * SPARSE + steps):
+    lanes = {name: lane(name, model, WARM_UP + steps) for name in names}
+    for step in range(WARM_UP + steps):
         turn = step % len(names)
         for name in names[turn:] + names[:turn]:
             began = time.perf_counter()
             next(lanes[name])
             times[name].append(time.perf_counter() - began)
-    return {name: seconds[WARM_UP * SPARSE :] for name, seconds in times.items()}
+    return {name: seconds[WARM_UP:] for name, seconds in times.items()}
 
 
 def per_step(name: str, seconds: list[float]) -> float:

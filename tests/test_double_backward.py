@@ -105,8 +105,11 @@ def test_a_graph_is_used_up_by_its_product_unless_it_is_kept():
         hessian_vector_product([graph], it.parameters, v)
 
 
-def test_equal_gradients_of_two_parameters_do_not_share_memory():
+@pytest.mark.parametrize("hooked", [False, True])
+def test_equal_gradients_of_two_parameters_do_not_share_memory(hooked):
     a, b = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    for parameter in (a, b) if hooked else ():
+        parameter.register_hook(lambda g: None)
     backward_with_graph((a + b).pow(2).sum(), [a, b])
     a.grad.zero_()
     assert b.grad.tolist() == [4.0, 4.0, 4.0]

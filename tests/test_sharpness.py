@@ -61,14 +61,16 @@ def test_in_float32_many_iterations_without_a_basis_lose_no_accuracy():
     assert top.value == pytest.approx(10.0, rel=1e-6)
 
 
-def test_it_stops_once_the_residual_is_small_and_not_before():
+@pytest.mark.parametrize(("tolerance", "iterations"), [(1e-1, 50), (1e-3, 50), (0.0, 4), (0.0, 999)])
+def test_it_stops_once_the_residual_is_small_or_the_iterations_are_over(tolerance, iterations):
     matrix = symmetric(torch.linspace(0.0, 1.0, 50))
-    tops = [
-        top_eigenvalue(lambda v: [matrix @ v[0]], [matrix[0]], iterations=50, tolerance=t)
-        for t in (1e-1, 1e-3)
-    ]
-    assert tops[0].products < tops[1].products < 50
-    assert all(top.residual <= t for top, t in zip(tops, (1e-1, 1e-3), strict=True))
+    residuals = []
+    for most in range(1, 51):
+        top = top_eigenvalue(lambda v: [matrix @ v[0]], [matrix[0]], iterations=most, tolerance=0.0)
+        residuals.append(top.residual / top.value)
+    small = [count for count, residual in enumerate(residuals, 1) if residual <= tolerance]
+    top = top_eigenvalue(lambda v: [matrix @ v[0]], [matrix[0]], iterations=iterations, tolerance=tolerance)
+    assert top.products == min([iterations, 50, *small])
 
 
 def test_the_zero_operator_has_eigenvalue_zero_after_one_product():
