@@ -73,6 +73,7 @@ class Case:
     clip: float | None = None
     accumulate: int = 1
     closure: bool = False
+    set_to_none: bool = True
     freeze_at: int | None = None
     references_at: Mapping[int, str] = field(default_factory=dict)
     reference_steps: tuple[int, ...] = ()
@@ -125,7 +126,7 @@ class Loop:
             self.scaler.update()
 
     def _gradients(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=self.case.set_to_none)
         losses = []
         for part in zip(inputs.chunk(self.case.accumulate), labels.chunk(self.case.accumulate), strict=True):
             losses.append(self._loss(*part) / self.case.accumulate)
@@ -307,6 +308,7 @@ CASES = [
         scaler=_scaler(2.0**18),
         autocast=torch.float16,
         overflow_at=(6,),
+        set_to_none=False,
     ),
     Case(
         "GradScaler, fused Adam, overflows at the start and later",

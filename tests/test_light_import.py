@@ -42,7 +42,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def python(code: str, runs: Path) -> subprocess.CompletedProcess[str]:
     """Run code where importing torch is an error, for every process that it may start as well."""
-    environment = {**os.environ, "PYTHONPATH": str(runs / "broken")}
+    path = os.pathsep.join(filter(None, [str(runs / "broken"), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path}
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         cwd=runs,

@@ -60,7 +60,7 @@ def run_both(case: Case, path: Path, watch: type[Watch] = Probed) -> Both:
     return Both(case, oracle, recorded, replayed, trace, path, columns_of(case, oracle.history))
 
 
-@pytest.fixture(scope="module", params=[*CASES, COMPILED], ids=str)
+@pytest.fixture(scope="module", params=[*CASES, pytest.param(COMPILED, marks=pytest.mark.slow)], ids=str)
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Both:
     return run_both(request.param, tmp_path_factory.mktemp("case") / "run")
 
@@ -118,6 +118,7 @@ def test_the_record_keeps_the_references_and_the_steps(both: Both) -> None:
                 np.testing.assert_array_equal(stored(file[f"references/{name}/{parameter}"]), wanted)
         np.testing.assert_allclose(file["steps/loss"], history.loss, rtol=RELATIVE)
         np.testing.assert_array_equal(file["steps/epoch"], history.epoch)
+        np.testing.assert_array_equal(file["steps/lr"], [groups[0]["lr"] for groups in history.groups])
 
 
 def stored(dataset: Any) -> np.ndarray:

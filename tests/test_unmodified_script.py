@@ -113,6 +113,13 @@ def evaluation_before_within_and_after(loop: Epochs) -> None:
         loop.evaluate(loop.held_out)
 
 
+def evaluation_between_a_batch_and_its_step(loop: Epochs) -> None:
+    for epoch in range(3):
+        for batch in DataLoader(loop.data, 8):
+            loop.evaluate(loop.held_out)
+            loop.step(epoch, batch)
+
+
 def evaluation_on_the_training_set(loop: Epochs) -> None:
     for epoch in range(3):
         for batch in DataLoader(loop.data, 8, shuffle=True):
@@ -139,6 +146,7 @@ WAYS = [
     a_loader_an_epoch,
     a_data_set_an_epoch,
     evaluation_before_within_and_after,
+    evaluation_between_a_batch_and_its_step,
     evaluation_on_the_training_set,
     persistent_workers,
     epochs_cut_short,
