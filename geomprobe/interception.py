@@ -30,6 +30,7 @@ class Listener(Protocol):
     """What a pass does with what is seen."""
 
     def backward_called(self, losses: Sequence[Tensor], run: Callable[[], None], plain: bool) -> None: ...
+    def loss_scaled(self, factor: Tensor) -> None: ...
     def gradients_dropped(self) -> None: ...
     def loader_iterated(self, loader: DataLoader[Any], iterator: Iterator[Any]) -> None: ...
     def batch_came(self, iterator: Iterator[Any]) -> None: ...
@@ -75,6 +76,17 @@ def unscaled(loss: Tensor) -> tuple[Tensor, Tensor | None]:
     return original
 
 
+def tag_scaled(loss: Tensor, factor: Tensor) -> None:
+    """Mark a loss that was computed from a scaled one, such as its part under accumulation.
+
+    >>> loss = torch.tensor(8.0)
+    >>> tag_scaled(loss, torch.tensor(4.0)); unscaled(loss)
+    (tensor(2.), tensor(4.))
+    """
+    if not hasattr(loss, SCALE):
+        setattr(loss, SCALE, (loss.detach() / factor, factor))
+
+
 def nested_step(optimizer: Optimizer) -> bool:
     """Whether the running step of ``optimizer``, whose hook asks, is a part of another step of it.
 
@@ -108,6 +120,7 @@ def _scale(original: Callable[..., Any], listener: Listener) -> Callable[..., An
         if isinstance(outputs, Tensor) and scaled is not outputs:
             factor = original(self, torch.ones((), device=outputs.device))
             setattr(scaled, SCALE, (outputs.detach(), factor))
+            listener.loss_scaled(factor)
         return scaled
 
     return scale

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from geomprobe.determinism import flags
 from geomprobe.errors import UnsupportedTraining, UsageError
 from geomprobe.evidence import Evidence
-from geomprobe.interception import nested_step
+from geomprobe.interception import nested_step, tag_scaled
 from geomprobe.probe import Args, Kwargs, Probe, given_closure, replace_closure
 from geomprobe.trace.schema import GROUP_COLUMNS, group_column
 
@@ -46,6 +46,8 @@ class Observation:
         self._trained_on: set[int] = set()
         self._names_its_losses = False
         self._in_backward = False
+        self._factor: Tensor | None = None
+        self._roots: set[int] = set()
 
     # Events of the probe
 
@@ -124,6 +126,10 @@ class Observation:
         with self._ignoring_backward():
             self.differentiate(losses[0], None, run, plain and len(losses) == 1)
 
+    def loss_scaled(self, factor: Tensor) -> None:
+        """A GradScaler has scaled a loss; the next backward pass is of it, or of what was made of it."""
+        self._factor = factor
+
     def gradients_dropped(self) -> None:
         self.evidence.gradients_dropped()
 
@@ -154,7 +160,9 @@ class Observation:
     def module_entered(self, module: nn.Module, inputs: Any) -> bool:
         """A module is called from outside any other; returns whether to be told of the next one."""
         if self.probe is not None:
-            return False  # the probe's own hook on its model takes over
+            if id(module) in self._roots:
+                self.entered(inputs)
+            return bool(self._roots)  # one model's inputs are seen by the probe's own hook
         self._called[id(module)] = module
         self.evidence.entered(inputs)
         return True
@@ -225,6 +233,9 @@ class Observation:
     def _note_loss(self, loss: Tensor) -> None:
         if self.probe is not None and all(p.grad is None for p in self.probe.parameters.values()):
             self.gradients_dropped()  # a step that was skipped left losses, but no gradients
+        if self._factor is not None:
+            tag_scaled(loss, self._factor)
+            self._factor = None
         self.evidence.loss_seen(loss)
 
     def _stop_if_failed(self) -> None:
@@ -257,6 +268,7 @@ class Observation:
     def _attach_to(self, optimizer: Optimizer) -> None:
         roots = self._models_of(optimizer)
         model = roots[0] if len(roots) == 1 else nn.ModuleList(roots) if roots else None
+        self._roots = {id(root) for root in roots} if len(roots) > 1 else set()
         self._called.clear()
         Probe(model, optimizer, {}, self)
 
