@@ -6,7 +6,9 @@ result = command.wait()
 """
 
 import atexit
+import ctypes
 import functools
+import importlib
 import json
 import os
 import shutil
@@ -15,10 +17,23 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
 TIMEOUT_S = 60
+
+# What the passes import on their way; torch imports Inductor where deterministic algorithms are switched on.
+IMPORTED = (
+    "geomprobe.cli.record",
+    "geomprobe.cli.replay",
+    "geomprobe.cli.inspect",
+    "geomprobe.cli.launch",
+    "geomprobe.passes",
+    "numpy.ma",
+    "torch._inductor",
+    "torch.distributed.checkpoint.state_dict_saver",
+)
 
 
 @dataclass(frozen=True)
@@ -93,13 +108,10 @@ def run(*argv, cwd, env=None):
 
 
 def serve():
-    """Answer requests until standard input ends; a fork leaves by raising SystemExit, as a command does."""
-    import torch.distributed.checkpoint.state_dict_saver  # noqa: F401
-
-    import geomprobe.cli.launch
-    import geomprobe.passes
-
-    geomprobe.cli.build_parser()
+    """Answer requests until standard input ends."""
+    for name in IMPORTED:
+        importlib.import_module(name)
+    main = importlib.import_module("geomprobe.cli").main
     answers = sys.stdout
     for line in sys.stdin:
         request = json.loads(line)
@@ -107,7 +119,7 @@ def serve():
             answer = wait(request["wait"], request["timeout_s"])
         elif (answer := os.fork()) == 0:
             become(request)
-            raise SystemExit(geomprobe.cli.main(request["argv"]))
+            leave(main, request["argv"])
         print(json.dumps(answer), file=answers, flush=True)
 
 
@@ -120,6 +132,24 @@ def become(request):
         os.close(descriptor)
     os.chdir(request["cwd"])
     os.environ.update(request["env"])
+
+
+def leave(main, argv):
+    """Run a command and exit as it says, with what Python and C libraries do at exit, such as HDF5.
+
+    Only taking torch's modules apart is left out, which takes a second.
+    """
+    try:
+        code = main(argv)
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    ctypes.CDLL(None).exit(code or 0)
 
 
 def wait(pid, timeout_s):

@@ -46,6 +46,7 @@ class Training:
         self.step = 0
         self.smoothing = 0.0
         self.epochs = EPOCHS
+        self.stop = None
         self.settings = {}
         self.batch_size = 8
 
@@ -79,6 +80,8 @@ def trainer(style, *, optimizer=torch.optim.SGD, fault=None, swallow=False, **se
                     if not swallow:
                         raise
                 t.step += 1
+                if t.step == t.stop:
+                    return
                 t.at("fetch")
         t.at("end")
 
