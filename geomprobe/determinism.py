@@ -17,7 +17,9 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from geomprobe import __version__
 from geomprobe.errors import EnvironmentMismatch
@@ -243,6 +245,60 @@ def flags() -> dict[str, Any]:
 
 def _flushes_denormals() -> bool:
     return float(torch.tensor(1e-310, dtype=torch.float64) * 1.0) == 0.0
+
+
+def training_manifest(
+    model: nn.Module | None,
+    optimizer: Optimizer,
+    parameters: Mapping[str, Tensor],
+    loader: DataLoader[Any] | None,
+) -> dict[str, Any]:
+    """What is known of the training when its first step is about to be taken: see `FIRST_STEP_SECTIONS`.
+
+    Args:
+        model: the trained module, if it is known.
+        optimizer: the optimizer.
+        parameters: the measured ones by name.
+        loader: the one that gave the first step's batch, if one did.
+
+    >>> parameters = {"w": torch.zeros(3)}
+    >>> training_manifest(None, torch.optim.SGD(parameters.values(), lr=0.1), parameters, None)["model"]["dtype"]
+    'float32'
+    """
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters.values()})
+    groups = optimizer.param_groups
+    found = {
+        "flags": flags(),
+        "optimizer": {
+            "class": type(optimizer).__name__,
+            "groups": [
+                {**{k: _plain(v) for k, v in g.items() if k != "params"}, "num_parameters": len(g["params"])}
+                for g in groups
+            ],
+        },
+        "model": {
+            "class": type(model).__name__ if model is not None else None,
+            "dtype": dtypes[0] if len(dtypes) == 1 else dtypes,
+            "num_parameters": sum(p.numel() for p in parameters.values()),
+            "parameters": list(parameters),
+            "device": str(next(iter(parameters.values())).device),
+        },
+    }
+    if loader is not None:
+        names = ("batch_size", "num_workers", "persistent_workers", "drop_last")
+        found["loader"] = {name: getattr(loader, name) for name in names}
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A hyperparameter as JSON has it."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return repr(value)
 
 
 def first_mismatch(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -19,9 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
 
-_STEP = Optimizer.profile_hook_step(lambda: None).__code__  # of what torch wraps around every `step`
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
+from geomprobe.step_calls import Args, Kwargs
 
 SCALE = "_geomprobe_scale"  # on a scaled loss: (the loss, the scale)
 
@@ -85,22 +82,6 @@ def tag_scaled(loss: Tensor, factor: Tensor) -> None:
     """
     if not hasattr(loss, SCALE):
         setattr(loss, SCALE, (loss.detach() / factor, factor))
-
-
-def nested_step(optimizer: Optimizer) -> bool:
-    """Whether the running step of ``optimizer``, whose hook asks, is a part of another step of it.
-
-    torch calls the hooks of a subclass's ``step`` and once more those of the parent's that it calls.
-
-    >>> nested_step(torch.optim.SGD([torch.zeros(1)], lr=0.1))
-    False
-    """
-    calls = 0
-    frame = inspect.currentframe()
-    while frame is not None:
-        calls += frame.f_code is _STEP and frame.f_locals.get("self") is optimizer
-        frame = frame.f_back
-    return calls > 1
 
 
 def _backward(original: Callable[..., None], listener: Listener) -> Callable[..., None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,17 +14,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from geomprobe.determinism import flags
+from geomprobe.determinism import training_manifest
 from geomprobe.errors import UnsupportedTraining, UsageError
 from geomprobe.evidence import Evidence
-from geomprobe.interception import nested_step, tag_scaled
-from geomprobe.probe import Args, Kwargs, Probe, given_closure, replace_closure
+from geomprobe.interception import tag_scaled
+from geomprobe.probe import Probe
+from geomprobe.step_calls import Args, Kwargs, given_closure, nested_step, replace_closure
 from geomprobe.trace.schema import GROUP_COLUMNS, group_column
 
 Closure = Callable[[], Tensor]
 
 
-class Observation:
+class Observation(ABC):
     """One pass over a run, at the events of the probe and of what is seen around it.
 
     Attributes:
@@ -91,7 +93,10 @@ class Observation:
             self._require_whole_updates()
             self.probe.require_same_parameters()
             if self._updates == 0:
-                self._complete_manifest()
+                loader = self._source[1] if self._source is not None else None
+                self.manifest |= training_manifest(
+                    self.probe.model, self.probe.optimizer, self.probe.parameters, loader
+                )
                 self.open()
             if self._source is not None:
                 self._trained_on.add(self._source[0])
@@ -169,9 +174,9 @@ class Observation:
 
     # What a pass adds
 
+    @abstractmethod
     def open(self) -> None:
         """The first update is about to happen, and the manifest is complete."""
-        raise NotImplementedError
 
     def differentiate(
         self, loss: Tensor, closure: Closure | None, run: Callable[[], None], plain: bool
@@ -179,16 +184,13 @@ class Observation:
         """Run the backward pass of a loss; a pass may do it in its own way, to the same bits."""
         run()
 
+    @abstractmethod
     def measure(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
         """An update is about to happen."""
-        raise NotImplementedError
 
+    @abstractmethod
     def updated(self) -> None:
         """The optimizer has moved the weights."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """The script has ended, in whatever way."""
 
     # Shared by the passes
 
@@ -301,43 +303,9 @@ class Observation:
             "optimizer) on the one to measure."
         )
 
-    def _complete_manifest(self) -> None:
-        assert self.probe is not None
-        optimizer, model = self.probe.optimizer, self.probe.model
-        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in self.probe.parameters.values()})
-        self.manifest["flags"] = flags()
-        self.manifest["optimizer"] = {
-            "class": type(optimizer).__name__,
-            "groups": [
-                {**{k: _plain(v) for k, v in g.items() if k != "params"}, "num_parameters": len(g["params"])}
-                for g in optimizer.param_groups
-            ],
-        }
-        self.manifest["model"] = {
-            "class": type(model).__name__ if model is not None else None,
-            "dtype": dtypes[0] if len(dtypes) == 1 else dtypes,
-            "num_parameters": sum(p.numel() for p in self.probe.parameters.values()),
-            "parameters": list(self.probe.parameters),
-            "device": str(self.evidence.device),
-        }
-        if self._source is not None:
-            names = ("batch_size", "num_workers", "persistent_workers", "drop_last")
-            self.manifest["loader"] = {name: getattr(self._source[1], name) for name in names}
-
 
 def _on_device(value: Any) -> bool:
     return isinstance(value, Tensor) and value.device.type != "cpu"
-
-
-def _plain(value: Any) -> Any:
-    """A hyperparameter as JSON has it."""
-    if isinstance(value, Tensor):
-        return value.tolist()
-    if isinstance(value, (bool, int, float, str, type(None))):
-        return value
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return repr(value)
 
 
 def _described(optimizer: Optimizer) -> str:

@@ -16,11 +16,11 @@ from torch.utils.hooks import RemovableHandle
 
 from geomprobe import progress
 from geomprobe.errors import UnsupportedTraining, UsageError
-from geomprobe.interception import nested_step
+from geomprobe.inert import InertProbe
+from geomprobe.parameters import measured_parameters
+from geomprobe.step_calls import Args, Kwargs, given_closure, nested_step, replace_closure
 
 Item = TypeVar("Item")
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
 
 
 class Observer(Protocol):
@@ -58,39 +58,6 @@ def observing() -> Observer | None:
     True
     """
     return _current
-
-
-class InertProbe:
-    """What `attach` returns where nothing is recorded or replayed: the loop runs as if it were not there."""
-
-    active = False
-
-    def epochs(self, count: int) -> Iterable[int]:
-        """``range(count)``: see :meth:`Probe.epochs`."""
-        return range(count)
-
-    def batches(self, loader: Iterable[Item]) -> Iterable[Item]:
-        """``loader`` itself: see :meth:`Probe.batches`."""
-        return loader
-
-    def backward(self, loss: Tensor, closure: Callable[[], Tensor] | None = None, **options: Any) -> None:
-        """``loss.backward(**options)``: see :meth:`Probe.backward`."""
-        loss.backward(**options)
-
-    def reference(self, name: str) -> None:
-        """Nothing: see :meth:`Probe.reference`."""
-
-    def sharpness_of(self, closure: Callable[[], Tensor]) -> None:
-        """Nothing: see :meth:`Probe.sharpness_of`."""
-
-    def remove(self) -> None:
-        """Nothing: see :meth:`Probe.remove`."""
-
-    def __enter__(self) -> InertProbe:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
 
 
 def attach(model: nn.Module | None, optimizer: Optimizer, **stateful: Any) -> Probe | InertProbe:
@@ -357,64 +324,6 @@ class Probe:
             "only defined for a fixed set of parameters. Create all of them before the first step (freezing "
             "one by requires_grad_(False) or grad = None is fine), or record the stages as separate runs."
         )
-
-
-def given_closure(args: Args, kwargs: Kwargs) -> Callable[[], Any] | None:
-    """The closure in a call of ``Optimizer.step``, whose first argument is the optimizer.
-
-    >>> given_closure((None, abs), {}) is given_closure((None,), {"closure": abs}) is abs
-    True
-    """
-    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-    return closure if callable(closure) else None
-
-
-def replace_closure(args: Args, kwargs: Kwargs, closure: Callable[[], Any]) -> tuple[Args, Kwargs]:
-    """The same call with another closure.
-
-    >>> replace_closure((None, abs), {}, min)
-    ((None, <built-in function min>), {})
-    """
-    if "closure" in kwargs:
-        return args, {**kwargs, "closure": closure}
-    return (args[0], closure, *args[2:]), kwargs
-
-
-def measured_parameters(model: nn.Module | None, optimizer: Optimizer) -> dict[str, nn.Parameter]:
-    """The optimizer's parameters by their names in the model, each tensor once however often it is tied.
-
-    Raises:
-        UnsupportedTraining: for LBFGS, complex parameters, or none at all.
-
-    >>> model = torch.nn.Linear(2, 1)
-    >>> list(measured_parameters(model, torch.optim.SGD(model.parameters(), lr=0.1)))
-    ['weight', 'bias']
-    """
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise UnsupportedTraining(
-            "LBFGS evaluates its closure several times a step, so a step has no one gradient to measure. "
-            "Use an optimizer that takes one gradient a step."
-        )
-    names = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
-    found: dict[str, nn.Parameter] = {}
-    seen: set[int] = set()
-    for index, group in enumerate(optimizer.param_groups):
-        for position, parameter in enumerate(group["params"]):
-            if id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            name = names.get(id(parameter), f"group{index}.parameter{position}")
-            if parameter.is_complex():
-                raise UnsupportedTraining(
-                    f"{name} is complex ({parameter.dtype}), and RSI and EB are defined for real parameters. "
-                    "Store it as a real tensor of shape [..., 2] (torch.view_as_real) to measure it."
-                )
-            found[name] = parameter
-    if not found:
-        raise UnsupportedTraining(
-            f"{type(optimizer).__name__} holds no parameters: there is nothing to measure."
-        )
-    return found
 
 
 def _length(loader: Iterable[Any]) -> int | None:

@@ -132,7 +132,6 @@ class Recording(Observation):
             self._seal("failed")
 
     def close(self) -> None:
-        super().close()
         if self._rows is not None:
             rows, self._rows = self._rows, None
             rows.flush()

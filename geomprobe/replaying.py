@@ -181,7 +181,6 @@ class Replaying(Observation):
             self.close()
 
     def close(self) -> None:
-        super().close()
         self._flush()
         if self._writer is not None:
             self._writer.close()

@@ -20,7 +20,9 @@ from torch.utils.data import DataLoader
 import geomprobe
 from geomprobe import progress
 from geomprobe.errors import UnsupportedTraining, UsageError
-from geomprobe.probe import InertProbe, Probe, attach, measured_parameters, observe, observing
+from geomprobe.inert import InertProbe
+from geomprobe.parameters import measured_parameters
+from geomprobe.probe import Probe, attach, observe, observing
 
 
 class Log:

@@ -1,0 +1,46 @@
+"""Which parameters are measured: those of the optimizer, by their names in the model."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.optim import LBFGS, Optimizer
+
+from geomprobe.errors import UnsupportedTraining
+
+
+def measured_parameters(model: nn.Module | None, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+    """The optimizer's parameters by their names in the model, each tensor once however often it is tied.
+
+    Raises:
+        UnsupportedTraining: for LBFGS, complex parameters, or none at all.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(2, 1)
+    >>> list(measured_parameters(model, torch.optim.SGD(model.parameters(), lr=0.1)))
+    ['weight', 'bias']
+    """
+    if isinstance(optimizer, LBFGS):
+        raise UnsupportedTraining(
+            "LBFGS evaluates its closure several times a step, so a step has no one gradient to measure. "
+            "Use an optimizer that takes one gradient a step."
+        )
+    names = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
+    found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for index, group in enumerate(optimizer.param_groups):
+        for position, parameter in enumerate(group["params"]):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            name = names.get(id(parameter), f"group{index}.parameter{position}")
+            if parameter.is_complex():
+                raise UnsupportedTraining(
+                    f"{name} is complex ({parameter.dtype}), and RSI and EB are defined for real parameters. "
+                    "Store it as a real tensor of shape [..., 2] (torch.view_as_real) to measure it."
+                )
+            found[name] = parameter
+    if not found:
+        raise UnsupportedTraining(
+            f"{type(optimizer).__name__} holds no parameters: there is nothing to measure."
+        )
+    return found
