@@ -77,23 +77,11 @@ def backward_with_graph(
     edges: list[GradientEdge | None] = [None] * len(parameters)
 
     def keep(leaf: Tensor) -> LeafHook:
-        watched = bool(leaf._backward_hooks)
-
-        def hook(gradient: Tensor | None) -> Tensor | None:
-            # torch sets the gradient mode anew for each node it runs, so this holds for the accumulation into
-            # this leaf only, which then is that of a plain backward pass: it takes the memory over, copies it
-            # or adds in place, just as there. With the mode on, create_graph would replace leaf.grad by a
-            # tensor that refers to its own graph, which leaks.
-            torch.set_grad_enabled(False)
-            if gradient is None:
-                return None
+        def receive(gradient: Tensor) -> None:
             if leaf in index:
                 edges[index[leaf]] = _edge(gradient)
-            # The leaf's other hooks expect a gradient without a graph. It is a copy, since accumulation could
-            # not see that two leaves share it.
-            return gradient.detach().clone() if watched else None
 
-        return hook
+        return _plain_accumulation(leaf, receive)
 
     with (
         _first_hooks((leaf, keep(leaf)) for leaf in anatomy.leaves),
@@ -254,6 +242,25 @@ def _gradients(
         raise CurvatureUnavailable(cut[0])
     by_parameter = dict(zip(wanted, found, strict=True))
     return [by_parameter.get(parameter) for parameter in parameters]
+
+
+def _plain_accumulation(leaf: Tensor, receive: Callable[[Tensor], None]) -> LeafHook:
+    """A hook that lets ``receive`` see the leaf's gradient, and the leaf accumulate as in a plain pass."""
+    watched = bool(leaf._backward_hooks)
+
+    def hook(gradient: Tensor | None) -> Tensor | None:
+        # torch sets the gradient mode anew for each node it runs, so this holds for the accumulation into this
+        # leaf only: it takes the memory over, copies it or adds in place, just as without a graph. With the
+        # mode on, create_graph would replace leaf.grad by a tensor that refers to its own graph, which leaks.
+        torch.set_grad_enabled(False)
+        if gradient is None:
+            return None
+        receive(gradient)
+        # The leaf's other hooks expect a gradient without a graph. It is a copy, since accumulation could not
+        # see that two leaves share it.
+        return gradient.detach().clone() if watched else None
+
+    return hook
 
 
 def _root(loss: Tensor) -> Tensor:
