@@ -201,9 +201,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--image", type=int, default=32, help="height and width")
-    parser.add_argument(
-        "--alone", choices=LANES, help=argparse.SUPPRESS
-    )
+    parser.add_argument("--alone", choices=LANES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.alone:
         alone(arguments.alone, arguments)
