@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 _WIDTH = 256  # words in a row: 2 KiB, so a row sum stays in the nearest cache
-_SMALL = 16 * _WIDTH  # below so many words, the sums cost more than mixing every element
+_TILE = 16  # rows; a tensor of fewer is mixed element by element
 _GOLDEN = 0x9E3779B97F4A7C15
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -53,8 +53,8 @@ def _integers(flat: Tensor) -> Tensor:
 def _split(flat: Tensor) -> tuple[Tensor | None, Tensor]:
     """A matrix of 64-bit words, where the tensor is large enough for one, and the elements left over."""
     per_row = 8 * _WIDTH // flat.element_size()
-    rows = flat.numel() // per_row
-    if rows * _WIDTH < _SMALL:
+    rows = flat.numel() // per_row // _TILE * _TILE
+    if not rows:
         return None, _integers(flat)
     head = flat[: rows * per_row]
     if (head.storage_offset() * head.element_size()) % 8:
@@ -95,21 +95,23 @@ class Digests:
     def _on_device(self, groups: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
         pieces = [[_split(_in_memory_order(tensor)) for tensor in group] for group in groups]
         sizes = tuple(
-            sum((0 if words is None else len(words) + _WIDTH) + len(rest) for words, rest in group)
+            sum((0 if words is None else words.shape[0] + _WIDTH) + rest.shape[0] for words, rest in group)
             for group in pieces
         )
         slots, multipliers, starts, ends = self._buffers(device, sizes)
         targets, sources, offset = [], [], 0
         for words, rest in (piece for group in pieces for piece in group):
             if words is not None:
-                rows = len(words)
+                rows = words.shape[0]
                 torch.sum(words, 1, out=slots[offset : offset + rows])
-                torch.sum(words, 0, out=slots[offset + rows : offset + rows + _WIDTH])
+                # By tiles first, which is half as long as at once: a tile's columns stay in the nearest cache.
+                tiles = torch.sum(words.view(-1, _TILE, _WIDTH), 1)
+                torch.sum(tiles, 0, out=slots[offset + rows : offset + rows + _WIDTH])
                 offset += rows + _WIDTH
-            if len(rest):
-                targets.append(slots[offset : offset + len(rest)])
+            if rest.shape[0]:
+                targets.append(slots[offset : offset + rest.shape[0]])
                 sources.append(rest)
-                offset += len(rest)
+                offset += rest.shape[0]
         if targets:
             torch._foreach_copy_(targets, sources)
         return _mix(slots, multipliers, starts, ends)

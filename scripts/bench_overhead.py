@@ -1,15 +1,16 @@
 """What the probe costs: step time and memory of recording and replaying, against the plain step.
 
-    python scripts/bench_overhead.py                   ResNet-18, batch 64 of 3x32x32, a few minutes on 2 cores
+    python scripts/bench_overhead.py                   ResNet-18, batch 64 of 3x32x32: minutes on 2 cores
     python scripts/bench_overhead.py --steps 200       longer, steadier
 
-Five trainings of the same model on the same batches take turns, step by step in one process, so that whatever
+Six trainings of the same model on the same batches take turns, step by step in one process, so that whatever
 slows the machine slows them all:
 
     plain       the training loop, without geomprobe
     inert       the loop with the probe attached and no pass running
     recording   pass 1
     replaying   pass 2, without Hg
+    compiled    the same, with compiled inner products
     naive       inner products as the scripts of No Wrong Turns take them: flatten, concatenate, float32, .item()
 
 Ratios are of median step times to the plain step's. Memory is the peak of a process that runs one training
@@ -23,7 +24,6 @@ import contextlib
 import gc
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -49,16 +49,8 @@ from geomprobe.trace.record import open_record
 
 Lane = Iterator[None]
 Reporting = tuple[Lane, Observation | None]
-LANES = ["plain", "inert", "recording", "replaying", "naive"]
+LANES = ["plain", "inert", "recording", "replaying", "compiled", "naive"]
 WARM_UP = 3
-
-
-def cifar_resnet18() -> nn.Module:
-    """ResNet-18 with the stem for 32x32 images and 10 classes, 11.2 M parameters."""
-    model = resnet18(num_classes=10)
-    model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
-    model.maxpool = nn.Identity()
-    return model
 
 
 def batches(steps: int, size: int, shape: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
@@ -74,7 +66,7 @@ def batches(steps: int, size: int, shape: tuple[int, ...]) -> list[tuple[Tensor,
 def train(data: list[tuple[Tensor, Tensor]], before_step: Callable[[nn.Module], None] | None = None) -> Lane:
     """The plain training loop, one step at a time."""
     seed_everything(0)
-    model = cifar_resnet18()
+    model = resnet18()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     for images, labels in data:
         loss = functional.cross_entropy(model(images), labels)
@@ -89,7 +81,7 @@ def train(data: list[tuple[Tensor, Tensor]], before_step: Callable[[nn.Module], 
 def train_probed(data: list[tuple[Tensor, Tensor]]) -> Lane:
     """The same loop with the probe."""
     seed_everything(0)
-    model = cifar_resnet18()
+    model = resnet18()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     probe = geomprobe.attach(model, optimizer)
     for images, labels in probe.batches(data):
@@ -104,7 +96,7 @@ class Naive:
     """The inner products as the scripts of No Wrong Turns take them."""
 
     def __init__(self) -> None:
-        self.final = [p.detach().clone() for p in cifar_resnet18().parameters()]
+        self.final = [p.detach().clone() for p in resnet18().parameters()]
 
     def __call__(self, model: nn.Module) -> None:
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -143,10 +135,18 @@ def lanes(
             run = Run(folder / "recording")
             run.stream.mkdir(parents=True)
             made[name] = train_probed(data), Recording(run, manifest)
-        elif name == "replaying":
-            run = finished_run(folder / "replaying", data)
+        elif name in ("replaying", "compiled"):
+            run = finished_run(folder / name, data)
             run.stream.mkdir(parents=True)
-            made[name] = train_probed(data), Replaying(run, open_record(run.path), manifest, Measure())
+            made[name] = (
+                train_probed(data),
+                Replaying(
+                    run,
+                    open_record(run.path),
+                    manifest,
+                    Measure(curvature_every=0, compiled=name == "compiled"),
+                ),
+            )
         elif name == "naive":
             made[name] = train(data, Naive()), None
         else:
@@ -182,16 +182,22 @@ def peak_memory(name: str, arguments: argparse.Namespace) -> int:
     return int(json.loads(output.stdout.splitlines()[-1]))
 
 
+def high_water_mark() -> int:
+    """Peak resident bytes of this process alone; getrusage's includes those of the one that started it."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmHWM"].split()[0]) * 1024
+
+
 def alone(name: str, arguments: argparse.Namespace) -> None:
     """Run one training and print the process's peak memory."""
-    data = batches(6, arguments.batch_size, (3, arguments.image, arguments.image))
+    data = batches(4, arguments.batch_size, (3, arguments.image, arguments.image))
     with tempfile.TemporaryDirectory() as folder, strict_mode(True):
         for lane, observation in lanes(Path(folder), data, [name]).values():
             gc.collect()
             for _ in data:
                 with _events(observation):
                     next(lane)
-        print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+        print(json.dumps(high_water_mark()))
 
 
 def main() -> None:
@@ -210,7 +216,7 @@ def main() -> None:
     data = batches(arguments.steps + WARM_UP, arguments.batch_size, (3, arguments.image, arguments.image))
     with tempfile.TemporaryDirectory() as folder, strict_mode(True):
         times = measure(Path(folder), data, names)
-    weights = 4 * sum(p.numel() for p in cifar_resnet18().parameters())
+    weights = 4 * sum(p.numel() for p in resnet18().parameters())
     memory = {name: peak_memory(name, arguments) for name in names}
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}"

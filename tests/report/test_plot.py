@@ -103,7 +103,7 @@ def test_columns_of_references_and_inner_products_are_drawn_by_their_paths(tmp_p
     path = write_trace(tmp_path / "t.h5", history, references={"best": history.weights[30]})
     drawing = figure([open_trace(path)], ["references/best/cosine", "inner_products/w.g", "groups/0/lr"])
     labels = [panel.get_ylabel() for panel in drawing.axes]
-    assert labels == ["cosine γ\nreferences/best", "w.g (loss)\ninner_products", "lr (lr)\ngroups/0"]
+    assert labels == ["cosine γ\nreferences/best", "w.g (loss)\ninner_products", "lr\ngroups/0"]
 
 
 def test_a_column_that_nobody_measured_is_refused_by_name(trace):
