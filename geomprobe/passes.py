@@ -223,6 +223,11 @@ def finished_record(run: Run) -> Record:
 def _running(seed: int, strict: bool) -> Iterator[None]:
     if observing() is not None:
         raise UsageError("A pass is running in this process already; a pass cannot run inside another.")
+    if (ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise UsageError(
+            f"WORLD_SIZE is {ranks}: this version records and replays runs of one process only. Nothing was started; "
+            "launch the script without torchrun, on one device."
+        )
     if not 0 <= seed < 2**32:
         raise UsageError(f"seed {seed} is outside 0 .. {2**32 - 1}, the range that NumPy accepts.")
     with untouched_rng(), strict_mode(strict):
