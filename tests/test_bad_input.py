@@ -648,7 +648,7 @@ def test_a_trace_of_another_model_is_refused(recorded, monkeypatch):
 def test_a_run_of_several_processes_is_refused_and_an_earlier_one_kept(run, monkeypatch):
     geomprobe.record(plain, run, seed=0).close()
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UsageError, match="WORLD_SIZE is 4.*one process only"):
+    with pytest.raises(UsageError, match=r"WORLD_SIZE is 4.*one process only"):
         geomprobe.record(plain, run, seed=0, force=True)
     with open_record(run) as kept:
         assert kept.num_steps == STEPS
