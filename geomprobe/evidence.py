@@ -132,6 +132,12 @@ class Evidence:
         self._inputs, self._losses = [], []
         return digests, host
 
+    @property
+    def device_columns(self) -> int:
+        """How many int64 values of a step's fingerprint lie on the device: what `take` returns first."""
+        layout = self.layout
+        return len(layout["weights"]) + len(layout["optimizer"]) + 2 + len(layout["buffers"])
+
     def weights(self) -> Tensor:
         """Digests of the weights as they are now, in the order of ``layout["weights"]``."""
         return self._digests([[weight] for weight in self._weights.values()])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -201,6 +202,13 @@ class Observation(ABC):
         if self.probe.epoch is not None:
             return self.probe.epoch
         return len(self._trained_on) - 1 if self._trained_on else float("nan")
+
+    def part_attributes(self) -> dict[str, Any]:
+        """What a part says of the run that it is streamed from."""
+        return {
+            "manifest": json.dumps(self.manifest),
+            "num_parameters": self.manifest["model"]["num_parameters"],
+        }
 
     def group_columns(self) -> tuple[list[str], list[str]]:
         """Names of the columns of `group_values`: those known on the host, then those on the device."""

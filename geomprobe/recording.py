@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -59,9 +58,12 @@ class Recording(Observation):
         tables = [Table(STEPS, ("epoch", "loss", "lr"), "float64")]
         tables += [Table(f"{FINGERPRINTS}/{name}", columns, "int64") for name, columns in layout.items()]
         self._writer = PartWriter(
-            self._run.part("record", 0), schema=RECORD_SCHEMA, tables=tables, attributes=self._attributes()
+            self._run.part("record", 0),
+            schema=RECORD_SCHEMA,
+            tables=tables,
+            attributes=self.part_attributes(),
         )
-        self._rows = Rows(self.evidence.device, 2, self._device_columns(), self._write)
+        self._rows = Rows(self.evidence.device, 2, self.evidence.device_columns, self._write)
 
     def measure(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
         assert self.probe is not None
@@ -142,16 +144,6 @@ class Recording(Observation):
         Recording.close(self)
         references = list(self._references) if status == "complete" else []
         sealing.seal(self._run, "record", status=status, manifest=self.manifest, references=references)
-
-    def _attributes(self) -> dict[str, Any]:
-        return {
-            "manifest": json.dumps(self.manifest),
-            "num_parameters": self.manifest["model"]["num_parameters"],
-        }
-
-    def _device_columns(self) -> int:
-        layout = self.evidence.layout
-        return len(layout["weights"]) + len(layout["optimizer"]) + 2 + len(layout["buffers"])
 
     def _write(self, block: Block) -> None:
         assert self._writer is not None

@@ -117,17 +117,13 @@ class Replaying(Observation):
         device = ["steps/loss", *device_groups, *self._measurement.columns]
         columns = ["steps/epoch", *host_groups, *device]
         columns += ["steps/same"] if self._uncertified else []
-        layout = self.evidence.layout
-        prints = len(layout["weights"]) + len(layout["optimizer"]) + 2 + len(layout["buffers"])
+        prints = self.evidence.device_columns
         self._rows = Rows(self.evidence.device, len(device), prints, self._compare_and_write)
         self._writer = PartWriter(
             self._run.part("trace", 0),
             schema=TRACE_SCHEMA,
             tables=[Table(VALUES, tuple(columns), "float64")],
-            attributes={
-                "manifest": json.dumps(self.manifest),
-                "num_parameters": self.manifest["model"]["num_parameters"],
-            },
+            attributes=self.part_attributes(),
         )
 
     def measure(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
