@@ -138,10 +138,6 @@ class Evidence:
         layout = self.layout
         return len(layout["weights"]) + len(layout["optimizer"]) + 2 + len(layout["buffers"])
 
-    def weights(self) -> Tensor:
-        """Digests of the weights as they are now, in the order of ``layout["weights"]``."""
-        return self._digests([[weight] for weight in self._weights.values()])
-
     def assemble(self, device: NDArray[np.int64], host: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
         """Blocks of :meth:`take`'s rows as one array [steps, columns] per component."""
         weights, parameters = len(self.layout["weights"]), len(self.layout["optimizer"]) - 1
