@@ -30,6 +30,9 @@ class Averages:
     parameters are float32, because ``(1 - BETA) (w - e)`` would be rounded away; such parameters cost
     one float32 copy more, which all averages share. An update allocates nothing and draws no random number.
 
+    What is kept is what an update's rounding left: in float32, an update of less than 6e-8 of a weight is lost,
+    so ``ema-BETA`` follows offsets above ``6e-8 / (1 - BETA)`` of a weight, and ``average`` those above ``6e-8 T``.
+
     Args:
         parameters: by name, the tensors to follow; they are read at each update, never written.
         decays: BETA of each exponential moving average, between 0 and 1.
