@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -55,8 +58,8 @@ def _refuse_what_is_no_file(path: Path) -> None:
     if path.is_dir():
         raise RunError(
             f"{path} is a folder, and a reference is read from one file, because the index of a "
-            "torch.distributed.checkpoint folder is pickled code. If you trust it: "
-            f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} FILE"
+            "torch.distributed.checkpoint folder is pickled code. If you trust it, load it with "
+            "torch.distributed.checkpoint.load, and torch.save(model.state_dict(), FILE)"
         )
     if not path.exists():
         raise RunError(f"{path} does not exist: there is no reference to read. Name a state_dict file")
@@ -77,7 +80,9 @@ def _safetensors(path: Path) -> dict[str, Any]:
 
 def _state_dict(path: Path, names: Iterable[str]) -> Mapping[str, Any]:
     try:
-        whole = torch.load(path, weights_only=True, map_location="cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of formats that it then refuses, or of its own future
+            whole = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # pickle, zip and torch each raise their own
         raise _unreadable(path, error) from error
     if not isinstance(whole, Mapping):
@@ -93,11 +98,13 @@ def _state_dict(path: Path, names: Iterable[str]) -> Mapping[str, Any]:
 
 
 def _unreadable(path: Path, error: Exception) -> RunError:
-    cause = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return RunError(
-        f"{path} cannot be read as weights ({cause}). Only tensors are read, and no pickled code is run: a whole "
-        f"model that was pickled is refused. {_SAVE}"
-    )
+    if isinstance(error, UnpicklingError):  # torch's own words advise to run what the file holds
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        named = f" ({code[1]})" if code else ""
+        cause = f"it holds more than tensors{named}, or no tensors at all, and no pickled code is run"
+    else:
+        cause = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
+    return RunError(f"{path} cannot be read as weights: {cause}. {_SAVE}")
 
 
 def _matched(entries: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

@@ -122,13 +122,13 @@ class Trap:
 def test_pickled_code_is_never_run(tmp_path, save):
     sprung, path = tmp_path / "sprung", tmp_path / "weights.pt"
     save({"w": torch.ones(1), "trap": Trap(sprung)}, path)
-    with pytest.raises(RunError, match=r"weights\.pt cannot be read.*no pickled code is run"):
+    with pytest.raises(RunError, match=r"weights\.pt cannot be read as weights: .*no pickled code is run"):
         read_weights(path, {"w": (1,)})
     assert not sprung.exists()
 
 
 def test_a_pickled_model_is_refused(tmp_path, net):
-    with pytest.raises(RunError, match=r"torch\.save\(model\.state_dict\(\), FILE\)"):
+    with pytest.raises(RunError, match=r"it holds more than tensors \(\S*Net\), .*torch\.save\(model"):
         read_weights(saved(tmp_path, net), shapes(net))
 
 
@@ -185,5 +185,5 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path, net):
 def test_a_missing_file_and_a_folder_are_told_apart(tmp_path):
     with pytest.raises(RunError, match="nowhere does not exist"):
         read_weights(tmp_path / "nowhere", {"w": (1,)})
-    with pytest.raises(RunError, match=r"is a folder.*dcp_to_torch"):
+    with pytest.raises(RunError, match=r"is a folder.*checkpoint\.load"):
         read_weights(tmp_path, {"w": (1,)})
