@@ -21,16 +21,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import islice, zip_longest
+from itertools import chain, islice, repeat
 
 import torch
 from torch import Tensor
 
-from geomprobe.errors import GeomprobeError, UnsupportedTraining, UsageError
+from geomprobe.dtensors import is_dtensor, local, local_gradient
+from geomprobe.errors import GeomprobeError
+from geomprobe.matching import require_gradients, require_parameters, require_reference
 
 SHARED = ("g.g", "w.g", "w.w")
 OF_REFERENCE = ("g.d", "w.d", "d.d")
-LAYOUTS = (torch.strided, torch.sparse_coo)
 
 # Large enough that launching ten operations a block is a small share of their time, small enough for the
 # last-level cache, where they find the block again.
@@ -51,9 +52,13 @@ class InnerProducts:
 
     Args:
         parameters: the weights w, dense, of any real dtype, shape and memory layout, all on one device.
-            They are read anew at each measurement. Tied weights must appear once.
-        references: the points w* by name, each with one tensor a parameter, of its shape and on its device.
-            Any dtype and layout; the parameter's own layout (``torch.empty_like``) is the fastest.
+            They are read anew at each measurement. Tied weights must appear once. Of DTensors the local values
+            count, and so do those of references and gradients: see :class:`geomprobe.distributed.Layout`, whose
+            ``sum`` makes the whole of every process's part.
+        references: the points w* by name, each with one tensor a parameter, of its shape and on its device,
+            as a DTensor or as local values. Any dtype and layout; the parameter's own layout
+            (``torch.empty_like``) is the fastest.
+        owned: for each parameter, whether its values count here; where one does not, its sums are zero.
         per_parameter: also give the sums of each parameter tensor.
         compiled: read large tensors with a kernel that ``torch.compile`` builds here and now, for the dtypes
             of the parameters and references (some 10 s, once a process). Needs a C++ compiler; Triton on CUDA.
@@ -82,12 +87,15 @@ class InnerProducts:
         parameters: Sequence[Tensor],
         references: Mapping[str, Sequence[Tensor]],
         *,
+        owned: Sequence[bool] | None = None,
         per_parameter: bool = False,
         compiled: bool = False,
     ) -> None:
-        _check_parameters(parameters)
+        require_parameters(parameters)
+        self._distributed = any(is_dtensor(parameter) for parameter in parameters)
+        references = {name: [local(tensor) for tensor in reference] for name, reference in references.items()}
         for name, reference in references.items():
-            _check_reference(name, reference, parameters)
+            require_reference(name, reference, [local(parameter) for parameter in parameters])
         ordered = sorted(references, key=lambda name: name != "final")
         prefixes = ["" if name == "final" else f"references/{name}/inner_products/" for name in ordered]
         self.names = SHARED + tuple(prefix + column for prefix in prefixes for column in OF_REFERENCE)
@@ -101,7 +109,8 @@ class InnerProducts:
         block = CPU_BLOCK if device.type == "cpu" else DEVICE_BLOCK
         self._scratch = torch.empty(3, min(block, packed), dtype=torch.float64, device=device)
         self._per_parameter = per_parameter
-        groups = [[weight] for weight in self._weights] if per_parameter else [self._weights]
+        counted = [[w] if here else [] for w, here in zip(self._weights, owned or repeat(True), strict=False)]
+        groups = counted if per_parameter else [list(chain.from_iterable(counted))]
         self._groups = [_Group(weights, self._scratch, self._gradient_powers > 0) for weights in groups]
         _build_kernel([weight for weight in self._weights if weight.fused], device)
 
@@ -137,7 +146,10 @@ class InnerProducts:
                 [8., 4., 2.],
                 [0., 0., 3.]], dtype=torch.float64)
         """
-        _check_gradients(self._weights, gradients)
+        if self._distributed:
+            pairs = zip(gradients, self._weights, strict=True)
+            gradients = [local_gradient(gradient, weight.parameter) for gradient, weight in pairs]
+        require_gradients([w.w for w in self._weights], [w.shape for w in self._weights], gradients)
         sums = torch.stack([group.sums(gradients) for group in self._groups])
         sums = torch.cat([sums.sum(0, keepdim=True), sums]) if self._per_parameter else sums[0]
         scale = grad_scale.double() if isinstance(grad_scale, Tensor) else grad_scale
@@ -147,12 +159,18 @@ class InnerProducts:
 class _Weight:
     """A parameter and its references. Tensors of its shape are read in the order of its memory."""
 
-    def __init__(self, index: int, w: Tensor, references: Sequence[Tensor], compiled: bool) -> None:
-        self.index, self.w, self.references, self.shape = index, w, references, w.shape
-        order = w.dim_order()
+    def __init__(self, index: int, parameter: Tensor, references: Sequence[Tensor], compiled: bool) -> None:
+        self.index, self.parameter, self.references = index, parameter, references
+        self._distributed = is_dtensor(parameter)
+        w = self.w
+        self.shape, order = w.shape, w.dim_order()
         self._order = None if order == tuple(range(w.dim())) else order
         flat = (self.in_order(tensor).is_contiguous() for tensor in (w, *references))
         self.fused = compiled and w.numel() >= FUSED_MINIMUM and all(flat)
+
+    @property
+    def w(self) -> Tensor:
+        return local(self.parameter) if self._distributed else self.parameter
 
     def in_order(self, tensor: Tensor) -> Tensor:
         return tensor if self._order is None else tensor.permute(self._order)
@@ -178,7 +196,9 @@ class _Group:
             gradient = gradients[weight.index]
             if gradient is not None and gradient.is_sparse:
                 terms.append(torch.where(self._of_gradient, _stored_sums(weight, gradient.coalesce()), 0.0))
-        return torch.stack(terms).sum(0)
+        return (
+            torch.stack(terms).sum(0) if terms else torch.zeros_like(self._of_gradient, dtype=torch.float64)
+        )
 
 
 class _Fused:
@@ -304,47 +324,3 @@ def _build_kernel(weights: Iterable[_Weight], device: torch.device) -> None:
             f"torch.compile could not build the kernel of the inner products: {error}. "
             "Install a C++ compiler (Triton on CUDA), or measure with compiled=False."
         ) from error
-
-
-def _check_parameters(parameters: Sequence[Tensor]) -> None:
-    if not parameters:
-        raise UsageError("there are no parameters to measure. Attach to a model that has some.")
-    for index, parameter in enumerate(parameters):
-        if not parameter.is_floating_point() or parameter.layout is not torch.strided:
-            raise UnsupportedTraining(
-                f"parameter {index} is {parameter.dtype}, {parameter.layout}: only dense real parameters "
-                "are measured. Hold complex ones as real tensors (torch.view_as_real)."
-            )
-        if parameter.device != parameters[0].device:
-            raise UnsupportedTraining(
-                f"parameter {index} is on {parameter.device}, parameter 0 on {parameters[0].device}. "
-                "Train with all parameters of a process on one device."
-            )
-
-
-def _check_reference(name: str, reference: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
-    found, needed = ([f"{list(t.shape)} on {t.device}" for t in ts] for ts in (reference, parameters))
-    for index, (a, b) in enumerate(zip_longest(found, needed, fillvalue="missing")):
-        if a != b:
-            raise UsageError(
-                f"reference {name!r} does not match the parameters: tensor {index} is {a}, parameter {index} "
-                f"is {b}. Load a reference of this model, onto its device."
-            )
-
-
-def _check_gradients(weights: Sequence[_Weight], gradients: Sequence[Tensor | None]) -> None:
-    if len(gradients) != len(weights):
-        raise UnsupportedTraining(
-            f"{len(gradients)} gradients for {len(weights)} parameters. Give each one or None."
-        )
-    for weight, gradient in zip(weights, gradients, strict=True):
-        if weight.w.shape != weight.shape:
-            raise UnsupportedTraining(
-                f"parameter {weight.index} changed its shape from {list(weight.shape)} to "
-                f"{list(weight.w.shape)}: its distance to a reference is undefined. Keep the shapes fixed."
-            )
-        if gradient is not None and (gradient.shape != weight.shape or gradient.layout not in LAYOUTS):
-            raise UnsupportedTraining(
-                f"the gradient of parameter {weight.index} is {gradient.layout} {list(gradient.shape)}, the "
-                f"parameter {list(weight.shape)}. Give a dense or sparse COO gradient of its shape."
-            )

@@ -1,0 +1,325 @@
+"""How one training lies across processes, and the few numbers that they exchange to measure it as a whole.
+
+The values that a process holds of a parameter are its *local* ones: all of them without sharding and under
+DDP, its shard of them under FSDP2. Every sum over the weights is a sum over local values and one all-reduce.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from geomprobe.dtensors import is_dtensor
+from geomprobe.errors import UnsupportedTraining
+
+Kind = Literal["one process", "DDP", "FSDP2", "DTensor"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the parameters of one training lie: what this process holds, and what of it counts.
+
+    Attributes:
+        kind: ``"one process"``; ``"DDP"``; ``"FSDP2"`` for ``fully_shard`` (HSDP too) and the ``replicate`` that
+            is built like it; ``"DTensor"`` for parameters that are DTensors, replicated, without either.
+        rank: this process's number.
+        world_size: how many processes there are.
+        sharded: whether any parameter is: only then do sums over the weights need the other processes.
+        owned: for each parameter, whether this process's values count in such a sum. Where they are sharded,
+            a replica counts on the first of the processes that hold it.
+        replicas: the DDP modules.
+
+    >>> Layout.of(nn.Linear(2, 1), {"weight": torch.ones(1, 2)}).kind
+    'one process'
+    """
+
+    kind: Kind = "one process"
+    rank: int = 0
+    world_size: int = 1
+    sharded: bool = False
+    owned: tuple[bool, ...] = ()
+    replicas: tuple[nn.Module, ...] = field(default=(), repr=False)
+
+    @classmethod
+    def of(cls, model: nn.Module | None, parameters: Mapping[str, Tensor]) -> Layout:
+        """Find the layout of a training. Nothing is sent.
+
+        Args:
+            model: the trained module: the DDP wrapper or the module in it, or what `fully_shard` was called on.
+            parameters: the measured parameters by name.
+
+        Raises:
+            UnsupportedTraining: FSDP1, tensor or pipeline parallelism, an optimizer inside the backward pass,
+                parameters that no one averages the gradients of, or several devices in one process.
+        """
+        _refuse_devices(parameters)
+        _refuse_optimizer_in_backward(parameters)
+        _refuse_fsdp1(model)
+        distributed = [name for name, p in parameters.items() if is_dtensor(p)]
+        if distributed:
+            _refuse_mixture(distributed, parameters)
+            return _of_dtensors(cls, model, parameters)
+        replicas = _ddp_modules(model, parameters)
+        rank, world_size = _place()
+        owned = (True,) * len(parameters)
+        if not replicas and world_size == 1:
+            return cls(owned=owned)
+        _refuse_unaveraged(replicas, parameters, world_size)
+        return cls("DDP", rank, world_size, owned=owned, replicas=tuple(replicas))
+
+    def sum(self, parts: Tensor) -> Tensor:
+        """Sums over all weights from each process's sums over its owned local values.
+
+        Args:
+            parts: float64, of any shape, of few elements.
+
+        Returns:
+            The same on every process. Without sharding that is ``parts`` itself, and nothing is sent.
+
+        >>> Layout().sum(torch.tensor([1.0, 2.0]))
+        tensor([1., 2.])
+        """
+        return self.sum_and_mean(parts, parts.new_empty(0))[0]
+
+    def sum_and_mean(self, parts: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """`sum` of ``parts`` and the mean of ``values`` over the processes, in one all-reduce.
+
+        Args:
+            parts: as for `sum`.
+            values: of the same dtype and device; one dimension. Each process has its own, such as its loss.
+
+        >>> Layout().sum_and_mean(torch.ones(1), torch.tensor([3.0]))
+        (tensor([1.]), tensor([3.]))
+        """
+        if self.world_size == 1 or not (self.sharded or values.numel()):
+            return parts, values
+        sent = torch.cat([parts.reshape(-1), values / self.world_size]) if self.sharded else values.clone()
+        dist.all_reduce(sent)
+        if not self.sharded:
+            return parts, sent / self.world_size
+        return sent[: parts.numel()].view(parts.shape), sent[parts.numel() :]
+
+    def fail_together(self, failure: Exception | None, device: torch.device) -> None:
+        """Raise on every process where one has failed, so that none waits for it in the next exchange.
+
+        Args:
+            failure: what this process failed with, if it did; raised here again.
+            device: of the one number that is exchanged. Its answer is waited for.
+
+        Raises:
+            ElsewhereFailed: other processes failed, and this one did not.
+
+        >>> Layout().fail_together(None, torch.device("cpu"))
+        """
+        if self.world_size > 1:
+            failed = torch.tensor(int(failure is not None), device=device)
+            dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+            if failed.item():
+                texts: list[Any] = [None] * self.world_size
+                dist.all_gather_object(texts, None if failure is None else str(failure))
+                if failure is None:
+                    raise ElsewhereFailed({rank: text for rank, text in enumerate(texts) if text is not None})
+        if failure is not None:
+            raise failure
+
+    def everywhere(self, here: bool, device: torch.device) -> bool:
+        """Whether something holds on every process. The answer is waited for.
+
+        >>> Layout().everywhere(True, torch.device("cpu"))
+        True
+        """
+        if self.world_size == 1:
+            return here
+        missing = torch.tensor(int(not here), device=device)
+        dist.all_reduce(missing, op=dist.ReduceOp.MAX)
+        return not missing.item()
+
+    def described(self) -> dict[str, Any]:
+        """For the manifest.
+
+        >>> Layout().described()
+        {'kind': 'one process', 'world_size': 1}
+        """
+        return {"kind": self.kind, "world_size": self.world_size}
+
+
+class ElsewhereFailed(Exception):
+    """Other processes failed at what this one did not.
+
+    Attributes:
+        reasons: what each said, by rank.
+
+    >>> print(ElsewhereFailed({2: "no graph"}))
+    rank 2: no graph
+    """
+
+    def __init__(self, reasons: Mapping[int, str]) -> None:
+        super().__init__("; ".join(f"rank {rank}: {text}" for rank, text in reasons.items()))
+        self.reasons = dict(reasons)
+
+
+def managed_by_fsdp(model: nn.Module | None) -> set[int]:
+    """The ids of the parameters in the modules on which `fully_shard` was called.
+
+    >>> managed_by_fsdp(nn.Linear(1, 1))
+    set()
+    """
+    return {id(p) for module in fsdp_modules(model) for p in module.parameters()}
+
+
+def fsdp_modules(model: nn.Module | None) -> list[Any]:
+    """The modules on which `fully_shard` was called.
+
+    >>> fsdp_modules(nn.Linear(1, 1))
+    []
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or model is None:
+        return []
+    return [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+
+
+def _place() -> tuple[int, int]:
+    if not dist.is_available() or not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def _of_dtensors(cls: type[Layout], model: nn.Module | None, parameters: Mapping[str, Any]) -> Layout:
+    rank, world_size = _place()
+    managed = managed_by_fsdp(model)
+    outside = [name for name, p in parameters.items() if id(p) not in managed]
+    for name, parameter in parameters.items():
+        _refuse_placement(name, parameter, world_size, id(parameter) in managed)
+    if managed and outside and len(outside) < len(parameters):
+        raise UnsupportedTraining(
+            f"{outside[0]} is a DTensor that fully_shard does not manage, beside others that it does: whether its "
+            "gradient is averaged over the processes is not known. Call fully_shard on the whole model."
+        )
+    first_name, first = next(iter(parameters.items()))
+    for name, parameter in parameters.items():
+        if parameter.device_mesh != first.device_mesh:
+            raise UnsupportedTraining(
+                f"{first_name} lies on {first.device_mesh} and {name} on {parameter.device_mesh}: a mixture of "
+                "meshes is not supported. Call fully_shard with one mesh."
+            )
+    sharded = any(p.is_shard() for parameter in parameters.values() for p in parameter.placements)
+    owned = tuple(not sharded or _holds_first_replica(p) for p in parameters.values())
+    return cls("DTensor" if outside else "FSDP2", rank, world_size, sharded and world_size > 1, owned)
+
+
+def _holds_first_replica(parameter: Any) -> bool:
+    place = parameter.device_mesh.get_coordinate()
+    return all(
+        not placement.is_replicate() or at == 0
+        for placement, at in zip(parameter.placements, place, strict=True)
+    )
+
+
+def _ddp_modules(model: nn.Module | None, parameters: Mapping[str, Tensor]) -> list[Any]:
+    ddp = nn.parallel.DistributedDataParallel
+    inside = [m for m in model.modules() if isinstance(m, ddp)] if model is not None else []
+    if inside or _place()[1] == 1:
+        return inside
+    # The script gave the module inside its wrapper, and that does not know of the wrapper.
+    wanted = {id(p) for p in parameters.values()}
+    wrappers = [thing for thing in gc.get_objects() if issubclass(type(thing), ddp)]
+    return [wrapper for wrapper in wrappers if any(id(p) in wanted for p in wrapper.parameters())]
+
+
+def _averaged(replicas: Iterable[Any]) -> set[int]:
+    return {
+        id(p)
+        for replica in replicas
+        for name, p in replica.module.named_parameters(remove_duplicate=False)
+        if name not in replica.parameters_to_ignore
+    }
+
+
+def _refuse_devices(parameters: Mapping[str, Tensor]) -> None:
+    devices = {p.device: name for name, p in parameters.items()}
+    if len(devices) > 1:
+        places = ", ".join(f"{name} on {device}" for device, name in devices.items())
+        raise UnsupportedTraining(
+            f"The parameters lie on several devices of one process ({places}). Put the model on one device, or give "
+            "each device a process of its own (torchrun) under DDP or fully_shard."
+        )
+
+
+def _refuse_optimizer_in_backward(parameters: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        if getattr(parameter, "_in_backward_optimizers", None):
+            raise UnsupportedTraining(
+                f"{name} is updated inside the backward pass (_apply_optimizer_in_backward), so no step ever has "
+                "the whole gradient. Call optimizer.step() after backward."
+            )
+
+
+def _refuse_fsdp1(model: nn.Module | None) -> None:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or model is None:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, fsdp.FullyShardedDataParallel):
+            raise UnsupportedTraining(
+                f"{name or 'The model'} is wrapped in FullyShardedDataParallel (FSDP1), whose flat parameters have "
+                "no tensor of their own to measure. Use torch.distributed.fsdp.fully_shard (FSDP2)."
+            )
+
+
+def _refuse_mixture(distributed: Sequence[str], parameters: Mapping[str, Tensor]) -> None:
+    plain = [name for name in parameters if name not in set(distributed)]
+    if plain:
+        raise UnsupportedTraining(
+            f"{distributed[0]} is a DTensor and {plain[0]} a plain tensor ({len(distributed)} and {len(plain)} in "
+            "all): no one averages the plain ones' gradients over the processes. Call fully_shard on the root "
+            "module too, without ignored_params."
+        )
+
+
+def _refuse_placement(name: str, parameter: Any, world_size: int, managed: bool) -> None:
+    from torch.distributed.tensor import Replicate, Shard
+
+    mesh, placements = parameter.device_mesh, parameter.placements
+    lies = f"{name} lies on {mesh} as {placements}"
+    kinds = [type(placement) for placement in placements]
+    if not set(kinds) <= {Replicate, Shard}:
+        raise UnsupportedTraining(
+            f"{lies}: fully_shard over tensor parallelism is not supported. Use fully_shard alone."
+        )
+    if mesh.size() != world_size:
+        raise UnsupportedTraining(
+            f"{lies}, which are {mesh.size()} of the {world_size} processes: a training that is laid out in further "
+            "dimensions (pipeline, tensor, expert or context parallelism) is not supported. Use one mesh over all "
+            "processes."
+        )
+    if Shard in kinds and (not managed or kinds[:-1] != [Replicate] * (len(kinds) - 1)):
+        raise UnsupportedTraining(
+            f"{lies}, and fully_shard does not account for that: tensor parallelism is not supported. Use fully_shard "
+            "alone (attach(model, ...) must get the model that it was called on)."
+        )
+
+
+def _refuse_unaveraged(replicas: Sequence[Any], parameters: Mapping[str, Tensor], world_size: int) -> None:
+    averaged = _averaged(replicas)
+    for name, parameter in parameters.items():
+        if id(parameter) not in averaged:
+            raise UnsupportedTraining(
+                f"{world_size} processes train, and neither DDP nor fully_shard averages the gradient of {name} over "
+                f"them{' (it is outside the DDP module, or ignored by it)' if replicas else ''}. Wrap the model in "
+                "DistributedDataParallel, or call fully_shard on it. (DeepSpeed, Horovod, pipelines and gradients "
+                "averaged by hand are not supported.)"
+            )
+    for replica in replicas:
+        if (size := dist.get_world_size(replica.process_group)) != world_size:
+            raise UnsupportedTraining(
+                f"DDP averages over {size} of the {world_size} processes: a training that is laid out in further "
+                "dimensions is not supported. Use DDP over all processes."
+            )
