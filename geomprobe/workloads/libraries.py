@@ -1,0 +1,28 @@
+"""Optional libraries, imported where they are needed, with an error that says what to install."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from geomprobe.errors import UsageError
+
+
+def library(module: str, extra: str) -> Any:
+    """An optional library's module.
+
+    Args:
+        module: its name, such as ``"torchvision.models"``.
+        extra: geomprobe's extra that installs it.
+
+    Raises:
+        UsageError: it is not installed.
+
+    >>> library("torchvision.models", "vision").__name__
+    'torchvision.models'
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        raise UsageError(f"{package} is not installed: pip install 'geomprobe[{extra}]'") from error
