@@ -1,18 +1,27 @@
-"""The whole training state as a torch.distributed.checkpoint folder, one a step."""
+"""Checkpoints on disk: one torch.distributed.checkpoint folder a step, checked by digest, whole or not there."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
+import hashlib
+import io
+import json
+import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from geomprobe.determinism import capture_rng
+import torch
+from torch import Tensor
+
 from geomprobe.errors import RunError
-from geomprobe.probe import Probe
+
+FACTS = "geomprobe.json"
+
+_REST = "rest"  # the entry for everything that is no tensor, pickled
+_PREFIX = "step-"
 
 
 def folder(checkpoints: Path, step: int) -> Path:
@@ -21,34 +30,50 @@ def folder(checkpoints: Path, step: int) -> Path:
     >>> folder(Path("checkpoints"), 12).name
     'step-00000012'
     """
-    return checkpoints / f"step-{step:08d}"
+    return checkpoints / f"{_PREFIX}{step:08d}"
 
 
-def save(checkpoints: Path, probe: Probe) -> Path:
-    """Write the probe's whole state: model, buffers, optimizer, every attached object and the RNG streams.
+def saved(checkpoints: Path) -> list[int]:
+    """The steps of the checkpoints that were written to their end, in order.
 
-    The folder is written aside and renamed, so one that has its name is whole.
+    >>> saved(Path("nowhere"))
+    []
+    """
+    return sorted(
+        int(path.parent.name.removeprefix(_PREFIX)) for path in checkpoints.glob(f"{_PREFIX}*[0-9]/{FACTS}")
+    )
+
+
+def write(
+    checkpoints: Path, step: int, tensors: Mapping[str, Tensor], rest: bytes, facts: Mapping[str, Any]
+) -> Path:
+    """Write a state aside, sync it, and rename it, so that a folder that has its name is whole.
 
     Args:
         checkpoints: the run's folder of checkpoints.
-        probe: whose state; its step names the folder.
+        step: names the folder; one that is there already is replaced.
+        tensors: by name.
+        rest: everything else, pickled.
+        facts: what is to be known of the state without loading it; JSON.
 
     Returns:
         The new folder.
 
     Raises:
-        RunError: the disk is full, or the state holds something that cannot be kept.
+        RunError: the disk is full, or a tensor cannot be kept.
     """
     from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.state_dict_saver import save as write
+    from torch.distributed.checkpoint.state_dict_saver import save
 
-    target = folder(checkpoints, probe.step)
+    target = folder(checkpoints, step)
     aside = target.with_name(f"{target.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        with _quiet():
-            write(_state(probe), checkpoint_id=aside, no_dist=True)
+        save({**tensors, _REST: rest}, checkpoint_id=aside, no_dist=True)
+        _describe(aside, facts)
+        shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)
+        _sync(checkpoints)
     except OSError as error:
         raise _unwritten(target, error) from error
     except CheckpointException as error:  # torch wraps whatever was raised, and derives it from BaseException
@@ -57,60 +82,192 @@ def save(checkpoints: Path, probe: Probe) -> Path:
     return target
 
 
-def _unwritten(target: Path, cause: BaseException) -> RunError:
-    if isinstance(cause, OSError):
-        return RunError(
-            f"cannot write {target}: {cause.strerror}. Free space on that disk, or choose another, and run the pass "
-            "again."
-        )
-    return RunError(
-        f"cannot write {target}: {type(cause).__name__}: {cause}. Does an object given to attach hold something "
-        "that cannot be pickled? Leave it out, or take that out of its state_dict."
-    )
-
-
-def load(path: Path, probe: Probe) -> dict[str, Any]:
-    """Read a checkpoint of a probe's model and optimizer back.
+def read(path: Path) -> tuple[dict[str, Tensor], bytes]:
+    """A state's tensors, on the CPU, and the rest, pickled.
 
     Args:
-        path: what `save` returned.
-        probe: one on an equal model and optimizer; it shapes what is read and is not changed.
-
-    Returns:
-        ``model``, ``optimizer``, ``stateful`` and ``rng``, as `save` found them.
+        path: what `write` returned; verify it first.
 
     Raises:
-        RunError: the checkpoint holds state of the optimizer, and the probe's has none yet to shape it.
+        RunError: it cannot be read.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.state_dict_loader import load as read
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
 
-    state = copy.deepcopy(_state(probe))  # it is read in place
-    stored = FileSystemReader(path).read_metadata().state_dict_metadata
-    if not state["optimizer"]["state"] and any(name.startswith("optimizer.state.") for name in stored):
+    quiet()
+    try:
+        stored = FileSystemReader(path).read_metadata().state_dict_metadata
+        state: dict[str, Any] = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            if isinstance(entry, TensorStorageMetadata)
+            else b""
+            for name, entry in stored.items()
+        }
+        load(state, checkpoint_id=path, no_dist=True)
+    except (OSError, CheckpointException) as error:
+        raise RunError(f"checkpoint {path} cannot be read: {error}") from error
+    return state, state.pop(_REST)
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Hold every file of a checkpoint against the digest that was taken when it was written.
+
+    Returns:
+        Its facts.
+
+    Raises:
+        RunError: a file is missing, or a bit of it has changed; the message names it.
+    """
+    described = _description(path)
+    for name, digest in described["files"].items():
+        try:
+            found = _sha256(path / name)
+        except OSError as error:
+            raise RunError(f"checkpoint {path} is damaged: {name}: {error.strerror}") from error
+        if found != digest:
+            raise RunError(f"checkpoint {path} is damaged: {name} is not what was written")
+    return described["facts"]
+
+
+def facts(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself, without a look at its state.
+
+    Raises:
+        RunError: that is missing or damaged.
+    """
+    return _description(path)["facts"]
+
+
+class Writer:
+    """Writes checkpoints behind the training: the state is copied at once, and written by another thread.
+
+    Args:
+        checkpoints: the run's folder of checkpoints.
+        written: called with the steps on disk after each checkpoint; gives those to remove.
+    """
+
+    def __init__(self, checkpoints: Path, written: Callable[[list[int]], list[int]]) -> None:
+        self._checkpoints, self._thin = checkpoints, written
+        self._pool = ThreadPoolExecutor(1, "geomprobe-checkpoint")
+        self._pending: Future[None] | None = None
+
+    def submit(self, step: int, tensors: Mapping[str, Tensor], rest: bytes, facts: Mapping[str, Any]) -> None:
+        """Begin to write a state, once the one before it is written.
+
+        Raises:
+            RunError: the one before it could not be written.
+        """
+        self.wait()
+        quiet()
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        self._pending = self._pool.submit(self._write, step, copies, rest, dict(facts))
+
+    def wait(self) -> None:
+        """Wait until everything is on disk.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Wait, and end the thread.
+
+        Raises:
+            RunError: the last one could not be written.
+        """
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+
+    def _write(self, step: int, tensors: Mapping[str, Tensor], rest: bytes, facts: Mapping[str, Any]) -> None:
+        write(self._checkpoints, step, tensors, rest, facts)
+        for old in self._thin(saved(self._checkpoints)):
+            remove(self._checkpoints, old)
+
+
+def remove(checkpoints: Path, step: int) -> None:
+    """Remove a checkpoint; one that is half removed is none."""
+    (folder(checkpoints, step) / FACTS).unlink(missing_ok=True)
+    shutil.rmtree(folder(checkpoints, step), ignore_errors=True)
+
+
+def packed(rest: Any) -> bytes:
+    """Pickle what is no tensor, at once, so that later changes do not reach it.
+
+    Raises:
+        RunError: it holds something that cannot be pickled.
+
+    >>> unpacked(packed({"a": torch.ones(1)}))
+    {'a': tensor([1.])}
+    """
+    buffer = io.BytesIO()
+    try:
+        torch.save(rest, buffer)
+    except Exception as error:  # pickle raises whatever an object's own methods raise
         raise RunError(
-            f"{path} holds the state of an optimizer that had stepped, and {type(probe.optimizer).__name__} has "
-            "not, so there is nothing to read it into. Let it step once first."
-        )
-    with _quiet():
-        read(state, checkpoint_id=path, no_dist=True)
-    return state
+            f"the training's state cannot be kept: {type(error).__name__}: {error}. Does an object given to attach "
+            "hold something that cannot be pickled? Leave it out, or take that out of its state_dict."
+        ) from error
+    return buffer.getvalue()
 
 
-def _state(probe: Probe) -> dict[str, Any]:
-    rng = capture_rng()
-    return {
-        "model": probe.model.state_dict() if probe.model is not None else dict(probe.parameters),
-        "optimizer": probe.optimizer.state_dict(),
-        "stateful": {name: thing.state_dict() for name, thing in probe.stateful.items()},
-        "rng": {"python": rng.python, "numpy": rng.numpy, "torch": rng.torch, "cuda": list(rng.cuda)},
-        "step": probe.step,
-    }
+def unpacked(rest: bytes) -> Any:
+    """What `packed` was given."""
+    return torch.load(io.BytesIO(rest), weights_only=False)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    # One process without a process group is meant here; torch warns that it assumes as much.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def quiet() -> None:
+    """Keep torch from warning that one process without a process group is meant, which it is."""
+    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+
+
+def _describe(path: Path, facts: Mapping[str, Any]) -> None:
+    files = {str(file.relative_to(path)): _sha256(file) for file in sorted(path.iterdir())}
+    text = json.dumps({"facts": dict(facts), "files": files})
+    with open(path / FACTS, "w") as file:
+        json.dump({"sha256": hashlib.sha256(text.encode()).hexdigest(), "text": text}, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _description(path: Path) -> dict[str, Any]:
+    try:
+        outer = json.loads((path / FACTS).read_text())
+        if hashlib.sha256(outer["text"].encode()).hexdigest() != outer["sha256"]:
+            raise ValueError
+        found: dict[str, Any] = json.loads(outer["text"])
+    except OSError as error:
+        raise RunError(f"checkpoint {path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"checkpoint {path} is damaged: {FACTS} is not what was written") from error
+    return found
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _unwritten(target: Path, cause: BaseException) -> RunError:
+    why = cause.strerror if isinstance(cause, OSError) else f"{type(cause).__name__}: {cause}"
+    return RunError(
+        f"cannot write {target}: {why}. Checkpoints written before it are whole. Free space on that disk, or choose "
+        "another, and go on with --resume."
+    )

@@ -39,6 +39,8 @@ BIT_CHANGING_VARIABLES = (
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
 )
 
+UNCERTIFIED = " (`replay --uncertified` goes on without a certificate.)"
+
 # Sections of the manifest whose every entry must be equal for a replay to be the same run.
 # "host" and "measure" are there to read; they change no bits of the training.
 BINDING_SECTIONS = ("seed", "strict", "script", "sources", "software", "hardware", "environment", "flags")
@@ -327,10 +329,43 @@ def _difference(name: str, recorded: Any, present: Any) -> tuple[str, Any, Any] 
     return next((found for pair in pairs if (found := _difference(*pair)) is not None), None)
 
 
+def require_same_kind(recorded: Mapping[str, Any], present: Mapping[str, Any], what: Path) -> None:
+    """Refuse another optimizer than the one that a checkpoint is of; its hyperparameters may have moved on.
+
+    Args:
+        recorded: the manifest's section ``optimizer``.
+        present: the same of this process.
+        what: the checkpoint.
+
+    Raises:
+        EnvironmentMismatch: its class or the sizes of its groups differ.
+    """
+    before, now = (
+        (section["class"], [group["num_parameters"] for group in section["groups"]])
+        for section in (recorded, present)
+    )
+    if before != now:
+        raise EnvironmentMismatch(
+            f"{what} is of {before[0]} with groups of {before[1]} tensors, and here is {now[0]} with {now[1]}: nothing "
+            "was done. Build the same optimizer, or record anew."
+        )
+
+
 def require_same(
-    recorded: Mapping[str, Any], present: Mapping[str, Any], sections: tuple[str, ...], run: Path
+    recorded: Mapping[str, Any],
+    present: Mapping[str, Any],
+    sections: tuple[str, ...],
+    run: Path,
+    doing: str = "replay",
 ) -> None:
-    """Refuse a replay whose environment differs from the recording's.
+    """Refuse to replay a run, or to go on with it, in an environment that differs from the recording's.
+
+    Args:
+        recorded: the manifest of the recording.
+        present: what is found now.
+        sections: which sections count.
+        run: what was recorded.
+        doing: what is refused: ``"replay"`` or ``"go on"``.
 
     Raises:
         EnvironmentMismatch: naming the entry and both values.
@@ -341,6 +376,6 @@ def require_same(
     name, before, now = found
     raise EnvironmentMismatch(
         f"{run} was recorded with {name} = {before!r}, but here it is {now!r}, which can change bits: "
-        f"nothing was replayed. Restore {name} to {before!r} and replay again, or record anew with "
-        f"`geomprobe record`. (`replay --uncertified` goes on without a certificate.)"
+        f"nothing was done. Restore {name} to {before!r} and {doing} again, or record anew with "
+        f"`geomprobe record`.{UNCERTIFIED if doing == 'replay' else ''}"
     )

@@ -33,6 +33,18 @@ class EnvironmentMismatch(GeomprobeError):
     """The replay's environment differs from the recording's in a way that changes bits."""
 
 
+class Stopped(BaseException):
+    """The pass ends before its script does, as it was asked to; what it has done is kept, and it can go on from there.
+
+    No script's ``except Exception`` holds it up.
+
+    >>> Stopped().exit_code
+    75
+    """
+
+    exit_code = 75  # EX_TEMPFAIL: a queue may start the same command again
+
+
 class ReplayDiverged(GeomprobeError):
     """The replay was not the same run: the first difference, by step, component and tensor.
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from geomprobe.fingerprint import Digests, fold, host_digest, leaves, rng_digests
 from geomprobe.interception import unscaled
@@ -26,6 +26,15 @@ class Difference(NamedTuple):
     component: str
     tensor: str
     also: tuple[str, ...]
+
+
+class Pending(NamedTuple):
+    """What has been seen of a step before its first backward pass: see `Evidence`."""
+
+    fetch_rng: dict[str, int] | None
+    batch_came: bool
+    fetched: int
+    inputs: tuple[Tensor, ...]
 
 
 class Evidence:
@@ -52,10 +61,7 @@ class Evidence:
         self.device = next(iter(parameters.values())).device
         self._digests = Digests(self.device)
         self._input_digests = Digests(self.device)
-        model_parameters = dict(probe.model.named_parameters()) if probe.model is not None else {}
-        known = {id(p) for p in model_parameters.values()}
-        extra = {name: p for name, p in parameters.items() if id(p) not in known}
-        self._weights: dict[str, Tensor] = {**model_parameters, **extra}
+        self._weights = probe.weights
         self._streams = tuple(rng_digests())
         self.layout: Layout = {
             "rng": tuple(f"{when}/{stream}" for when in ("fetch", "step") for stream in self._streams),
@@ -63,7 +69,7 @@ class Evidence:
             "weights": tuple(self._weights),
             "optimizer": (*parameters, "hyperparameters"),
             "loss": ("loss",),
-            "buffers": tuple(name for name, _ in _buffers(probe.model)),
+            "buffers": tuple(probe.buffers),
         }
 
     def fetching(self) -> None:
@@ -119,17 +125,49 @@ class Evidence:
             An int64 tensor (weights, parameters' optimizer state, tensor-valued hyperparameters, inputs, loss,
             buffers) and a list (RNG at fetch, RNG now, fetched batch, hyperparameters).
         """
+        digests, host = self._look()
+        self.go_on_from(Pending(None, False, 0, ()))
+        return digests, host
+
+    @property
+    def settled(self) -> bool:
+        """Whether no backward pass has been seen since the last update, so that nothing waits to be measured."""
+        return not self._losses
+
+    @property
+    def pending(self) -> Pending:
+        """What of the next step has been seen; for a checkpoint, where it is `settled`."""
+        return Pending(self._fetch_rng, self._batch_came, self._fetched, tuple(self._inputs))
+
+    def go_on_from(self, pending: Pending) -> None:
+        """Forget what has been seen, but for what is ``pending``."""
+        self._fetch_rng, self._batch_came, self._fetched = (
+            pending.fetch_rng,
+            pending.batch_came,
+            pending.fetched,
+        )
+        self._inputs, self._losses = list(pending.inputs), []
+
+    def state(self) -> dict[str, list[int]]:
+        """Digests of the random streams, weights, optimizer and buffers as they are now, by component."""
+        digests, host = self._look()
+        rows = self.assemble(digests.cpu().numpy()[None], np.array([host], np.int64))
+        now = rows["rng"][:, len(self._streams) :]
+        return {"rng": now[0].tolist()} | {
+            component: rows[component][0].tolist() for component in ("weights", "optimizer", "buffers")
+        }
+
+    def _look(self) -> tuple[Tensor, list[int]]:
+        """The fingerprint of what has been seen so far."""
         assert self._probe is not None
         state, group_tensors, plain = _optimizer_state(self._probe)
-        buffers = [[buffer] for _, buffer in _buffers(self._probe.model)]
+        buffers = [[buffer] for buffer in self._probe.buffers.values()]
         weights = [[weight] for weight in self._weights.values()]
         small = [group_tensors, self._inputs, [loss.reshape(-1) for loss in self._losses]]
         digests = self._digests([*weights, *state, *small, *buffers])
         fetch, now = self._fetch_rng or {}, rng_digests()
         host = [streams.get(name, 0) for streams in (fetch, now) for name in self._streams]
         host += [self._fetched, host_digest(repr(plain).encode())]
-        self._fetch_rng, self._batch_came, self._fetched = None, False, 0
-        self._inputs, self._losses = [], []
         return digests, host
 
     @property
@@ -162,10 +200,6 @@ class Evidence:
         digests = self._input_digests if self._probe is not None else self._host_digests
         if tensors:
             self._inputs.append(digests([[tensor] for tensor in tensors]))
-
-
-def _buffers(model: nn.Module | None) -> Iterator[tuple[str, Tensor]]:
-    return iter(()) if model is None else model.named_buffers()
 
 
 def _optimizer_state(probe: Probe) -> tuple[list[list[Tensor]], list[Tensor], list[Any]]:

@@ -27,7 +27,7 @@ class InertProbe:
         """``loss.backward(**options)``: see `Probe.backward`."""
         loss.backward(**options)
 
-    def reference(self, name: str) -> None:
+    def reference(self, name: str, if_lower: float | None = None) -> None:
         """Nothing: see `Probe.reference`."""
 
     def sharpness_of(self, closure: Callable[[], Tensor]) -> None:

@@ -29,6 +29,7 @@ class Listener(Protocol):
     def backward_called(self, losses: Sequence[Tensor], run: Callable[[], None], plain: bool) -> None: ...
     def loss_scaled(self, factor: Tensor) -> None: ...
     def gradients_dropped(self) -> None: ...
+    def loader_made(self, loader: DataLoader[Any]) -> None: ...
     def loader_iterated(self, loader: DataLoader[Any], iterator: Iterator[Any]) -> None: ...
     def batch_came(self, iterator: Iterator[Any]) -> None: ...
     def fetching(self) -> None: ...
@@ -50,6 +51,7 @@ def listening(listener: Listener) -> Iterator[None]:
             (torch.autograd, "backward", _backward),
             (GradScaler, "scale", _scale),
             (Optimizer, "zero_grad", _zero_grad),
+            (DataLoader, "__init__", _make),
             (DataLoader, "__iter__", _iterate),
             (_BaseDataLoaderIter, "__next__", _next),
         ):
@@ -114,6 +116,15 @@ def _zero_grad(original: Callable[..., None], listener: Listener) -> Callable[..
         original(self, *args, **kwargs)
 
     return zero_grad
+
+
+def _make(original: Callable[..., None], listener: Listener) -> Callable[..., None]:
+    @functools.wraps(original)
+    def make(self: DataLoader[Any], *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        listener.loader_made(self)
+
+    return make
 
 
 def _iterate(original: Callable[..., Any], listener: Listener) -> Callable[..., Any]:

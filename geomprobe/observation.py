@@ -15,13 +15,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from geomprobe.determinism import training_manifest
-from geomprobe.errors import UnsupportedTraining, UsageError
+from geomprobe import checkpoint
+from geomprobe.determinism import FIRST_STEP_SECTIONS, require_same, require_same_kind, training_manifest
+from geomprobe.errors import RunError, UnsupportedTraining, UsageError
 from geomprobe.evidence import Evidence
 from geomprobe.interception import tag_scaled
+from geomprobe.loops import Position
 from geomprobe.probe import Probe
+from geomprobe.resuming import Resumption
 from geomprobe.step_calls import Args, Kwargs, given_closure, nested_step, replace_closure
 from geomprobe.trace.schema import GROUP_COLUMNS, group_column
+from geomprobe.training_state import restore, restore_streams, streams
 
 Closure = Callable[[], Tensor]
 
@@ -34,10 +38,22 @@ class Observation(ABC):
         manifest: what is known of the environment; the first step completes it.
         failure: what stopped the pass. It is raised again at the next event, since a script may have
             swallowed it, and once more when the script ends.
+        goal: where the script's loops have to get to before a checkpoint is put back, or None.
+        stop_asked: whether the pass is to stop where it can go on later.
     """
 
-    def __init__(self, manifest: dict[str, Any]) -> None:
+    def __init__(self, manifest: dict[str, Any], resumption: Resumption | None = None) -> None:
         self.manifest = manifest
+        self.goal = resumption.position if resumption is not None else None
+        self.stop_asked = False
+        self.resumption = resumption
+        self.loaders: list[
+            DataLoader[Any]
+        ] = []  # made before the loops, in an order that every process shares
+        self.sweep: tuple[Any, dict[str, Any]] | None = (
+            None  # the loader that is looped over, and the RNG before
+        )
+        self._begun = self._opened = False
         self.evidence = Evidence()
         self.probe: Probe | None = None
         self.failure: BaseException | None = None
@@ -46,7 +62,7 @@ class Observation(ABC):
         self._iterations: WeakKeyDictionary[Iterator[Any], tuple[int, DataLoader[Any]]] = WeakKeyDictionary()
         self._iterated = 0
         self._source: tuple[int, DataLoader[Any]] | None = None  # where the last batch came from
-        self._trained_on: set[int] = set()
+        self._trained_on: dict[int, float] = {}  # passes over a loader that led to steps, and their epochs
         self._names_its_losses = False
         self._in_backward = False
         self._factor: Tensor | None = None
@@ -65,6 +81,29 @@ class Observation(ABC):
 
     def begin(self) -> None:
         """Training is about to start: weights, buffers and RNG are still the initial ones."""
+        self._begun = True
+
+    def iterating(self, loader: Any, position: Position | None) -> int:
+        """A loop over a loader begins; gives how many of its batches to skip."""
+        if position is None or self.goal is None:
+            self.sweep = (loader, streams([loader])) if position is not None else None
+            return 0
+        with self._lasting():
+            _, rest = self._stored
+            restore_streams([loader], rest["sweep"])
+            self.sweep = loader, rest["sweep"]
+            if rest["loader"] is None:
+                return self.goal.batch
+            loader.load_state_dict(rest["loader"])
+            return 0
+
+    def between_steps(self, position: Position) -> None:
+        """The script's loops stand at a position between two steps."""
+        with self._lasting():
+            if self.goal is None:
+                self.boundary(position)
+            elif position == self.goal:
+                self._go_on()
 
     def fetching(self) -> None:
         self._stop_if_failed()
@@ -91,16 +130,15 @@ class Observation(ABC):
     def before_update(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
         assert self.probe is not None
         with self._lasting():
+            self._require_goal()
             self._require_whole_updates()
             self.probe.require_same_parameters()
-            if self._updates == 0:
-                loader = self._source[1] if self._source is not None else None
-                self.manifest |= training_manifest(
-                    self.probe.model, self.probe.optimizer, self.probe.parameters, loader
-                )
+            if not self._opened:
+                self._opened = True
+                self._complete_manifest(self.probe)
                 self.open()
             if self._source is not None:
-                self._trained_on.add(self._source[0])
+                self._note_source(*self._source)
             self.measure(gradients, grad_scale)
             self._updates += 1
 
@@ -111,7 +149,7 @@ class Observation(ABC):
     def weights_will_change(self) -> None:
         """Something other than the optimizer may be about to change the weights."""
 
-    def reference(self, name: str) -> None:
+    def reference(self, name: str, if_lower: float | None = None) -> None:
         """The script asks for its present weights to be kept."""
 
     def sharpness_of(self, closure: Closure) -> None:
@@ -138,6 +176,10 @@ class Observation(ABC):
 
     def gradients_dropped(self) -> None:
         self.evidence.gradients_dropped()
+
+    def loader_made(self, loader: DataLoader[Any]) -> None:
+        if not self._begun:
+            self.loaders.append(loader)
 
     def loader_iterated(self, loader: DataLoader[Any], iterator: Iterator[Any]) -> None:
         self._iterated += 1
@@ -175,6 +217,15 @@ class Observation(ABC):
 
     # What a pass adds
 
+    def boundary(self, position: Position) -> None:
+        """The script stands between two steps, where a checkpoint can be taken, or a segment ends."""
+
+    def cannot_go_on(self, reason: str) -> None:
+        """This training turns out not to be one that another process can go on with from its middle."""
+
+    def restored(self, rest: dict[str, Any]) -> None:
+        """A checkpoint has been put back; ``rest`` holds what is no tensor."""
+
     @abstractmethod
     def open(self) -> None:
         """The first update is about to happen, and the manifest is complete."""
@@ -194,6 +245,75 @@ class Observation(ABC):
         """The optimizer has moved the weights."""
 
     # Shared by the passes
+
+    @functools.cached_property
+    def _stored(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        assert self.resumption is not None
+        assert self.resumption.checkpoint is not None
+        tensors, rest = checkpoint.read(self.resumption.checkpoint)
+        return tensors, checkpoint.unpacked(rest)
+
+    def _go_on(self) -> None:
+        """Put the checkpoint's state back, and hold it to the digests that were taken of it."""
+        assert self.probe is not None
+        assert self.resumption is not None
+        tensors, rest = self._stored
+        del self._stored
+        own = [self.sweep[0]] if self.sweep is not None else []
+        restore(self.probe, [*self.loaders, *own], tensors, rest)
+        self.probe.step = self._updates = self.resumption.step
+        self.evidence.go_on_from(rest["pending"])
+        self.goal = None
+        found, then = self.evidence.state(), self.resumption.digests
+        wrong = [component for component in found if then is not None and found[component] != then[component]]
+        if wrong:
+            raise RunError(
+                f"{self.resumption.checkpoint} was put back, but the {wrong[0]} is not what it was: "
+                f"{self._first_wrong(wrong[0], found[wrong[0]])}. Build the model, optimizer and attached objects as "
+                "they were built when the run began."
+            )
+        self.restored(rest)
+
+    def _first_wrong(self, component: str, found: list[int]) -> str:
+        assert self.resumption is not None
+        assert self.resumption.digests is not None
+        names, then = self.evidence.layout[component][-len(found) :], self.resumption.digests[component]
+        if len(then) != len(found):
+            return f"{len(then)} entries then, {len(found)} now"
+        return next(name for name, a, b in zip(names, found, then, strict=True) if a != b)
+
+    def _complete_manifest(self, probe: Probe) -> None:
+        loader = self._source[1] if self._source is not None else None
+        found = training_manifest(probe.model, probe.optimizer, probe.parameters, loader)
+        if self.resumption is not None and self.resumption.checkpoint is not None:
+            # The learning rate moves on, and the loader that gives the first batch may be another one.
+            before, what = self.resumption.manifest, self.resumption.checkpoint
+            require_same(before, found, ("flags", "model"), what)
+            require_same_kind(before["optimizer"], found["optimizer"], what)
+            found = {name: before[name] for name in FIRST_STEP_SECTIONS if name in before}
+        self.manifest |= found
+
+    def _require_goal(self) -> None:
+        if self.goal is not None:
+            raise RunError(
+                f"the script takes a step before its loop over epochs is back at epoch {self.goal.epoch}, where the "
+                "checkpoint was taken. Take all steps inside `for epoch in probe.epochs(n)`, and the batches from "
+                "probe.batches(loader); this run can only be made anew, with --force."
+            )
+
+    def _note_source(self, number: int, loader: DataLoader[Any]) -> None:
+        """A pass over a loader has led to a step."""
+        epoch = self.epoch
+        if (
+            self._trained_on.setdefault(number, epoch) != epoch
+            and self.probe is not None
+            and self.probe.loops.named
+        ):
+            self.cannot_go_on("one pass over its loader lasts for several epochs")
+        if loader.persistent_workers and loader.num_workers:
+            self.cannot_go_on(
+                "its loader keeps its workers, and their random streams, from epoch to epoch (persistent_workers=True)"
+            )
 
     @property
     def epoch(self) -> float:

@@ -5,31 +5,37 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+import signal
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from geomprobe import sealing
+from geomprobe import checkpoint, sealing
 from geomprobe.determinism import (
     BINDING_SECTIONS,
     FIRST_STEP_SECTIONS,
+    UNCERTIFIED,
     changed_sources,
     draw_seed,
     require_same,
     seed_everything,
-    source_digests,
     start_manifest,
     strict_mode,
     untouched_rng,
 )
-from geomprobe.errors import EnvironmentMismatch, RunError, UnsupportedTraining, UsageError
+from geomprobe.errors import EnvironmentMismatch, RunError, Stopped, UnsupportedTraining, UsageError
 from geomprobe.interception import listening
+from geomprobe.keeping import Keeping
 from geomprobe.measuring import Measure
 from geomprobe.probe import observe, observing
-from geomprobe.recording import Recording
-from geomprobe.replaying import Replaying
+from geomprobe.recording import Options, Recording
+from geomprobe.replaying import Replaying, SegmentEnded
+from geomprobe.resuming import Resumption, resumption, segments
 from geomprobe.run import Run
+from geomprobe.streaming import committed, frontier, manifest_of
+from geomprobe.trace.part import Header
 from geomprobe.trace.reader import Trace, open_trace
 from geomprobe.trace.record import Record, open_record
 
@@ -44,7 +50,10 @@ def record(
     seed: int | None = None,
     strict: bool = True,
     force: bool = False,
+    resume: bool = False,
     reference_steps: Collection[int] = (),
+    checkpoint_every: str = "epoch",
+    keep_checkpoints: int | None = 32,
     script: Mapping[str, Any] | None = None,
 ) -> Record:
     """Pass 1: call ``train()``, and keep its final weights and what a replay needs in ``run``.
@@ -55,7 +64,11 @@ def record(
         seed: for Python, NumPy and torch; drawn and stored when None.
         strict: enforce deterministic algorithms while training.
         force: replace what is in ``run``.
+        resume: go on with a recording that was cut off, with the options it was begun with, from its last checkpoint;
+            begin where there is none, and do nothing where it is complete.
         reference_steps: also keep the weights before these steps, as references ``step-N``.
+        checkpoint_every: ``"epoch"``, ``"500steps"``, ``"30min"`` or ``"never"``.
+        keep_checkpoints: how many at most, spread evenly over the run; None for all.
         script: what is run, for the manifest; described from ``train`` when None.
 
     Returns:
@@ -63,6 +76,8 @@ def record(
 
     Raises:
         UsageError: ``run`` holds something and ``force`` is not set, or a pass is running already.
+        RunError: the recording to go on with is damaged, or what it does now is not what it did.
+        EnvironmentMismatch: the environment differs from the one it was begun in, in a way that changes bits.
         UnsupportedTraining: the loop does something that cannot be measured; see the message.
 
     >>> import tempfile, torch, geomprobe
@@ -80,16 +95,65 @@ def record(
     3
     """
     target = Run(run)
-    seed = draw_seed() if seed is None else seed
     script = _function_script(train) if script is None else script
-    with _running(seed, strict), target.recording(force):
+    options = Options(tuple(reference_steps), Keeping(checkpoint_every, keep_checkpoints))
+    if not resume:
+        with target.recording(force):
+            _record(train, target, draw_seed() if seed is None else seed, strict, script, options)
+        return open_record(target.path)
+    sealing.finish(target)
+    with target.going_on():
+        if not target.record.exists() or _drop_unfinished(target.record, open_record(target.path)):
+            parts = committed(target, "record")
+            if not parts:
+                _record(train, target, draw_seed() if seed is None else seed, strict, script, options)
+            else:
+                _go_on_recording(train, target, parts, seed, script)
+    return open_record(target.path)
+
+
+def _go_on_recording(
+    train: Train, target: Run, parts: Sequence[Header], seed: int | None, script: Mapping[str, Any]
+) -> None:
+    begun, reached = manifest_of(parts), frontier(target, "record", parts)
+    if seed not in (None, begun["seed"]):
+        raise UsageError(
+            f"seed {seed}: the recording in {target.path} was begun with seed {begun['seed']}. Leave the seed out, or "
+            "begin anew with --force."
+        )
+    going_on = resumption(target, begun, parts, reached, reached)
+    options = Options.of(begun["recording"])
+    _record(train, target, begun["seed"], begun["strict"], script, options, going_on)
+
+
+def _drop_unfinished(path: Path, found: Record | Trace) -> bool:
+    """Whether a sealed pass was cut short; then its file goes, since its parts hold the same."""
+    if isinstance(found, Record):
+        found.close()
+    if found.status not in ("failed", "diverged"):
+        return False
+    path.unlink()
+    return True
+
+
+def _record(
+    train: Train,
+    target: Run,
+    seed: int,
+    strict: bool,
+    script: Mapping[str, Any],
+    options: Options,
+    going_on: Resumption | None = None,
+) -> None:
+    with _running(seed, strict):
         manifest = start_manifest(seed=seed, strict=strict, script=script)
-        recording = Recording(target, manifest, reference_steps)
+        if going_on is not None:
+            _require_same_start(going_on.manifest, manifest, target.path, "go on")
+            manifest = going_on.manifest
+        recording = Recording(target, manifest, options, going_on)
         with _observed(recording):
             train()
-            manifest["sources"] = _sources(script)
             recording.complete()
-    return open_record(target.path)
 
 
 def replay(
@@ -104,6 +168,8 @@ def replay(
     compiled: bool = False,
     uncertified: bool = False,
     force: bool = False,
+    resume: bool = False,
+    segment: tuple[int, int] | None = None,
     script: Mapping[str, Any] | None = None,
 ) -> Trace:
     """Pass 2: call ``train()`` again, compare every step with the recording, and measure it.
@@ -121,10 +187,13 @@ def replay(
         compiled: compile the inner products (seconds at the start, faster steps).
         uncertified: go on where the replay differs, marking every later row.
         force: replace an earlier trace.
+        resume: go on with a replay that was cut off, with the same options; begin where there is none.
+        segment: ``(i, k)``: replay only the i-th of k pieces, i from 1, beside other processes that replay the others.
+            It goes on where it was cut off, and whichever ends last seals the trace.
         script: what is run, to compare with the recording; described from ``train`` when None.
 
     Returns:
-        The sealed trace.
+        The trace: sealed, or, after a segment that was not the last, what there is of it.
 
     Raises:
         RunError: ``run`` is no finished recording, or its reference is not finite.
@@ -143,6 +212,11 @@ def replay(
         raise UsageError(
             "finite_step is measured where Hg is, and curvature_every=0 leaves Hg out: drop one of them"
         )
+    if uncertified and (resume or segment is not None):
+        raise UsageError(
+            "an uncertified replay cannot go on from checkpoints, which are of the run that it differs from: "
+            "run it whole"
+        )
     measure = Measure(
         every=every,
         curvature_every=1 if curvature_every is None else curvature_every,
@@ -157,13 +231,89 @@ def replay(
         with _running(seed, strict):
             manifest = start_manifest(seed=seed, strict=strict, script=script)
             if not uncertified:
-                _require_same_start(recorded, manifest, target.path)
+                _require_same_start(recorded.manifest, manifest, target.path, "replay")
             manifest["sources"] = recorded.manifest.get("sources", {})
-            replaying = Replaying(target, recorded, manifest, measure, uncertified)
-            with target.replaying(force), _observed(replaying):
-                train()
-                replaying.complete()
+            if segment is not None:
+                claimed = _segment(target, recorded, segment)
+            else:
+                claimed = _going_on(target, recorded) if resume else _anew(target, force)
+            with claimed as claim:
+                if claim is not None:
+                    replaying = Replaying(target, recorded, manifest, measure, uncertified, *claim)
+                    with contextlib.suppress(SegmentEnded), _observed(replaying):
+                        train()
+                        replaying.complete()
+                if segment is not None:
+                    sealing.seal_whole(target, recorded.num_steps)
     return open_trace(target.path)
+
+
+def ready_for_segments(run: Run, *, force: bool = False, resume: bool = False) -> bool:
+    """Make a run ready to be replayed in segments, by other processes.
+
+    Args:
+        run: the run.
+        force: remove an earlier trace.
+        resume: keep what segments have measured before.
+
+    Returns:
+        Whether there is anything left to do.
+
+    Raises:
+        UsageError: there is a trace, or a part of one, and neither is set.
+        RunError: another process is writing there.
+    """
+    if not resume:
+        with run.replaying(force):
+            return True
+    with run.going_on():
+        return not run.trace.exists() or _drop_unfinished(run.trace, open_trace(run.path))
+
+
+Claim = tuple[
+    Resumption | None, int | None
+]  # where a replay begins, and where it ends if that is not at the end
+
+
+@contextlib.contextmanager
+def _anew(target: Run, force: bool) -> Iterator[Claim | None]:
+    """Hold a run for a replay from the start."""
+    with target.replaying(force):
+        yield None, None
+
+
+@contextlib.contextmanager
+def _going_on(target: Run, recorded: Record) -> Iterator[Claim | None]:
+    """Hold a run for a replay that goes on where it was cut off; None where nothing is left to do."""
+    with target.going_on():
+        if target.trace.exists() and not _drop_unfinished(target.trace, open_trace(target.path)):
+            yield None
+            return
+        parts = committed(target, "trace")
+        reached = min(frontier(target, "trace", parts), recorded.num_steps)
+        yield resumption(target, recorded.manifest, parts, reached, reached - 1), None
+
+
+@contextlib.contextmanager
+def _segment(target: Run, recorded: Record, segment: tuple[int, int]) -> Iterator[Claim | None]:
+    """Hold a segment of a run; None where nothing is left to do."""
+    number, count = segment
+    if not 1 <= number <= count:
+        raise UsageError(f"segment {number}/{count}: name one of 1/{count} to {count}/{count}")
+    pieces = segments(checkpoint.saved(target.checkpoints), recorded.num_steps, count)
+    if number > len(pieces) or target.trace.exists():
+        yield None
+        return
+    first, stop = pieces[number - 1]
+    with target.segment(first):
+        parts = committed(target, "trace", first, stop)
+        reached = min(frontier(target, "trace", parts, first), stop)
+        if reached == stop and target.proof("trace", stop).exists():
+            yield None
+            return
+        # At least the last row that is there is made again, so that its gradient is seen to lead to what follows.
+        latest = max(first, reached - 1)
+        yield resumption(target, recorded.manifest, parts, reached, latest, first), stop
 
 
 def two_pass(train: Train, run: RunPath, *, seed: int | None = None, force: bool = False) -> Trace:
@@ -239,9 +389,12 @@ def _running(seed: int, strict: bool) -> Iterator[None]:
 def _observed(current: Recording | Replaying) -> Iterator[None]:
     before = observe(current)
     try:
-        with listening(current):
+        with listening(current), _stopping_when_asked(current):
             yield
     except Exception as error:
+        if current.stop_asked:  # the queue has told the loader's workers too, and they are gone
+            current.close()
+            raise Stopped from error
         current.fail()
         if current.failure not in (None, error):
             raise current.failure from error  # the script failed because the pass had stopped, or differed
@@ -258,23 +411,42 @@ def _observed(current: Recording | Replaying) -> Iterator[None]:
         observe(before)
 
 
-def _require_same_start(recorded: Record, manifest: Mapping[str, Any], run: Path) -> None:
-    before, now = recorded.manifest["script"], manifest["script"]
-    changed = changed_sources(recorded.manifest.get("sources", {}), Path(now.get("root") or "."))
+@contextlib.contextmanager
+def _stopping_when_asked(current: Recording | Replaying) -> Iterator[None]:
+    """Let SIGTERM, by which a queue announces the end, stop the pass where it can go on later; a second one kills."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    own = os.getpid()
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(number, before)
+        if os.getpid() == own:
+            current.stop_asked = True
+        else:  # in a process that the script has forked
+            os.kill(os.getpid(), number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _require_same_start(
+    recorded: Mapping[str, Any], manifest: Mapping[str, Any], run: Path, doing: str
+) -> None:
+    before, now = recorded["script"], manifest["script"]
+    changed = changed_sources(recorded.get("sources", {}), Path(now.get("root") or "."))
     if before["sha256"] != now["sha256"] and before["path"] == now["path"]:
         changed.insert(0, now["path"])
     if changed and before.get("root") == now.get("root"):
         raise EnvironmentMismatch(
-            f"{', '.join(changed)} changed since {run} was recorded, so the replay would be another run: nothing was "
-            "replayed. Restore the recorded version, or record anew. (`replay --uncertified` goes on without a "
-            "certificate.)"
+            f"{', '.join(changed)} changed since {run} was recorded, so to {doing} would make another run: nothing was "
+            f"done. Restore the recorded version, or record anew.{UNCERTIFIED if doing == 'replay' else ''}"
         )
     sections = tuple(s for s in BINDING_SECTIONS if s not in FIRST_STEP_SECTIONS and s != "sources")
-    require_same(recorded.manifest, manifest, sections, run)
-
-
-def _sources(script: Mapping[str, Any]) -> dict[str, str]:
-    return source_digests(Path(script["root"])) if script.get("root") else {}
+    require_same(recorded, manifest, sections, run, doing)
 
 
 def _function_script(train: Train) -> dict[str, Any]:

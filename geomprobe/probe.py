@@ -14,29 +14,25 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from geomprobe import progress
 from geomprobe.errors import UnsupportedTraining, UsageError
 from geomprobe.inert import InertProbe
+from geomprobe.loops import Loops, Watcher
 from geomprobe.parameters import measured_parameters
 from geomprobe.step_calls import Args, Kwargs, given_closure, nested_step, replace_closure
 
 Item = TypeVar("Item")
 
 
-class Observer(Protocol):
+class Observer(Watcher, Protocol):
     """What a pass does at each event of a probe; see `geomprobe.passes`."""
 
     def attached(self, probe: Probe) -> None: ...
     def begin(self) -> None: ...
-    def fetching(self) -> None: ...
-    def fetch_ended(self, came: bool) -> None: ...
-    def fetched(self, batch: Any) -> None: ...
     def entered(self, inputs: Any) -> None: ...
     def backward(self, loss: Tensor, **options: Any) -> None: ...
     def before_update(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None: ...
     def after_update(self) -> None: ...
-    def weights_will_change(self) -> None: ...
-    def reference(self, name: str) -> None: ...
+    def reference(self, name: str, if_lower: float | None = None) -> None: ...
     def sharpness_of(self, closure: Callable[[], Tensor]) -> None: ...
     def detached(self) -> None: ...
 
@@ -107,7 +103,7 @@ class Probe:
         optimizer: the raw optimizer.
         parameters: the measured parameters by name: those of the optimizer, each once.
         step: number of updates so far.
-        epoch: the current epoch, or None while unknown.
+        loops: the script's loops over epochs and batches.
         explicit: whether the script asked for it by `attach`.
     """
 
@@ -129,11 +125,10 @@ class Probe:
         self._shapes = [tuple(p.shape) for p in self.parameters.values()]
         self._group_sizes = [len(group["params"]) for group in optimizer.param_groups]
         self.step = 0
-        self.epoch: int | None = None
+        self.loops = Loops(observer)
         self._observer = observer
         self._begun = False
         self._measured = self._skipped = False
-        self._epochs_named = False
         observer.attached(self)
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -145,6 +140,23 @@ class Probe:
                 model.register_load_state_dict_pre_hook(self._loading),
             ]
 
+    @property
+    def epoch(self) -> int | None:
+        """The current epoch, or None while unknown."""
+        return self.loops.epoch
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """Every parameter of the model, and of the optimizer where the model lacks it."""
+        found: dict[str, Tensor] = dict(self.model.named_parameters()) if self.model is not None else {}
+        known = {id(weight) for weight in found.values()}
+        return found | {name: p for name, p in self.parameters.items() if id(p) not in known}
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """The model's buffers, those that ``state_dict`` leaves out among them."""
+        return dict(self.model.named_buffers()) if self.model is not None else {}
+
     # What the loop calls
 
     def epochs(self, count: int) -> Iterator[int]:
@@ -153,16 +165,8 @@ class Probe:
         Args:
             count: number of epochs.
         """
-        self._epochs_named = True
         self._begin()
-        try:
-            with progress.bar("epoch", count) as advance:
-                for epoch in range(count):
-                    self.epoch = epoch
-                    yield epoch
-                    advance()
-        finally:  # after a break, too, what follows the loop may load other weights
-            self._observer.weights_will_change()
+        yield from self.loops.epochs(count)
 
     def batches(self, loader: Iterable[Item]) -> Iterator[Item]:
         """Iterate over ``loader``, fingerprinting each batch as it comes.
@@ -171,17 +175,14 @@ class Probe:
             loader: any iterable of batches: tensors, or nested tuples, mappings and strings.
         """
         self._begin()
-        if self.epoch is None:
-            self.epoch = 0
+        if self.loops.epoch is None:
+            self.loops.epoch = 0
         first_step = self.step
         try:
-            with progress.bar("batch", _length(loader)) as advance:
-                for batch in self._fetched(loader):
-                    yield batch
-                    advance()
+            yield from self.loops.batches(loader, _length(loader))
         finally:  # of a break, too
-            if not self._epochs_named and self.step > first_step:  # an evaluation loop is no epoch
-                self.epoch += 1
+            if not self.loops.named and self.step > first_step:  # an evaluation loop is no epoch
+                self.loops.epoch += 1
 
     def backward(self, loss: Tensor, closure: Callable[[], Tensor] | None = None, **options: Any) -> None:
         """``loss.backward(**options)``, letting the pass see the loss.
@@ -194,13 +195,15 @@ class Probe:
         """
         self._observer.backward(loss, closure=closure, **options)
 
-    def reference(self, name: str) -> None:
+    def reference(self, name: str, if_lower: float | None = None) -> None:
         """Keep the weights as they are now as the reference ``name``, replacing an earlier one.
 
         Args:
             name: letters, digits, ``-``, ``_`` and ``.``; ``final`` is taken by the final iterate.
+            if_lower: only where this is lower than at every call before, as a validation loss is at the best iterate;
+                geomprobe remembers the lowest across a resumption.
         """
-        self._observer.reference(name)
+        self._observer.reference(name, if_lower)
 
     def sharpness_of(self, closure: Callable[[], Tensor]) -> None:
         """Take ``replay --sharpness-every``'s eigenvalue of a fixed loss instead of each minibatch's.
@@ -223,20 +226,6 @@ class Probe:
 
     def __exit__(self, *exception: object) -> None:
         self.remove()
-
-    def _fetched(self, loader: Iterable[Item]) -> Iterator[Item]:
-        self._observer.fetching()  # making the iterator draws from the RNG already
-        iterator = iter(loader)
-        while True:
-            self._observer.fetching()
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                self._observer.fetch_ended(False)
-                return
-            self._observer.fetch_ended(True)
-            self._observer.fetched(batch)
-            yield batch
 
     # What the hooks call
 

@@ -11,12 +11,13 @@ _live: Any = None  # the one rich display; bars nest inside it
 
 
 @contextlib.contextmanager
-def bar(label: str, total: int | None) -> Iterator[Callable[[], None]]:
+def bar(label: str, total: int | None, done: int = 0) -> Iterator[Callable[[], None]]:
     """Show progress while inside; call what it yields after each unit of work.
 
     Args:
         label: the unit: ``epoch``, ``batch``.
         total: how many there are, or None when nobody knows.
+        done: how many of them are behind it already.
 
     >>> with bar("epoch", 3) as advance:
     ...     advance()
@@ -38,7 +39,7 @@ def bar(label: str, total: int | None) -> Iterator[Callable[[], None]]:
         _live = Progress(*columns, console=Console(stderr=True), transient=True)
         _live.start()
     display = _live
-    task = display.add_task(label, total=total)
+    task = display.add_task(label, total=total, completed=done)
     try:
         yield lambda: display.advance(task)
     finally:

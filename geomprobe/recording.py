@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,16 +14,49 @@ import torch
 from torch import Tensor
 
 from geomprobe import checkpoint, sealing
-from geomprobe.errors import UnsupportedTraining, UsageError
+from geomprobe.determinism import source_digests
+from geomprobe.errors import Stopped, UnsupportedTraining, UsageError
+from geomprobe.keeping import Due, Keeping
+from geomprobe.loops import TOP, Position
 from geomprobe.observation import Observation
+from geomprobe.resuming import Resumption
 from geomprobe.rows import Block, Rows
 from geomprobe.run import Run
+from geomprobe.streaming import Stream
 from geomprobe.tensors import to_numpy
 from geomprobe.trace.reference import write_reference
-from geomprobe.trace.schema import FINAL, FINGERPRINTS, RECORD_SCHEMA, STEPS
-from geomprobe.trace.writer import PartWriter, Table, WriteFailed
+from geomprobe.trace.schema import FINAL, FINGERPRINTS, STEPS
+from geomprobe.trace.writer import Table, WriteFailed
+from geomprobe.training_state import capture
 
 REFERENCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a recording keeps beside the fingerprints; an attempt to go on with it takes the same.
+
+    Attributes:
+        reference_steps: steps t whose weights ``w_t`` are kept as the reference ``step-t``.
+        keeping: when checkpoints are written, and how many are kept.
+    """
+
+    reference_steps: tuple[int, ...] = ()
+    keeping: Keeping = field(default_factory=Keeping)
+
+    def described(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {
+            "reference_steps": list(self.reference_steps),
+            "checkpoint_every": self.keeping.every,
+            "keep_checkpoints": self.keeping.keep,
+        }
+
+    @classmethod
+    def of(cls, described: dict[str, Any]) -> Options:
+        """What `described` described."""
+        keeping = Keeping(described["checkpoint_every"], described["keep_checkpoints"])
+        return cls(tuple(described["reference_steps"]), keeping)
 
 
 class Recording(Observation):
@@ -29,18 +65,26 @@ class Recording(Observation):
     Args:
         run: where to.
         manifest: what is known of the environment before the script runs.
-        reference_steps: steps t whose weights ``w_t`` are kept as the reference ``step-t``.
+        options: what to keep.
+        resumption: where to go on.
     """
 
-    def __init__(self, run: Run, manifest: dict[str, Any], reference_steps: Collection[int] = ()) -> None:
-        super().__init__(manifest)
+    def __init__(
+        self, run: Run, manifest: dict[str, Any], options: Options, resumption: Resumption | None = None
+    ) -> None:
+        super().__init__(manifest, resumption)
+        manifest["recording"] = options.described()
         self._run = run
-        self._reference_steps = frozenset(reference_steps)
+        self._reference_steps = frozenset(options.reference_steps)
         self._references: dict[str, None] = {}  # in the order they were first taken
-        self._writer: PartWriter | None = None
+        self._lowest: dict[str, float] = {}  # of references that are the best so far
+        self._due = Due(options.keeping)
+        self._checkpoints = checkpoint.Writer(run.checkpoints, options.keeping.too_many)
+        self._stream: Stream | None = None
         self._rows: Rows | None = None
         self._final: dict[str, Tensor] | None = None
         self._marks: list[tuple[int, int]] = []
+        self._no_checkpoints = options.keeping.every == "never"
 
     @property
     def steps(self) -> int:
@@ -48,21 +92,45 @@ class Recording(Observation):
         return 0 if self.probe is None else self.probe.step
 
     def begin(self) -> None:
-        assert self.probe is not None
-        with self._lasting():
-            checkpoint.save(self._run.checkpoints, self.probe)
+        super().begin()
+        if self.resumption is None:
+            with self._lasting():
+                self._save(None)
+
+    def boundary(self, position: Position) -> None:
+        if self._no_checkpoints:
+            self._stop_if_asked()
+        elif self.evidence.settled and (self.stop_asked or self._due(position, self.steps)):
+            self._save(position)
+            self._stop_if_asked()
+
+    def cannot_go_on(self, reason: str) -> None:
+        if self._no_checkpoints:
+            return
+        self._no_checkpoints = True
+        self.manifest["recording"]["no_checkpoints"] = reason
+        self._checkpoints.wait()
+        for step in checkpoint.saved(self._run.checkpoints)[1:]:
+            checkpoint.remove(self._run.checkpoints, step)
+        print(
+            f"geomprobe: no checkpoints are kept, because {reason}: a run that is cut off would start over, and its "
+            "replay cannot be split.",
+            file=sys.stderr,
+        )
+
+    def restored(self, rest: dict[str, Any]) -> None:
+        own = rest["recording"]
+        self._references, self._lowest = dict.fromkeys(own["references"]), own["lowest"]
+        self._marks = self._versions()
+        self._due.taken(self.steps)
 
     def open(self) -> None:
         assert self.probe is not None
+        self._note_sources()
         layout = self.evidence.layout
         tables = [Table(STEPS, ("epoch", "loss", "lr"), "float64")]
         tables += [Table(f"{FINGERPRINTS}/{name}", columns, "int64") for name, columns in layout.items()]
-        self._writer = PartWriter(
-            self._run.part("record", 0),
-            schema=RECORD_SCHEMA,
-            tables=tables,
-            attributes=self.part_attributes(),
-        )
+        self._stream = Stream(self._run, "record", tables, self.part_attributes(), self.resumption)
         self._rows = Rows(self.evidence.device, 2, self.evidence.device_columns, self._write)
 
     def measure(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
@@ -80,18 +148,24 @@ class Recording(Observation):
         self._rows.append(torch.stack([loss, rate]), digests, [epoch], host)
         self._final = None
         self._marks = self._versions()
+        if self.sweep is None or not self.probe.loops.named:  # between its batches, a checkpoint comes first
+            self._stop_if_asked()
 
     def weights_will_change(self) -> None:
         # The script may load its best checkpoint when training is over; w_T is what the last step left.
         if self.probe is not None and self.probe.step and self._final is None and not self._moved():
             self._final = {name: p.detach().clone() for name, p in self.probe.parameters.items()}
 
-    def reference(self, name: str) -> None:
+    def reference(self, name: str, if_lower: float | None = None) -> None:
         if name == FINAL or not REFERENCE_NAME.fullmatch(name):
             raise UsageError(
                 f"probe.reference({name!r}): a reference's name is made of letters, digits, '.', '_' and '-', "
                 f"and {FINAL!r} is the final iterate, which is always kept. Choose another name."
             )
+        if if_lower is not None:
+            if not if_lower < self._lowest.get(name, float("inf")):
+                return
+            self._lowest[name] = float(if_lower)
         with self._lasting():
             self._take(name)
 
@@ -103,9 +177,16 @@ class Recording(Observation):
             Exception: what stopped the pass earlier, where the script caught it and went on.
         """
         with self._lasting():
+            self._require_goal()
             self._require_whole_updates()
             self._keep_final()
+            self._checkpoints.close()
+            self._note_sources()
             self._seal("complete")
+
+    def _note_sources(self) -> None:
+        root = self.manifest["script"].get("root")
+        self.manifest["sources"] = source_digests(Path(root)) if root else {}
 
     def _keep_final(self) -> None:
         if self.steps == 0:
@@ -126,30 +207,64 @@ class Recording(Observation):
 
     def fail(self) -> None:
         """The script has failed: seal what was recorded, without references, as ``failed``."""
-        if self._writer is None:
+        if not self._run.parts("record"):
+            self._checkpoints.close()
             self._run.clear_stream()  # references of a run without a step
-        elif isinstance(self.failure, WriteFailed) or sealing.planned(self._run, "record"):
+        elif (
+            self._stream is None
+            or isinstance(self.failure, WriteFailed)
+            or sealing.planned(self._run, "record")
+        ):
             self.close()
         else:
             self._seal("failed")
 
     def close(self) -> None:
+        self._close_stream()
+        self._checkpoints.close()
+
+    def _close_stream(self) -> None:
+        try:
+            if self._rows is not None:
+                rows, self._rows = self._rows, None
+                rows.flush()
+        finally:
+            if self._stream is not None:
+                self._stream.close()
+
+    def _stop_if_asked(self) -> None:
+        if self.stop_asked:
+            raise Stopped
+
+    def _save(self, position: Position | None) -> None:
+        """Begin to write a checkpoint of the present state; ``position`` is None before the first step."""
+        assert self.probe is not None
+        loader, before = None, None
+        if position is not None and position.sweep != TOP and self.sweep is not None:
+            loader, before = self.sweep
+        tensors, rest = capture(self.probe, [*self.loaders, *([loader] if loader is not None else [])])
+        rest["pending"] = self.evidence.pending
+        rest["sweep"] = before
+        rest["loader"] = (
+            loader.state_dict() if loader is not None and hasattr(loader, "load_state_dict") else None
+        )
+        rest["recording"] = {"references": list(self._references), "lowest": self._lowest}
+        facts = {"position": position, "digests": self.evidence.state()}
         if self._rows is not None:
-            rows, self._rows = self._rows, None
-            rows.flush()
-        if self._writer is not None:
-            self._writer.close()
+            self._rows.flush()  # so that they reach as far as the checkpoint, whatever comes
+        self._checkpoints.submit(self.steps, tensors, checkpoint.packed(rest), facts)
+        self._due.taken(self.steps)
 
     def _seal(self, status: str) -> None:
-        Recording.close(self)
+        self._close_stream()
         references = list(self._references) if status == "complete" else []
         sealing.seal(self._run, "record", status=status, manifest=self.manifest, references=references)
 
     def _write(self, block: Block) -> None:
-        assert self._writer is not None
+        assert self._stream is not None
         prints = self.evidence.assemble(block.integers, block.host_integers)
         steps = np.hstack([block.host_floats, block.floats])
-        self._writer.append({STEPS: steps, **{f"{FINGERPRINTS}/{name}": v for name, v in prints.items()}})
+        self._stream.append({STEPS: steps, **{f"{FINGERPRINTS}/{name}": v for name, v in prints.items()}})
 
     def _take(self, name: str, weights: dict[str, Tensor] | None = None) -> None:
         assert self.probe is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,19 +12,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from geomprobe import sealing
+from geomprobe import checkpoint, sealing
 from geomprobe.determinism import FIRST_STEP_SECTIONS, require_same
-from geomprobe.errors import EnvironmentMismatch, ReplayDiverged, RunError
+from geomprobe.errors import EnvironmentMismatch, ReplayDiverged, RunError, Stopped
 from geomprobe.evidence import Difference, first_difference
+from geomprobe.loops import Position
 from geomprobe.measuring import Measure, Measurement
 from geomprobe.observation import Closure, Observation
 from geomprobe.probe import Probe
+from geomprobe.resuming import Resumption
 from geomprobe.rows import Block, Rows
 from geomprobe.run import Run
+from geomprobe.streaming import Stream
 from geomprobe.tensors import from_numpy
 from geomprobe.trace.record import Record
-from geomprobe.trace.schema import FINAL, TRACE_SCHEMA, VALUES
-from geomprobe.trace.writer import PartWriter, Table
+from geomprobe.trace.schema import FINAL, VALUES
+from geomprobe.trace.writer import Table
 
 _LIKELY = {
     "rng": "something drew a different number of random numbers before this step",
@@ -36,6 +40,10 @@ _LIKELY = {
 }
 
 
+class SegmentEnded(BaseException):
+    """A replay of a part of a run has come to where the next part begins; see `Replaying`."""
+
+
 class Replaying(Observation):
     """Replays a recorded run, comparing and measuring.
 
@@ -45,6 +53,9 @@ class Replaying(Observation):
         manifest: what is known of the environment before the script runs.
         measure: what to measure.
         uncertified: go on past the first difference, marking every later row.
+        resumption: where to begin, if not at the start.
+        segment: replay only from the step where the resumption begins to the one before this step; others do the rest,
+            and whoever is last seals the trace.
 
     Raises:
         RunError: a reference holds a value that is not finite.
@@ -57,16 +68,21 @@ class Replaying(Observation):
         manifest: dict[str, Any],
         measure: Measure,
         uncertified: bool = False,
+        resumption: Resumption | None = None,
+        segment: int | None = None,
     ) -> None:
-        super().__init__(manifest)
+        super().__init__(manifest, resumption)
+        self._segment = segment is not None
+        self._stop = record.num_steps if segment is None else segment
         self._run, self._record, self._measure, self._uncertified = run, record, measure, uncertified
         self._measurement: Measurement | None = None
         self.manifest["measure"] = measure.described()
         self._references = {name: _finite_reference(record, name) for name in record.references}
-        self._compared = self._equal = 0
+        # A replay goes on only over rows that were found equal before they were committed.
+        self._compared = self._equal = resumption.step if resumption is not None else 0
         self._first: tuple[int, Difference] | None = None
         self._final_equal = False
-        self._writer: PartWriter | None = None
+        self._stream: Stream | None = None
         self._rows: Rows | None = None
 
     @property
@@ -77,6 +93,10 @@ class Replaying(Observation):
     def attached(self, probe: Probe) -> None:
         super().attached(probe)
         self._measurement = Measurement(probe, self._measure)
+
+    def boundary(self, position: Position) -> None:
+        if self.steps == self._stop < self._record.num_steps and position == self._end["position"]:
+            self._end_segment()
 
     def fetch_ended(self, came: bool) -> None:
         super().fetch_ended(came)
@@ -119,19 +139,15 @@ class Replaying(Observation):
         columns += ["steps/same"] if self._uncertified else []
         prints = self.evidence.device_columns
         self._rows = Rows(self.evidence.device, len(device), prints, self._compare_and_write)
-        self._writer = PartWriter(
-            self._run.part("trace", 0),
-            schema=TRACE_SCHEMA,
-            tables=[Table(VALUES, tuple(columns), "float64")],
-            attributes=self.part_attributes(),
-        )
+        tables = [Table(VALUES, tuple(columns), "float64")]
+        self._stream = Stream(self._run, "trace", tables, self.part_attributes(), self.resumption)
 
     def measure(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
         assert self.probe is not None
         assert self._rows is not None
         assert self._measurement is not None
         step = self.probe.step
-        if step >= self._record.num_steps and not self._uncertified:
+        if step >= self._stop and not self._uncertified:
             self._rows.flush()  # an earlier difference is the cause, and comes first
             self._stop_if_failed()
             self._diverge(step, Difference("length", "steps", ()))
@@ -148,6 +164,8 @@ class Replaying(Observation):
         # The script may load other weights when training is over: only now are they the final iterate.
         if self.steps == self._record.num_steps:
             self._final_equal = self._weights_equal_final()
+        if self.stop_asked:
+            raise Stopped
 
     def complete(self) -> None:
         """The script has ended: compare what is left, and seal the trace with its certificate.
@@ -158,12 +176,15 @@ class Replaying(Observation):
         """
         self._flush()
         if self.failure is None:
+            self._require_goal()
             self._require_whole_updates()
         if self.failure is None and self._first is None and self.steps < self._record.num_steps:
             self._diverge(self.steps, Difference("length", "steps", ()))
         if self.failure is None and self._first is None and not self._final_equal:
             self._diverge(self.steps, Difference("weights", "final weights", ()))
-        if self.failure is None or isinstance(self.failure, ReplayDiverged):
+        if self._segment and self.failure is None:
+            self._prove()
+        elif self.failure is None or isinstance(self.failure, ReplayDiverged):
             self._seal()
         self._stop_if_failed()
 
@@ -177,9 +198,11 @@ class Replaying(Observation):
             self.close()
 
     def close(self) -> None:
-        self._flush()
-        if self._writer is not None:
-            self._writer.close()
+        try:
+            self._flush()
+        finally:
+            if self._stream is not None:
+                self._stream.close()
 
     @property
     def certificate(self) -> dict[str, Any]:
@@ -199,16 +222,52 @@ class Replaying(Observation):
         return found
 
     def _seal(self) -> None:
-        if self._writer is None:
+        if self._stream is None:
             return
-        self._writer.close()
-        self._writer = None
+        self._stream.close()
+        if self._segment:
+            return
+        self._stream = None
+        status, steps = "complete", None
+        if self._first is not None:
+            status, steps = ("uncertified", None) if self._uncertified else ("diverged", self._equal)
+        sealing.seal(self._run, "trace", status=status, num_steps=steps, **self._facts())
+
+    def _facts(self) -> dict[str, Any]:
         if self._measurement is not None:
             self.manifest["measure"]["curvature"] = self._measurement.curvature_found()
-        status = "complete"
-        if self._first is not None:
-            status = "uncertified" if self._uncertified else "diverged"
-        sealing.seal(self._run, "trace", status=status, manifest=self.manifest, certificate=self.certificate)
+        return {"manifest": self.manifest, "certificate": self.certificate}
+
+    @functools.cached_property
+    def _end(self) -> dict[str, Any]:
+        """What the checkpoint that this segment ends at says of itself."""
+        facts = checkpoint.facts(checkpoint.folder(self._run.checkpoints, self._stop))
+        return {**facts, "position": Position(*facts["position"])}
+
+    def _end_segment(self) -> None:
+        """Compare the state with the checkpoint that the next segment starts from, and leave a proof.
+
+        Raises:
+            SegmentEnded: always, when it is equal.
+            ReplayDiverged: it is not.
+        """
+        self._flush()
+        self._stop_if_failed()
+        recorded = self._end["digests"]
+        for component, digests in self.evidence.state().items():
+            names = self.evidence.layout[component][-len(digests) :]
+            for name, now, then in zip(names, digests, recorded[component], strict=True):
+                if now != then:
+                    self._diverge(self._stop, Difference(component, name, ()))
+                    self._stop_if_failed()
+        self._prove()
+        raise SegmentEnded
+
+    def _prove(self) -> None:
+        """Leave word that the state before the next step was compared, and found equal."""
+        if self._stream is not None:
+            self._stream.close()
+        sealing.write_down(self._run.proof("trace", self.steps), self._facts())
 
     def _flush(self) -> None:
         if self._rows is not None:
@@ -248,16 +307,16 @@ class Replaying(Observation):
     def _compare_and_write(self, block: Block) -> None:
         if self._first is not None and not self._uncertified:
             return
-        assert self._writer is not None
+        assert self._stream is not None
         prints = self.evidence.assemble(block.integers, block.host_integers)
         values = np.hstack([block.host_floats, block.floats])
         equal = self._equal_rows(prints, len(values))
         if self._uncertified:
             same = np.ones((len(values), 1))
             same[equal:] = 0.0
-            self._writer.append({VALUES: np.hstack([values, same])})
+            self._stream.append({VALUES: np.hstack([values, same])})
         elif equal:
-            self._writer.append({VALUES: values[:equal]})
+            self._stream.append({VALUES: values[:equal]})
 
     def _equal_rows(self, prints: dict[str, NDArray[np.int64]], count: int) -> int:
         """How many rows of a block came before the first difference; counts what was compared."""

@@ -9,12 +9,16 @@ import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from geomprobe.errors import RunError, UsageError
 from geomprobe.trace.schema import RECORD_FILE, STREAM_DIR, TRACE_FILE
 
 CHECKPOINTS_DIR = "checkpoints"
 LOCK = "lock"
+PROOF_PREFIX = "proof-"
+
+Kind = Literal["record", "trace"]
 
 
 class Run:
@@ -45,7 +49,7 @@ class Run:
         if occupied and not force:
             raise UsageError(
                 f"{self.path} exists and is not empty: nothing was recorded. Choose another folder, or pass "
-                "--force to replace it."
+                "--resume to go on with a recording that was cut off, or --force to replace it."
             )
         if occupied and not self._is_run():
             raise UsageError(
@@ -57,11 +61,22 @@ class Run:
                     f"{self.path} has just been recorded by another process. Choose another folder."
                 )
             self._remove(self.trace, self.record, self.checkpoints, *self._left_over())
-            try:
+            with self._dropped_if_empty():
                 yield
-            finally:
-                if not self.record.exists() and not self._parts():  # the script never took a step
-                    self._remove(self.checkpoints)
+
+    @contextlib.contextmanager
+    def going_on(self) -> Iterator[None]:
+        """Hold the run to go on with a pass that was cut off; what ended without holding is put away.
+
+        Raises:
+            UsageError: the folder holds something that is no run.
+            RunError: another process is writing there.
+        """
+        if self.path.exists() and any(self.path.iterdir()) and not self._is_run():
+            raise UsageError(f"{self.path} is no run of geomprobe, so there is nothing to go on with.")
+        with self.writing(), self._dropped_if_empty():
+            self._remove(*self.path.glob(".*.h5.new"), *self.checkpoints.glob("*.part"))
+            yield
 
     @contextlib.contextmanager
     def replaying(self, force: bool) -> Iterator[None]:
@@ -75,15 +90,39 @@ class Run:
         if earlier and not force:
             raise UsageError(
                 f"{earlier[0]} exists: nothing was replayed. `geomprobe inspect {self.path}` shows what is in "
-                "it; pass --force to replace it."
+                "it; pass --resume to go on with a replay that was cut off, or --force to replace it."
             )
         with self.writing():
             self._remove(self.trace, *self._left_over())
             yield
 
-    def part(self, kind: str, first_step: int) -> Path:
+    @contextlib.contextmanager
+    def segment(self, first_step: int) -> Iterator[None]:
+        """Hold one segment of a replay, beside others that hold theirs.
+
+        Raises:
+            RunError: another process is writing this segment, or all of the run.
+        """
+        with self.writing(shared=True), self._held(f"{LOCK}-{first_step:08d}", fcntl.LOCK_EX | fcntl.LOCK_NB):
+            yield
+
+    @contextlib.contextmanager
+    def sealing(self) -> Iterator[None]:
+        """Wait until no other process asks whether all segments are there."""
+        with self._held(f"{LOCK}-sealing", fcntl.LOCK_EX):
+            yield
+
+    def part(self, kind: Kind, first_step: int) -> Path:
         """Where a pass streams its rows from ``first_step`` on."""
         return self.stream / f"{kind}-{first_step:08d}.h5"
+
+    def parts(self, kind: Kind) -> list[Path]:
+        """The parts that a pass has begun, by first step."""
+        return sorted(self.stream.glob(f"{kind}-*[0-9].h5"))
+
+    def proof(self, kind: Kind, step: int) -> Path:
+        """What a process leaves that found the state before ``step``, in which it ended, to be the recorded one."""
+        return self.stream / f"{PROOF_PREFIX}{kind}-{step:08d}.json"
 
     def stored_reference(self, name: str) -> Path:
         """Where recording keeps a reference until it is sealed."""
@@ -98,7 +137,7 @@ class Run:
         return any(path.exists() for path in own) or bool(self._parts("record-") + self._parts("trace-"))
 
     def _parts(self, prefix: str = "") -> list[Path]:
-        return sorted(path for path in self.stream.glob(f"{prefix}*") if path.name != LOCK)
+        return sorted(p for p in self.stream.glob(f"{prefix}*") if not p.name.startswith(LOCK))
 
     def _left_over(self) -> list[Path]:
         """Parts, and files written aside, of a pass that was killed, even after it had sealed them."""
@@ -113,13 +152,29 @@ class Run:
                 path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
+    def writing(self, shared: bool = False) -> Iterator[None]:
         """Hold the run against other writers, with whatever is in it.
+
+        Args:
+            shared: let others that hold it so in.
 
         Raises:
             RunError: another process is writing there.
         """
-        descriptor = self._acquire()
+        with self._held(LOCK, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB):
+            yield
+
+    @contextlib.contextmanager
+    def _dropped_if_empty(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if not self.record.exists() and not self._parts():  # the script never took a step
+                self._remove(self.checkpoints)
+
+    @contextlib.contextmanager
+    def _held(self, name: str, how: int) -> Iterator[None]:
+        descriptor = self._acquire(name, how)
         try:
             with contextlib.suppress(
                 OSError
@@ -128,24 +183,25 @@ class Run:
                 os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             yield
         finally:
-            (self.stream / LOCK).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # parts of an unfinished pass stay
-                self.stream.rmdir()
+            with contextlib.suppress(OSError):  # it stays for those who hold it with us
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                (self.stream / name).unlink(missing_ok=True)
+                self.stream.rmdir()  # where nothing of an unfinished pass stays
             os.close(descriptor)
 
-    def _acquire(self) -> int:
+    def _acquire(self, name: str, how: int) -> int:
         # The system drops the lock when its holder dies, however it dies, so a lock is never stale.
         while True:
             try:
                 self.stream.mkdir(parents=True, exist_ok=True)
-                descriptor = os.open(self.stream / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+                descriptor = os.open(self.stream / name, os.O_RDWR | os.O_CREAT, 0o644)
             except OSError as error:
                 raise RunError(
                     f"{self.path} cannot be written: {error.strerror}. Nothing was started; choose another folder, "
                     "or mend this one."
                 ) from error
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, how)
             except OSError as error:
                 holder = os.read(descriptor, 200).decode(errors="replace").strip() or "unknown"
                 os.close(descriptor)

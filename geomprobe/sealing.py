@@ -9,13 +9,12 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from geomprobe.run import Run
+from geomprobe.run import Kind, Run
+from geomprobe.streaming import begun, frontier
 from geomprobe.trace.schema import SEALING_PREFIX
 from geomprobe.trace.seal import seal_record, seal_trace
-
-Kind = Literal["record", "trace"]
 
 _PATIENCE_S = 600.0  # a block: the parts are our own, so what is slow is the disk, not a torn file
 
@@ -28,8 +27,11 @@ def seal(
     manifest: Mapping[str, Any],
     references: Sequence[str] = (),
     certificate: Mapping[str, Any] | None = None,
+    num_steps: int | None = None,
 ) -> None:
     """Seal the parts of a pass into ``record.h5`` or ``trace.h5``, and remove them.
+
+    Where the pass failed or diverged they stay, so that it can go on with ``--resume``.
 
     Args:
         run: whose parts, which must be closed.
@@ -38,6 +40,7 @@ def seal(
         manifest: the environment, complete.
         references: names of stored references, for a record.
         certificate: what the comparison found, for a trace.
+        num_steps: how many steps; all that there are when None.
 
     Raises:
         WriteFailed: the disk refused; `finish` takes it up again once there is space.
@@ -47,9 +50,33 @@ def seal(
         "manifest": dict(manifest),
         "references": list(references),
         "certificate": certificate,
+        "num_steps": num_steps,
     }
-    _write_down(_plan(run, kind), plan)
+    write_down(_plan(run, kind), plan)
     _carry_out(run, kind)
+
+
+def seal_whole(run: Run, total: int) -> bool:
+    """Seal a trace that was replayed in segments, if this was the last of them.
+
+    Args:
+        run: the run; its segments have ended, or are held by others.
+        total: steps of the run.
+
+    Returns:
+        Whether the trace is sealed now.
+
+    Raises:
+        WriteFailed: the disk refused; `finish` takes it up again once there is space.
+    """
+    with run.sealing():
+        if run.trace.exists():
+            return True
+        last = run.proof("trace", total)
+        if not last.exists() or frontier(run, "trace", begun(run, "trace")) < total:
+            return False
+        seal(run, "trace", status="complete", **json.loads(last.read_text()))
+        return True
 
 
 def finish(run: Run) -> list[Kind]:
@@ -86,7 +113,8 @@ def _plan(run: Run, kind: Kind) -> Path:
     return run.stream / f"{SEALING_PREFIX}{kind}.json"
 
 
-def _write_down(path: Path, plan: Mapping[str, Any]) -> None:
+def write_down(path: Path, plan: Mapping[str, Any]) -> None:
+    """Write JSON so that it is there whole or not at all, whatever comes next."""
     aside = path.with_suffix(".new")
     with open(aside, "w") as file:
         json.dump(plan, file)
@@ -98,7 +126,7 @@ def _write_down(path: Path, plan: Mapping[str, Any]) -> None:
 def _carry_out(run: Run, kind: Kind) -> None:
     plan = json.loads(_plan(run, kind).read_text())
     manifest, num_parameters = plan["manifest"], plan["manifest"]["model"]["num_parameters"]
-    parts, status = [run.part(kind, 0)], plan["status"]
+    parts, status = run.parts(kind), plan["status"]
     if kind == "record":
         references = {name: run.stored_reference(name) for name in plan["references"]}
         seal_record(
@@ -108,6 +136,7 @@ def _carry_out(run: Run, kind: Kind) -> None:
             manifest=manifest,
             num_parameters=num_parameters,
             references=references,
+            num_steps=plan["num_steps"],
             timeout_s=_PATIENCE_S,
         )
     else:
@@ -118,7 +147,9 @@ def _carry_out(run: Run, kind: Kind) -> None:
             manifest=manifest,
             num_parameters=num_parameters,
             certificate=plan["certificate"],
+            num_steps=plan["num_steps"],
             timeout_s=_PATIENCE_S,
         )
     _plan(run, kind).unlink()  # first: from here on there is nothing to take up again
-    run.clear_stream()
+    if status not in ("failed", "diverged"):
+        run.clear_stream()

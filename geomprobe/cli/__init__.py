@@ -5,7 +5,8 @@ geomprobe replay runs/a                         the same run, bit for bit, measu
 geomprobe verify runs/a                         the identities any trace must satisfy
 geomprobe plot runs/a -o gamma.png              RSI, EB and cosine by epoch
 
-exit codes: 0 held, 1 failed, 2 wrong usage, 3 the replay diverged or an identity is broken
+exit codes: 0 held, 1 failed, 2 wrong usage, 3 the replay diverged or an identity is broken,
+75 stopped by SIGTERM, to go on with --resume
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import geomprobe
-from geomprobe.errors import GeomprobeError
+from geomprobe.errors import GeomprobeError, Stopped
 
 VERBS = ("record", "replay", "inspect", "verify", "plot", "diff")
 
@@ -38,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"geomprobe {arguments.verb}: error: {error}", file=sys.stderr)
         return error.exit_code
+    except Stopped as stop:
+        print(f"geomprobe {arguments.verb}: stopped as asked; --resume goes on from here", file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
         print(f"geomprobe {arguments.verb}: interrupted", file=sys.stderr)
         return _INTERRUPTED

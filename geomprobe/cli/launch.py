@@ -48,6 +48,23 @@ def described(script: str, argv: Sequence[str], *, module: bool, cwd: Path | Non
     }
 
 
+def present(script: Mapping[str, Any], run: str) -> dict[str, Any]:
+    """A recorded script as it is now.
+
+    Raises:
+        UsageError: it is a Python function, or its folder is gone.
+    """
+    if script["kind"] == "function":
+        raise UsageError(
+            f"{run} was recorded by geomprobe.record({script['path']}, ...) in Python, so there is no script to "
+            "run. Replay it in Python too: geomprobe.replay(train, ...)."
+        )
+    cwd = Path(script["cwd"])
+    if not cwd.is_dir():
+        raise UsageError(f"{run} was recorded in {cwd}, which is gone. Restore it; nothing was replayed.")
+    return described(script["path"], script["argv"], module=script["kind"] == "module", cwd=cwd)
+
+
 def _module_file(name: str, cwd: Path) -> Path | None:
     """The file that ``python -m name`` runs, found without importing the packages that it lies in."""
     where: Sequence[str] | None = [str(cwd), *sys.path]

@@ -5,6 +5,11 @@ optimizer, whether or not the script calls geomprobe.attach. Everything lands in
 
     geomprobe record -o runs/a train.py --lr 0.1
     geomprobe record -o runs/a --seed 0 --reference-steps 100,200 -m project.train
+    geomprobe record -o runs/a --resume train.py --lr 0.1
+
+The whole state is kept at each epoch of `for epoch in probe.epochs(n)`. With --resume, a recording that was cut off goes
+on from there, and starts where there is none, so that a queue can run the same line again and again. On SIGTERM the state
+is kept after the present step, and the exit code is 75.
 
 Options of geomprobe come before the script; what follows it is the script's own.
 """
@@ -14,9 +19,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
-from geomprobe.errors import UsageError
-from geomprobe.trace.record import Record
+from geomprobe.errors import RunError, UsageError
+from geomprobe.trace.record import Record, open_record
 from geomprobe.trace.schema import RECORD_FILE
 
 
@@ -24,7 +30,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument("-o", "--output", metavar="RUN", required=True, help="the run folder to make")
     parser.add_argument("--seed", type=int, help="for Python, NumPy and torch (default: drawn, and stored)")
-    parser.add_argument("--force", action="store_true", help="replace a run that is there")
+    there = parser.add_mutually_exclusive_group()
+    there.add_argument("--force", action="store_true", help="replace a run that is there")
+    there.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with a recording that was cut off, with its own options (the script may be left out)",
+    )
+    parser.add_argument(
+        "--checkpoint-every",
+        default="epoch",
+        metavar="WHEN",
+        help="epoch (default), a number of steps or minutes (500steps, 30min; these need probe.batches), or never",
+    )
+    parser.add_argument(
+        "--keep-checkpoints",
+        type=_count,
+        default=32,
+        metavar="N",
+        help="keep at most N, spread evenly over the run (default: 32), or all",
+    )
     parser.add_argument(
         "--strict",
         action=argparse.BooleanOptionalAction,
@@ -53,14 +78,17 @@ def run(arguments: argparse.Namespace) -> int:
     from geomprobe.cli import launch
 
     command = arguments.module or arguments.script
-    if not command:
+    folder = Path(arguments.output).absolute()
+    if command:
+        script = launch.described(command[0], command[1:], module=bool(arguments.module))
+    elif arguments.resume:
+        script = _begun(folder, arguments.output)
+    else:
         raise UsageError("Name the script to record: geomprobe record -o RUN train.py [ARGS...]")
-    script = launch.described(command[0], command[1:], module=bool(arguments.module))
     launch.restart_with(launch.START_UP)
 
     from geomprobe import passes
 
-    folder = Path(arguments.output).absolute()
     try:
         with passes.record(
             launch.runner(script),
@@ -68,6 +96,9 @@ def run(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             strict=arguments.strict,
             force=arguments.force,
+            resume=arguments.resume,
+            checkpoint_every=arguments.checkpoint_every,
+            keep_checkpoints=arguments.keep_checkpoints,
             reference_steps=arguments.reference_steps,
             script=script,
         ) as recorded:
@@ -91,10 +122,32 @@ def _account(recorded: Record, run: str) -> str:
     return "\n".join(lines)
 
 
+def _begun(folder: Path, run: str) -> dict[str, Any]:
+    """The script of a recording that is to go on, as it is now."""
+    from geomprobe.cli import launch
+
+    try:
+        with open_record(folder) as begun:
+            return launch.present(begun.manifest["script"], run)
+    except RunError as nothing:
+        raise UsageError(
+            f"{nothing}. Name the script to begin with: geomprobe record -o {run} --resume train.py"
+        ) from None
+
+
 def _left_behind(folder: Path, run: str) -> str:
     if not (folder / RECORD_FILE).exists():
         return "It had not taken a step, so there is nothing in the record."
     return f"What was recorded before that is kept: geomprobe inspect {run}"
+
+
+def _count(text: str) -> int | None:
+    if text == "all":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number, and not 'all'") from None
 
 
 def _steps(text: str) -> tuple[int, ...]:

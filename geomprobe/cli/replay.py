@@ -7,6 +7,12 @@ with a certificate that it was the same run.
     geomprobe replay runs/a
     geomprobe replay runs/a --every 10 --per-parameter
 
+A long replay can be split at the recording's checkpoints, and ends in the same trace:
+
+    geomprobe replay runs/a --jobs 4              four processes here, each on a GPU of its own where there are several
+    geomprobe replay runs/a --segment 3/4         one of four, for a job array; whichever ends last seals the trace
+    geomprobe replay runs/a --resume              goes on where a replay was cut off, or begins
+
 Where a run cannot be repeated exactly, --uncertified goes on past the difference and marks every later row.
 """
 
@@ -20,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from geomprobe.errors import UsageError
+from geomprobe.cli import launch
+from geomprobe.trace.reader import Trace, open_trace
 from geomprobe.trace.schema import TRACE_FILE
 
 
@@ -61,17 +69,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compile the inner products: seconds at the start, faster steps",
     )
     parser.add_argument("--uncertified", action="store_true", help="go on where the replay differs")
-    parser.add_argument("--force", action="store_true", help="replace an earlier trace")
+    there = parser.add_mutually_exclusive_group()
+    there.add_argument("--force", action="store_true", help="replace an earlier trace")
+    there.add_argument(
+        "--resume", action="store_true", help="go on with a replay that was cut off, given the same options"
+    )
+    split = parser.add_mutually_exclusive_group()
+    split.add_argument(
+        "--jobs", type=int, default=1, metavar="K", help="split into K processes on this machine"
+    )
+    split.add_argument(
+        "--segment",
+        type=_segment,
+        metavar="I/K",
+        help="replay only the I-th of K pieces, going on where it was cut off",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Replay, and say what was written and whether it held."""
     from geomprobe import passes, sealing
-    from geomprobe.cli import launch
+    from geomprobe.cli import parallel
     from geomprobe.run import Run
 
     if arguments.every < 1:
         raise UsageError(f"--every {arguments.every}: N is at least 1")
+    if arguments.segment and (arguments.force or arguments.resume):
+        raise UsageError("--segment goes on by itself where it was cut off; remove --force or --resume")
     if "trace" in sealing.finish(Run(arguments.folder)):
         print(
             f"Wrote {arguments.folder}/{TRACE_FILE}: its replay was over, and only its sealing was cut off."
@@ -79,10 +103,12 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"Next: geomprobe verify {arguments.folder}", file=sys.stderr)
         return 0
     with closing(passes.finished_record(Run(arguments.folder))) as recorded:
-        script, environment = recorded.manifest["script"], recorded.manifest["environment"]
-    known = {name: environment[name] for name in launch.START_UP if environment.get(name)}
-    launch.restart_with(known)
-    present = _present(script, arguments.folder)
+        manifest = recorded.manifest
+        present = launch.present(manifest["script"], arguments.folder)
+        launch.restart_with(_at_start_up(manifest))
+        if arguments.jobs != 1:
+            parallel.replay(arguments, recorded)
+            return tell(open_trace(arguments.folder), arguments.folder)
     try:
         trace = passes.replay(
             launch.runner(present),
@@ -95,32 +121,41 @@ def run(arguments: argparse.Namespace) -> int:
             compiled=arguments.compile,
             uncertified=arguments.uncertified,
             force=arguments.force,
+            resume=arguments.resume,
+            segment=arguments.segment,
             script=present,
         )
     except launch.ScriptFailed as failure:
         kept = f"What was measured before that is kept: geomprobe inspect {arguments.folder}"
         raise launch.ScriptFailed(f"{failure} It did not when it was recorded. {kept}") from failure
+    return tell(trace, arguments.folder)
+
+
+def tell(trace: Trace, run: str) -> int:
+    """Say what a replay has come to."""
     held = trace.certificate
+    if trace.status == "incomplete":
+        print(f"Wrote {trace.num_steps} steps of {run}/{TRACE_FILE}; other segments of it are still to come.")
+        return 0
     compared = f"{held['steps_equal']} of {held['steps_recorded']} steps equal"
     if trace.status == "complete":
         verdict = f"{compared}, w_T bitwise equal: certified"
     else:
         verdict = f"{compared}: UNCERTIFIED, later rows are marked in the column `same`"
-    print(f"Wrote {arguments.folder}/{TRACE_FILE}: {verdict}.")
-    print(f"Next: geomprobe verify {arguments.folder}", file=sys.stderr)
+    print(f"Wrote {run}/{TRACE_FILE}: {verdict}.")
+    print(f"Next: geomprobe verify {run}", file=sys.stderr)
     return 0
 
 
-def _present(script: Mapping[str, Any], run: str) -> dict[str, Any]:
-    """The recorded script as it is now."""
-    from geomprobe.cli import launch
+def _at_start_up(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """What the recording had in its environment that acts only when a process starts."""
+    recorded = {**manifest["environment"], "OMP_NUM_THREADS": manifest["host"].get("OMP_NUM_THREADS")}
+    names = (*launch.START_UP, "OMP_NUM_THREADS")
+    return {name: recorded[name] for name in names if recorded.get(name)}
 
-    if script["kind"] == "function":
-        raise UsageError(
-            f"{run} was recorded by geomprobe.record({script['path']}, ...) in Python, so there is no script to "
-            "run. Replay it in Python too: geomprobe.replay(train, ...)."
-        )
-    cwd = Path(script["cwd"])
-    if not cwd.is_dir():
-        raise UsageError(f"{run} was recorded in {cwd}, which is gone. Restore it; nothing was replayed.")
-    return launch.described(script["path"], script["argv"], module=script["kind"] == "module", cwd=cwd)
+
+def _segment(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of 1/K to K/K, such as 3/4")
+    return int(number), int(count)

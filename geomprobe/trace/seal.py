@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,8 +14,9 @@ from geomprobe.errors import RunError
 from geomprobe.trace import schema
 from geomprobe.trace.aside import written_aside
 from geomprobe.trace.derive import Derived, sealed_columns
-from geomprobe.trace.part import TIMEOUT_S, Block, Header, read_header, stream_part
+from geomprobe.trace.part import TIMEOUT_S, Block, Header, PartNotBegun, read_header, stream_part
 from geomprobe.trace.reference import copy_reference, write_reference
+from geomprobe.trace.source import Span, spans
 
 __all__ = ["seal_record", "seal_trace", "write_reference"]
 
@@ -33,17 +33,20 @@ def seal_trace(
     num_parameters: int,
     manifest: Mapping[str, Any],
     certificate: Mapping[str, Any] | None = None,
+    num_steps: int | None = None,
     timeout_s: float = TIMEOUT_S,
 ) -> None:
     """Make ``trace.h5`` of a replay's parts; until it is whole, `out` holds what it held before.
 
     Args:
-        parts: the parts, whose step ranges must join without gap or overlap from step 0.
+        parts: the parts, whose step ranges must join without a gap from step 0; where two hold a step, they hold the
+            same row.
         out: the file to make or replace.
         status: ``"complete"``, ``"incomplete"``, ``"diverged"`` or ``"uncertified"``.
         num_parameters: how many scalar parameters the weights have.
         manifest: the environment, kept as JSON.
         certificate: what the comparison found: numbers, booleans and text as attributes, the rest as JSON.
+        num_steps: seal this many steps; all there are when None.
         timeout_s: how long reading one block of a part may take.
 
     Raises:
@@ -61,14 +64,14 @@ def seal_trace(
     ...     file["steps/grad_norm"][:].tolist(), file["steps/grad_norm"].attrs["units"]
     ([2.0], 'loss/weight')
     """
-    headers = _ordered(parts, schema.TRACE_SCHEMA, timeout_s)
-    raw = headers[0].tables[schema.VALUES].columns
+    joined = _joined(parts, schema.TRACE_SCHEMA, num_steps, timeout_s)
+    raw = joined[0].part.tables[schema.VALUES].columns
     with written_aside(Path(out)) as file:
-        _describe_file(file, schema.TRACE_SCHEMA, status, headers, num_parameters, manifest)
+        _describe_file(file, schema.TRACE_SCHEMA, status, _stop(joined), num_parameters, manifest)
         paths = sealed_columns(raw)
         size = _block_rows(len(paths))
-        columns = {path: _create_column(file, path, headers[-1].stop_step, size) for path in paths}
-        for rows, block in _blocks(headers, size, timeout_s):
+        columns = {path: _create_column(file, path, _stop(joined), size) for path in paths}
+        for rows, block in _blocks(joined, size, timeout_s):
             values = np.ascontiguousarray(block[schema.VALUES].T)
             derived = Derived(block["step"], dict(zip(raw, values, strict=True)))
             for path, dataset in columns.items():
@@ -86,17 +89,20 @@ def seal_record(
     num_parameters: int,
     manifest: Mapping[str, Any],
     references: Mapping[str, Path],
+    num_steps: int | None = None,
     timeout_s: float = TIMEOUT_S,
 ) -> None:
     """Make ``record.h5`` of a recording's parts and references; until it is whole, `out` stays as it was.
 
     Args:
-        parts: the parts, whose step ranges must join without gap or overlap from step 0.
+        parts: the parts, whose step ranges must join without a gap from step 0; where two hold a step, they hold the
+            same row.
         out: the file to make or replace.
         status: ``"complete"``, ``"failed"`` or ``"incomplete"``.
         num_parameters: how many scalar parameters the weights have.
         manifest: the environment, kept as JSON.
         references: by name, the file that `write_reference` made.
+        num_steps: seal this many steps; all there are when None.
         timeout_s: how long reading one block of a part may take.
 
     Raises:
@@ -115,15 +121,15 @@ def seal_record(
     ...     file["fingerprints/loss"][:].tolist()
     [[77]]
     """
-    headers = _ordered(parts, schema.RECORD_SCHEMA, timeout_s)
-    steps = headers[-1].stop_step
+    joined = _joined(parts, schema.RECORD_SCHEMA, num_steps, timeout_s)
+    steps, tables = _stop(joined), joined[0].part.tables
     with written_aside(Path(out)) as file:
-        _describe_file(file, schema.RECORD_SCHEMA, status, headers, num_parameters, manifest)
-        names = headers[0].tables[schema.STEPS].columns
-        size = _block_rows(sum(len(table.columns) for table in headers[0].tables.values()))
+        _describe_file(file, schema.RECORD_SCHEMA, status, _stop(joined), num_parameters, manifest)
+        names = tables[schema.STEPS].columns
+        size = _block_rows(sum(len(table.columns) for table in tables.values()))
         columns = {name: _create_column(file, f"steps/{name}", steps, size) for name in ("step", *names)}
-        prints = _create_fingerprints(file, headers[0], steps)
-        for rows, block in _blocks(headers, size, timeout_s):
+        prints = _create_fingerprints(file, joined[0].part, steps)
+        for rows, block in _blocks(joined, size, timeout_s):
             columns["step"][rows] = block["step"]
             for name, values in zip(names, block[schema.STEPS].T, strict=True):
                 columns[name][rows] = values
@@ -134,9 +140,9 @@ def seal_record(
             copy_reference(path, file, name)
 
 
-def _ordered(parts: Sequence[Path], kind: str, timeout_s: float) -> list[Header]:
-    """Headers of the parts by first step, held to be alike and to join."""
-    headers = sorted((read_header(path, timeout_s) for path in parts), key=lambda header: header.first_step)
+def _joined(parts: Sequence[Path], kind: str, stop: int | None, timeout_s: float) -> list[Span]:
+    """The rows of the parts in the order of steps, each step once, held to be alike and to join."""
+    headers = [header for path in parts if (header := _begun(path, timeout_s)) is not None]
     if not headers:
         raise RunError("there are no parts to seal; nothing was streamed")
     for header in headers:
@@ -147,43 +153,62 @@ def _ordered(parts: Sequence[Path], kind: str, timeout_s: float) -> list[Header]
             raise RunError(
                 f"{headers[0].path} and {header.path} hold different columns; they are of two runs"
             )
-    if headers[0].first_step != 0:
+    pieces = spans(headers) or [Span(headers[0], 0, 0)]
+    if pieces[0].first_step != 0:
         raise RunError(
-            f"{headers[0].path} begins at step {headers[0].first_step}; the steps before are missing"
+            f"{pieces[0].part.path} begins at step {pieces[0].first_step}; the steps before are missing"
         )
-    for before, after in itertools.pairwise(headers):
-        if before.stop_step != after.first_step:
-            wrong = "steps are missing" if before.stop_step < after.first_step else "both hold the steps"
-            first, last = sorted((before.stop_step, after.first_step))
+    joined: list[Span] = []
+    for piece in pieces:
+        step = _stop(joined) if joined else 0
+        if stop is not None and step >= stop and joined:
+            break
+        if piece.first_step > step:
             raise RunError(
-                f"{before.path} and {after.path} do not join: {wrong} from {first} to {last - 1}. "
-                "Replay the segment that is missing, or remove the part that is too much"
+                f"{joined[-1].part.path} and {piece.part.path} do not join: steps are missing from {step} to "
+                f"{piece.first_step - 1}. Replay the segment that is missing, or go on with --resume"
             )
-    return headers
+        last = piece.stop if stop is None else min(piece.stop, stop - piece.part.first_step)
+        joined.append(Span(piece.part, piece.start, last))
+    return joined
 
 
-def _blocks(headers: list[Header], size: int, timeout_s: float) -> Iterator[tuple[slice, Block]]:
+def _begun(path: Path, timeout_s: float) -> Header | None:
+    try:
+        return read_header(path, timeout_s)
+    except PartNotBegun:
+        return None
+
+
+def _stop(joined: list[Span]) -> int:
+    return joined[-1].part.first_step + joined[-1].stop
+
+
+def _blocks(joined: list[Span], size: int, timeout_s: float) -> Iterator[tuple[slice, Block]]:
     """All rows of the parts in order, each block with the rows of the sealed file that it fills."""
     row = 0
-    for header in headers:
-        with stream_part(header.path, stop=header.rows, block_rows=size, timeout_s=timeout_s) as (_, blocks):
+    for span in joined:
+        part = stream_part(
+            span.part.path, start=span.start, stop=span.stop, block_rows=size, timeout_s=timeout_s
+        )
+        with part as (_, blocks):
             for block in blocks:
                 rows = slice(row, row + len(block["step"]))
                 yield rows, block
                 row = rows.stop
-        if row != header.stop_step:
+        if row != span.part.first_step + span.stop:
             raise RunError(
-                f"{header.path} is damaged from step {row} on; replay from there, or run the pass again"
+                f"{span.part.path} is damaged from step {row} on; go on from there with --resume, or run the pass again"
             )
 
 
 def _describe_file(
-    file: Any, kind: str, status: str, headers: list[Header], num_parameters: int, manifest: Mapping[str, Any]
+    file: Any, kind: str, status: str, num_steps: int, num_parameters: int, manifest: Mapping[str, Any]
 ) -> None:
     file.attrs["schema"] = kind
     file.attrs["schema_version"] = schema.SCHEMA_VERSION
     file.attrs["status"] = status
-    file.attrs["num_steps"] = headers[-1].stop_step
+    file.attrs["num_steps"] = num_steps
     file.attrs["num_parameters"] = num_parameters
     file.attrs["manifest"] = json.dumps(manifest)
 

@@ -143,6 +143,11 @@ class PartWriter:
             raise self._broken(error) from error
         self.rows = stop
 
+    @property
+    def next_step(self) -> int:
+        """The step of the row that would be appended next."""
+        return self._first_step + self.rows
+
     def close(self) -> None:
         """Let go of the file without another write; safe to call twice, after a failure, and on a full disk."""
         self._release()

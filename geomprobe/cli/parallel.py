@@ -1,0 +1,166 @@
+"""Replay a run in several processes of this machine, each of them a segment of it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from types import FrameType
+from typing import IO, Any
+
+from geomprobe import checkpoint, passes
+from geomprobe.errors import GeomprobeError, ReplayDiverged, Stopped, UsageError
+from geomprobe.resuming import segments
+from geomprobe.run import Run
+from geomprobe.trace.record import Record
+
+# So that threads of several processes that wait for their like do not keep the others from the cores. It moves no bits.
+_YIELDING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+
+
+class SegmentsFailed(GeomprobeError):
+    """Some of the segments failed; what the others did is kept."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def replay(arguments: argparse.Namespace, recorded: Record) -> None:
+    """Run a process for each segment to its end, and show what they print on standard error.
+
+    Args:
+        arguments: those of ``geomprobe replay``.
+        recorded: the recording.
+
+    Raises:
+        UsageError: there are no checkpoints to split the run at, or the options do not go together.
+        SegmentsFailed: some failed.
+        Stopped: SIGTERM came.
+    """
+    run = Run(arguments.folder)
+    pieces = segments(_cuts(arguments, recorded, run), recorded.num_steps, arguments.jobs)
+    if not passes.ready_for_segments(run, force=arguments.force, resume=arguments.resume):
+        return
+    steps = ", ".join(f"{first} to {stop - 1}" for first, stop in pieces)
+    print(
+        f"geomprobe: {len(pieces)} segments, of steps {steps}; `geomprobe watch {arguments.folder}` shows how far they "
+        "are",
+        file=sys.stderr,
+    )
+    commands = [_command(arguments, i) for i in range(1, len(pieces) + 1)]
+    shares = [_share(recorded.manifest, i, len(pieces)) for i in range(len(pieces))]
+    codes = _run(commands, shares)
+    failed = {i: code for i, code in enumerate(codes, 1) if code}
+    if Stopped.exit_code in failed.values():
+        raise Stopped
+    if failed:
+        raise SegmentsFailed(_account(failed, pieces, arguments), _worst(failed))
+
+
+def _cuts(arguments: argparse.Namespace, recorded: Record, run: Run) -> list[int]:
+    if arguments.jobs < 1:
+        raise UsageError(f"--jobs {arguments.jobs}: K is at least 1")
+    if arguments.uncertified:
+        raise UsageError(
+            "--uncertified and --jobs do not go together: the checkpoints are of the recorded run"
+        )
+    cuts = checkpoint.saved(run.checkpoints)
+    if len(cuts) < 2:
+        why = recorded.manifest.get("recording", {}).get("no_checkpoints")
+        reason = f"because {why}" if why else "its loop over epochs is not `for epoch in probe.epochs(n)`"
+        raise UsageError(
+            f"{arguments.folder} has no checkpoints to split it at: {reason}. Replay it without --jobs, or record it anew."
+        )
+    return cuts
+
+
+def _command(arguments: argparse.Namespace, number: int) -> list[str]:
+    command = [sys.executable, "-m", "geomprobe", "replay", arguments.folder]
+    command += ["--segment", f"{number}/{arguments.jobs}", "--every", str(arguments.every)]
+    if arguments.curvature_every is not None:
+        command += (
+            ["--curvature-every", str(arguments.curvature_every)]
+            if arguments.curvature_every
+            else ["--no-curvature"]
+        )
+    command += ["--sharpness-every", str(arguments.sharpness_every)]
+    flags = ("finite_step", "per_parameter", "compile", "debug")
+    return command + [f"--{flag.replace('_', '-')}" for flag in flags if getattr(arguments, flag)]
+
+
+def _share(manifest: Mapping[str, Any], place: int, count: int) -> dict[str, str]:
+    """The environment of one of several processes: a GPU of its own, and threads that wait without spinning."""
+    environment = dict(os.environ)
+    # The same devices in another order, so that everything looks as it did, and its first one is its own.
+    devices = [str(i) for i in range(len(manifest["hardware"]["devices"]))]
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(devices)).split(",")
+    if len(devices) > 1:
+        place %= len(devices)
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices[place:] + devices[:place])
+    # The number of threads is the recorded one: another would change bits.
+    if count * manifest["flags"]["num_threads"] > (os.cpu_count() or 1):
+        environment = {**_YIELDING, **environment}
+    return environment
+
+
+def _run(commands: Sequence[Sequence[str]], environments: Sequence[Mapping[str, str]]) -> list[int]:
+    processes = [
+        subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for command, environment in zip(commands, environments, strict=True)
+    ]
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for process in processes:
+            process.send_signal(number)
+
+    # Ctrl-C in a terminal reaches the children by itself.
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        readers = [
+            threading.Thread(target=_show, args=(process.stdout, f"[{i}/{len(processes)}]"))
+            for i, process in enumerate(processes, 1)
+        ]
+        for reader in readers:
+            reader.start()
+        codes = [process.wait() for process in processes]
+        for reader in readers:
+            reader.join()
+    finally:
+        for process in processes:
+            process.wait()
+        signal.signal(signal.SIGTERM, before)
+    return codes
+
+
+def _show(output: IO[str], name: str) -> None:
+    with output:
+        for line in output:
+            print(name, line, end="", file=sys.stderr)
+
+
+def _worst(failed: Mapping[int, int]) -> int:
+    return (
+        ReplayDiverged.exit_code if ReplayDiverged.exit_code in failed.values() else GeomprobeError.exit_code
+    )
+
+
+def _account(
+    failed: Mapping[int, int], pieces: Sequence[tuple[int, int]], arguments: argparse.Namespace
+) -> str:
+    how = {ReplayDiverged.exit_code: "diverged", -signal.SIGKILL: "was killed"}
+    what = [
+        f"segment {i}/{arguments.jobs} (steps {pieces[i - 1][0]} to {pieces[i - 1][1] - 1}) "
+        f"{how.get(code, f'ended with exit code {code}')}"
+        for i, code in failed.items()
+    ]
+    return (
+        f"{', '.join(what)}; see its lines above. What the others measured is kept. Once that is mended, "
+        f"`geomprobe replay {arguments.folder} --jobs {arguments.jobs} --resume` does only what is left."
+    )
