@@ -35,12 +35,24 @@ def writers(stream: Path) -> list[Writer]:
     >>> writers(stream)
     [Writer(process=1, host='elsewhere', alive=None)]
     """
-    found = {_writer(path) for path in stream.glob("lock*")} - {None}
+    found = {_writer(path) for path in present(stream, "lock*")} - {None}
     order = (True, None, False)
     return sorted(
         (writer for writer in found if writer is not None),
         key=lambda writer: (order.index(writer.alive), writer.process),
     )
+
+
+def present(folder: Path, pattern: str) -> list[Path]:
+    """Paths of a folder that match a pattern; none where its owner has just taken it away.
+
+    >>> present(Path("nowhere"), "*")
+    []
+    """
+    try:
+        return sorted(folder.glob(pattern))
+    except FileNotFoundError:
+        return []
 
 
 def _writer(lock: Path) -> Writer | None:

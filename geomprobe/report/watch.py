@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,16 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geomprobe.errors import RunError
-from geomprobe.liveness import Writer, writers
+from geomprobe.liveness import Writer, present, writers
 from geomprobe.trace import schema
 from geomprobe.trace.derive import Array, Derived
-from geomprobe.trace.follow import TABLES, Following
+from geomprobe.trace.follow import TABLES, Following, Kind, parts
 from geomprobe.trace.part import Block, Header
 from geomprobe.trace.reader import open_trace
 from geomprobe.trace.record import open_record
 from geomprobe.trace.source import find, spans
 
-Kind = Literal["record", "trace"]
 State = Literal["starting", "running", "stopped", "unknown", "sealing", "sealed"]
 
 COLUMNS: dict[Kind, tuple[str, ...]] = {
@@ -222,7 +221,7 @@ class Watch:
     def look(self) -> Snapshot:
         """The pass now; once it is sealed, for good."""
         status = self._status(self._kind)
-        if not status and not any(self._parts(self._kind)) and self._latest() != self._kind:
+        if not status and not parts(self._stream, self._kind) and self._latest() != self._kind:
             self._begin(self._latest())
             status = self._status(self._kind)
         holders = tuple(writers(self._stream))
@@ -243,7 +242,7 @@ class Watch:
 
     def _latest(self) -> Kind:
         """The pass that is going on, or was the last to."""
-        if self._status("trace") or any(self._parts("trace")):
+        if self._status("trace") or parts(self._stream, "trace"):
             return "trace"
         replayed = self._status("record") in _ENDED and writers(self._stream)
         return "trace" if replayed else "record"
@@ -261,11 +260,8 @@ class Watch:
                 raise
             return ""
 
-    def _parts(self, kind: Kind) -> Iterator[Path]:
-        return self._stream.glob(f"{kind}-*[0-9].h5")
-
     def _state(self, covered: tuple[tuple[int, int], ...], holders: tuple[Writer, ...]) -> State:
-        if any(self._stream.glob(f"{schema.SEALING_PREFIX}{self._kind}*")):
+        if present(self._stream, f"{schema.SEALING_PREFIX}{self._kind}.json"):
             return "sealing"
         grew = len(self._looks) > 1 and self._looks[-1][1] > self._looks[-2][1]
         if grew or any(holder.alive for holder in holders):
@@ -329,7 +325,7 @@ class Watch:
 
     def _age_s(self) -> float | None:
         times = []
-        for path in self._parts(self._kind):
+        for path in parts(self._stream, self._kind):
             try:
                 times.append(path.stat().st_mtime)
             except FileNotFoundError:

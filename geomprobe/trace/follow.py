@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from geomprobe.errors import RunError
+from geomprobe.liveness import present
 from geomprobe.trace import schema
 from geomprobe.trace.part import Block, Header, PartNotBegun, stream_part
 
@@ -19,6 +20,8 @@ TABLES = {"record": schema.STEPS, "trace": schema.VALUES}
 # Within this time a file may be written twice and still look the same to stat.
 _SETTLED_S = 1.0
 
+
+Kind = Literal["record", "trace"]
 
 _Stamp = tuple[int, int]
 
@@ -75,7 +78,7 @@ class Following:
     (3, [4.0, 2.0, 1.0])
     """
 
-    def __init__(self, stream: Path, kind: Literal["record", "trace"]) -> None:
+    def __init__(self, stream: Path, kind: Kind) -> None:
         self.problems: dict[Path, str] = {}
         self._stream, self._kind = stream, kind
         self._known: dict[Path, _Known] = {}
@@ -96,7 +99,9 @@ class Following:
         return [known.header for known in self._known.values()]
 
     def _read_all(self, reader: Reader) -> None:
-        stamps = {path: stamp for path in self._parts() if (stamp := _stamp(path)) is not None}
+        stamps = {
+            path: stamp for path in parts(self._stream, self._kind) if (stamp := _stamp(path)) is not None
+        }
         if self._known.keys() - stamps.keys():
             raise _Rewritten
         self._failed = {path: stamp for path, stamp in self._failed.items() if stamps.get(path) == stamp}
@@ -107,9 +112,6 @@ class Following:
             seen = known is not None and known.settled and known.stamp == stamp
             if not seen and path not in self._failed:
                 self._read(path, stamp, reader)
-
-    def _parts(self) -> list[Path]:
-        return sorted(self._stream.glob(f"{self._kind}-*[0-9].h5"))
 
     def _read(self, path: Path, stamp: _Stamp, reader: Reader) -> None:
         looked = time.time()
@@ -148,6 +150,15 @@ class Following:
             known.header = dataclasses.replace(header, rows=known.header.rows + len(block["step"]))
             known.last = rows[-1].tobytes()
             self._known[path] = known
+
+
+def parts(stream: Path, kind: Kind) -> list[Path]:
+    """The parts of a pass that are there now.
+
+    >>> parts(Path("nowhere"), "trace")
+    []
+    """
+    return present(stream, f"{kind}-*[0-9].h5")
 
 
 def _stamp(path: Path) -> _Stamp | None:
