@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from geomprobe.dtensors import is_dtensor
-from geomprobe.errors import UnsupportedTraining
+from geomprobe.errors import GeomprobeError, UnsupportedTraining
 
 Kind = Literal["one process", "DDP", "FSDP2", "DTensor"]
 
@@ -106,40 +106,49 @@ class Layout:
             return parts, sent / self.world_size
         return sent[: parts.numel()].view(parts.shape), sent[parts.numel() :]
 
-    def fail_together(self, failure: Exception | None, device: torch.device) -> None:
-        """Raise on every process where one has failed, so that none waits for it in the next exchange.
+    def total(self, sums: Tensor) -> Tensor:
+        """The sum over all weights of what each process has summed up of each of its tensors.
 
         Args:
-            failure: what this process failed with, if it did; raised here again.
-            device: of the one number that is exchanged. Its answer is waited for.
+            sums: float64, one a parameter.
 
-        Raises:
-            ElsewhereFailed: other processes failed, and this one did not.
-
-        >>> Layout().fail_together(None, torch.device("cpu"))
+        >>> Layout().total(torch.tensor([1.0, 2.0]))
+        tensor(3.)
         """
-        if self.world_size > 1:
-            failed = torch.tensor(int(failure is not None), device=device)
-            dist.all_reduce(failed, op=dist.ReduceOp.MAX)
-            if failed.item():
-                texts: list[Any] = [None] * self.world_size
-                dist.all_gather_object(texts, None if failure is None else str(failure))
-                if failure is None:
-                    raise ElsewhereFailed({rank: text for rank, text in enumerate(texts) if text is not None})
-        if failure is not None:
-            raise failure
+        counted = sums.new_tensor(self.owned or (True,) * len(sums))
+        return self.sum(torch.sum(sums * counted))
 
-    def everywhere(self, here: bool, device: torch.device) -> bool:
-        """Whether something holds on every process. The answer is waited for.
+    def failures(self, failure: Exception | None, device: torch.device) -> dict[int, tuple[str, str]]:
+        """Which processes have failed, so that none waits for one of them in the next exchange.
 
-        >>> Layout().everywhere(True, torch.device("cpu"))
-        True
+        Args:
+            failure: what this process failed with, if it did.
+            device: of the one number that is exchanged where none has. It is waited for.
+
+        Returns:
+            The exception's class and text by rank.
+
+        >>> Layout().failures(ValueError("no"), torch.device("cpu"))
+        {0: ('ValueError', 'no')}
+        """
+        own = None if failure is None else (type(failure).__name__, str(failure))
+        said: list[Any] = [own]
+        if self.largest(int(own is not None), device) and self.world_size > 1:
+            said = [None] * self.world_size
+            dist.all_gather_object(said, own)
+        return {rank: reason for rank, reason in enumerate(said) if reason is not None}
+
+    def largest(self, number: int, device: torch.device) -> int:
+        """The largest of the processes' numbers, exchanged on ``device``. It is waited for.
+
+        >>> Layout().largest(3, torch.device("cpu"))
+        3
         """
         if self.world_size == 1:
-            return here
-        missing = torch.tensor(int(not here), device=device)
-        dist.all_reduce(missing, op=dist.ReduceOp.MAX)
-        return not missing.item()
+            return number
+        sent = torch.tensor(number, device=device)
+        dist.all_reduce(sent, op=dist.ReduceOp.MAX)
+        return int(sent.item())
 
     def described(self) -> dict[str, Any]:
         """For the manifest.
@@ -150,19 +159,16 @@ class Layout:
         return {"kind": self.kind, "world_size": self.world_size}
 
 
-class ElsewhereFailed(Exception):
-    """Other processes failed at what this one did not.
+class ElsewhereFailed(GeomprobeError):
+    """Another process has failed, and this one stops with it.
 
-    Attributes:
-        reasons: what each said, by rank.
-
-    >>> print(ElsewhereFailed({2: "no graph"}))
-    rank 2: no graph
+    >>> print(ElsewhereFailed({2: "the closure returned another loss"}))
+    This process stops because rank 2 failed: the closure returned another loss
     """
 
     def __init__(self, reasons: Mapping[int, str]) -> None:
-        super().__init__("; ".join(f"rank {rank}: {text}" for rank, text in reasons.items()))
-        self.reasons = dict(reasons)
+        said = "; ".join(f"rank {rank} failed: {text}" for rank, text in reasons.items())
+        super().__init__(f"This process stops because {said}")
 
 
 def managed_by_fsdp(model: nn.Module | None) -> set[int]:

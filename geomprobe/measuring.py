@@ -1,7 +1,11 @@
-"""What a replay measures at a step: one row of inner products on the device, Hg's among them."""
+"""What a replay measures at a step: one row of inner products on the device, Hg's among them.
+
+Across processes the row is of the whole training, and the same on every process.
+"""
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +16,10 @@ from torch import Tensor
 
 from geomprobe.curvature import Curvature, CurvatureUnavailable
 from geomprobe.determinism import RNGState, capture_rng
-from geomprobe.double_backward import graph_of, hessian_vector_product, untouched
+from geomprobe.distributed import Layout
+from geomprobe.dtensors import local, local_gradient
 from geomprobe.errors import GeomprobeError
+from geomprobe.global_loss import fail_together
 from geomprobe.inner_products import InnerProducts
 from geomprobe.interception import unscaled
 from geomprobe.preflight import dissect
@@ -22,6 +28,9 @@ from geomprobe.sharpness import top_eigenvalue
 from geomprobe.trace.schema import FINAL, parameter_column, product_column
 
 CURVATURE_PRODUCTS = ("g.Hg", "Hg.Hg")
+
+# What a process knows of a step's Hg before it is taken: the largest over all processes holds.
+_READY, _PARTIAL, _BLOCKED = range(3)
 
 
 @dataclass(frozen=True)
@@ -57,28 +66,37 @@ class Measurement:
     Args:
         probe: whose parameters are measured.
         measure: what to measure.
+        layout: how the training lies across processes; found in the probe's model when None. All of them must
+            then call `row` at each step.
 
     Attributes:
+        layout: the same.
         curvature_missing: why Hg is left out, None where it is not.
     """
 
-    def __init__(self, probe: Probe, measure: Measure) -> None:
+    def __init__(self, probe: Probe, measure: Measure, layout: Layout | None = None) -> None:
         self._probe, self._measure = probe, measure
+        self.layout = Layout.of(probe.model, probe.parameters) if layout is None else layout
         self._parameters = list(probe.parameters.values())
         second = measure.curvature_every or measure.sharpness_every
-        self._curvature = Curvature(self._parameters, probe.model) if second else None
+        self._curvature = Curvature(self._parameters, probe.model, self.layout) if second else None
         self._fixed_loss: Callable[[], Tensor] | None = None
         self._complete = True
         self._parts = 0
+        self._blocked: CurvatureUnavailable | None = None
         self._rng: RNGState | None = None
         self.curvature_missing: str | None = None
 
     def open(self, references: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Make ready to measure against ``references``, weights by parameter name on their device."""
+        """Make ready to measure against ``references``: weights by parameter name, on their device.
+
+        Of DTensor parameters the references may be DTensors or this process's local values.
+        """
         measure = self._measure
         self._products = InnerProducts(
             self._parameters,
             {name: list(weights.values()) for name, weights in references.items()},
+            owned=self.layout.owned,
             per_parameter=measure.per_parameter,
             compiled=measure.compiled,
         )
@@ -95,8 +113,8 @@ class Measurement:
         self._asked_for = ["secant_residual", "linear_decrease_gap"] if measure.finite_step else []
         self._asked_for += ["sharpness"] if measure.sharpness_every else []
         self.columns += [f"steps/{name}" for name in self._asked_for]
-        self._unmeasured = torch.full_like(self._parameters[0], torch.nan, dtype=torch.float64).new_full(
-            (len(self.columns),), torch.nan
+        self._unmeasured = local(self._parameters[0]).new_full(
+            (len(self.columns),), torch.nan, dtype=torch.float64, requires_grad=False
         )
 
     def curvature_found(self) -> dict[str, Any]:
@@ -134,13 +152,13 @@ class Measurement:
             CurvatureUnavailable: Hg was required and has no exact route.
             ClosureMismatch: the closure evaluates another loss.
         """
-        if not self._wants_graph() or not plain or loss.numel() != 1:
+        if not self._wants_graph() or not plain or loss.numel() != 1 or self._blocked is not None:
             self._complete = self._complete and not self._wants_graph()
             run()
             return
         obstacles = dissect(loss).obstacles if closure is None else []
         if obstacles:
-            self._do_without(CurvatureUnavailable(obstacles[0]))
+            self._blocked_by(CurvatureUnavailable(obstacles[0]))
             run()
             return
         assert self._curvature is not None
@@ -149,7 +167,7 @@ class Measurement:
         try:
             self._curvature.backward(loss, closure=closure, rng=rng, scale=unscaled(loss)[1])
         except CurvatureUnavailable as error:  # found on the way: the gradients are complete
-            self._do_without(error)
+            self._blocked_by(error)
 
     def dropped(self) -> None:
         """The gradients so far were thrown away."""
@@ -157,25 +175,43 @@ class Measurement:
         if self._curvature is not None:
             self._curvature.discard()
 
-    def row(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> Tensor:
+    def row(
+        self,
+        gradients: Sequence[Tensor | None],
+        grad_scale: Tensor | None,
+        averaged: Tensor | None = None,
+    ) -> Tensor:
         """The step's values, in the order of ``columns``; NaN where nothing is measured at this step.
 
         Args:
             gradients: one a parameter, as the optimizer has them.
             grad_scale: what they are multiplied by, under a GradScaler with a fused optimizer.
+            averaged: further numbers of this process, such as its loss, float64. The row then begins with their
+                means over the processes. They are exchanged with the sums over the weights, in one all-reduce.
         """
+        own = self._unmeasured[:0] if averaged is None else averaged
         if self._probe.step % self._measure.every:
             self.dropped()
-            return self._unmeasured
-        products = self._products.measure(gradients, grad_scale)
-        vectors = [_unscaled_gradient(gradient, grad_scale) for gradient in gradients]
-        asked_for = self._asked_for_values(vectors)
-        curvature = self._curvature_products(vectors)
+            return torch.cat([self.layout.sum_and_mean(self._unmeasured[:0], own)[1], self._unmeasured])
+        pairs = zip(gradients, self._parameters, strict=True)
+        here = [local_gradient(gradient, parameter) for gradient, parameter in pairs]
+        products = self._products.measure(here, grad_scale)
+        vectors = [_unscaled_gradient(gradient, grad_scale) for gradient in here]
+        ready = self._ready()
+        asked_for, secant = self._asked_for_values(vectors, ready)
+        curvature = self._curvature_products(vectors, ready)
         self.dropped()
-        if not self._measure.per_parameter:
-            return torch.cat([products, curvature, asked_for])
-        parts = [products[0], curvature[0], products[1:, self._own].reshape(-1), curvature[1:].reshape(-1)]
-        return torch.cat([*parts, asked_for])
+        parts = [products, curvature, secant]
+        sums, means = self.layout.sum_and_mean(torch.cat([part.reshape(-1) for part in parts]), own)
+        pieces = sums.split([part.numel() for part in parts])
+        products, curvature, secant = (p.view(part.shape) for p, part in zip(pieces, parts, strict=True))
+        if secant.numel():
+            asked_for["secant_residual"] = (secant[1] / secant[0]).sqrt()
+        if self._measure.per_parameter:
+            of_each = [products[1:, self._own].reshape(-1), curvature[1:].reshape(-1)]
+            products, curvature = products[0], torch.cat([curvature[0], *of_each])
+        rest = [asked_for[name].reshape(1) for name in self._asked_for]
+        return torch.cat([means, products, curvature, *rest])
 
     def _due(self, every: int) -> bool:
         step = self._probe.step
@@ -191,46 +227,56 @@ class Measurement:
             self._due(self._measure.sharpness_every) and self._fixed_loss is None
         )
 
-    def _asked_for_values(self, vectors: Sequence[Tensor | None]) -> Tensor:
-        """What was asked for beside the inner products, in the order of ``_asked_for``."""
-        found = dict.fromkeys(self._asked_for, self._unmeasured.new_full((), torch.nan))
+    def _asked_for_values(
+        self, vectors: Sequence[Tensor | None], ready: bool
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """What was asked for beside the inner products, and the squares of g and of its turn over a step."""
+        missing = self._unmeasured.new_full((), torch.nan)
+        found, squares = dict.fromkeys(self._asked_for, missing), self._unmeasured[:0]
         lr = float(self._probe.optimizer.param_groups[0].get("lr", 0.0))
         try:
-            if self._measure.finite_step and self._wants_curvature() and self._whole() and lr:
+            if self._measure.finite_step and self._wants_curvature() and ready and lr:
                 assert self._curvature is not None
                 step = self._curvature.over_step(vectors, lr)
                 if step is not None:
-                    found["secant_residual"] = (_square(step.turned) / _square(vectors)).sqrt()
+                    squares = self._products_with(step.turned, vectors, "g.g", "w.w")
                     found["linear_decrease_gap"] = step.gap
-            if self._due(self._measure.sharpness_every) and (self._fixed_loss or self._whole()):
-                found["sharpness"] = found["sharpness"].new_tensor(self._sharpness())
+            if self._due(self._measure.sharpness_every) and (self._fixed_loss or ready):
+                found["sharpness"] = missing.new_tensor(self._sharpness())
         except CurvatureUnavailable as error:
             self._do_without(error)
-        return torch.stack([found[name] for name in self._asked_for]) if found else self._unmeasured[:0]
+        return found, squares
 
     def _sharpness(self) -> float:
         assert self._curvature is not None
-        curvature, module = self._curvature, self._probe.model
+        curvature = self._curvature
         if self._fixed_loss is None:
-            return top_eigenvalue(lambda v: curvature.product(v, keep=True), self._parameters).value
-        with untouched(module), torch.enable_grad():
-            graph = graph_of(self._fixed_loss(), self._parameters, module=module)
-        return top_eigenvalue(
-            lambda v: hessian_vector_product([graph], self._parameters, v, module=module, keep_graphs=True),
-            self._parameters,
-        ).value
+            product: Callable[[list[Tensor]], list[Tensor]] = functools.partial(curvature.product, keep=True)
+        else:
+            product = curvature.products_of(self._fixed_loss)
+        like = [local(parameter) for parameter in self._parameters]
+        return top_eigenvalue(product, like, total=self.layout.total).value
 
-    def _whole(self) -> bool:
-        """Whether every micro-batch of this step went through the curvature's own backward."""
-        return self._complete and self._parts > 0
+    def _ready(self) -> bool:
+        """Whether every micro-batch of this step went through the curvature's own backward, on each process."""
+        if not self._wants_graph():
+            return False
+        state = _READY if self._complete and self._parts > 0 else _PARTIAL
+        state = self.layout.largest(_BLOCKED if self._blocked else state, self._unmeasured.device)
+        if state == _BLOCKED:
+            try:
+                fail_together(self.layout, self._blocked, self._unmeasured.device)
+            except CurvatureUnavailable as error:
+                self._do_without(error)
+        return state == _READY
 
-    def _curvature_products(self, vectors: Sequence[Tensor | None]) -> Tensor:
-        """``g.Hg`` and ``Hg.Hg``, with a row for each parameter where they were asked for."""
+    def _curvature_products(self, vectors: Sequence[Tensor | None], ready: bool) -> Tensor:
+        """This process's part of ``g.Hg`` and ``Hg.Hg``, with a row for each parameter if asked for."""
         rows = (1 + len(self._parameters),) if self._measure.per_parameter else ()
         missing = self._unmeasured.new_full((*rows, 2), torch.nan)
         if not self._measure.curvature_every:
             return missing[..., :0]
-        if not self._wants_curvature() or not self._whole():
+        if not ready or not self._wants_curvature():
             return missing
         assert self._curvature is not None
         try:
@@ -238,17 +284,34 @@ class Measurement:
         except CurvatureUnavailable as error:
             self._do_without(error)
             return missing
-        sums = InnerProducts(product, {}, per_parameter=self._measure.per_parameter)
-        measured = sums.measure(vectors)
-        return measured[..., [sums.names.index("w.g"), sums.names.index("w.w")]]  # here w is Hg
+        per_parameter = self._measure.per_parameter
+        return self._products_with(product, vectors, "w.g", "w.w", per_parameter=per_parameter)
+
+    def _products_with(
+        self,
+        tensors: Sequence[Tensor],
+        vectors: Sequence[Tensor | None],
+        *names: str,
+        per_parameter: bool = False,
+    ) -> Tensor:
+        """This process's part of some inner products of ``tensors``, which are w there, and ``vectors``, g."""
+        sums = InnerProducts(tensors, {}, owned=self.layout.owned, per_parameter=per_parameter)
+        return sums.measure(vectors)[..., [sums.names.index(name) for name in names]]
+
+    def _blocked_by(self, error: CurvatureUnavailable) -> None:
+        if self.layout.world_size == 1:
+            self._do_without(error)
+        else:
+            self._blocked = error  # the others must hear of it, and at this moment they are in their backward
 
     def _do_without(self, error: GeomprobeError) -> None:
         self.dropped()
-        self._curvature = None
+        self._curvature = self._blocked = None
         self.curvature_missing = str(error)
         if self._measure.curvature_required:
             raise error
-        print(f"geomprobe: from step {self._probe.step} on, Hg is left out: {error}", file=sys.stderr)
+        if self.layout.rank == 0:
+            print(f"geomprobe: from step {self._probe.step} on, Hg is left out: {error}", file=sys.stderr)
 
 
 def _unscaled_gradient(gradient: Tensor | None, scale: Tensor | None) -> Tensor | None:
@@ -256,14 +319,6 @@ def _unscaled_gradient(gradient: Tensor | None, scale: Tensor | None) -> Tensor 
         return None
     dense = gradient.to_dense() if gradient.is_sparse else gradient
     return dense if scale is None else dense / scale
-
-
-def _square(vectors: Sequence[Tensor | None]) -> Tensor:
-    present = [vector for vector in vectors if vector is not None]
-    if not present:
-        return torch.zeros((), dtype=torch.float64)
-    products = InnerProducts(present, {})
-    return products.measure([None] * len(present))[products.names.index("w.w")]
 
 
 def _product(name: str) -> tuple[str, str]:

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+Total = Callable[[Tensor], Tensor]
+
 
 class TopEigenvalue(NamedTuple):
     """A largest eigenvalue and what is known of it.
@@ -35,6 +37,7 @@ def top_eigenvalue(
     iterations: int = 30,
     tolerance: float = 1e-3,
     generator: torch.Generator | None = None,
+    total: Total | None = None,
 ) -> TopEigenvalue:
     """The largest (not the largest in magnitude) eigenvalue of a symmetric operator: the sharpness of a loss.
 
@@ -49,6 +52,8 @@ def top_eigenvalue(
         tolerance: stop once the residual is below it, relative to the largest Ritz value in magnitude.
         generator: draws the start, on its own device; None means one of its own with a fixed seed. The global
             RNG is not touched.
+        total: where the vectors are spread over processes, makes one sum of every process's sums over each of
+            its tensors (float64, one a tensor). Without it they are summed here.
 
     Returns:
         The value, its residual bound, and the number of products. NaN where a product is not finite.
@@ -61,20 +66,23 @@ def top_eigenvalue(
     >>> round(top.value, 3), top.products
     (5.0, 3)
     """
-    if iterations < 1 or sum(tensor.numel() for tensor in like) == 0:
+    sum_up = total or torch.sum
+    device = like[0].device if like else None
+    size = int(sum_up(torch.tensor([t.numel() for t in like], dtype=torch.float64, device=device)))
+    if iterations < 1 or size == 0:
         raise ValueError(f"top_eigenvalue needs iterations >= 1 (got {iterations}) and tensors with elements")
     previous: list[Tensor] = []
-    current = _start(like, generator or torch.Generator().manual_seed(0))
+    current = _start(like, generator or torch.Generator().manual_seed(0), sum_up)
     diagonal: list[float] = []
     beside: list[float] = []
-    limit = min(iterations, sum(tensor.numel() for tensor in like))
+    limit = min(iterations, size)
     while True:
         following = [h.to(v) for h, v in zip(product(current), current, strict=True)]
         if previous:
             following = _minus(following, beside[-1], previous)
-        diagonal.append(_dot(following, current))
+        diagonal.append(_dot(following, current, sum_up))
         following = _minus(following, diagonal[-1], current)
-        norm = _dot(following, following) ** 0.5
+        norm = _dot(following, following, sum_up) ** 0.5
         if not np.isfinite(norm):
             return TopEigenvalue(float("nan"), float("nan"), len(diagonal))
         value, residual, largest = _ritz(diagonal, beside, norm)
@@ -84,9 +92,9 @@ def top_eigenvalue(
         previous, current = current, [tensor / norm for tensor in following]
 
 
-def _start(like: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
+def _start(like: Sequence[Tensor], generator: torch.Generator, total: Total) -> list[Tensor]:
     drawn = [torch.randn(t.shape, generator=generator, device=generator.device).to(t) for t in like]
-    norm = _dot(drawn, drawn) ** 0.5
+    norm = _dot(drawn, drawn, total) ** 0.5
     return [tensor / norm for tensor in drawn]
 
 
@@ -100,8 +108,7 @@ def _minus(a: Sequence[Tensor], factor: float, b: Sequence[Tensor]) -> list[Tens
     return [torch.sub(x, y, alpha=factor) for x, y in zip(a, b, strict=True)]
 
 
-def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+def _dot(a: Sequence[Tensor], b: Sequence[Tensor], total: Total) -> float:
     # Summed in float64: over millions of weights float32 loses the orthogonality that the recurrence lives on.
-    return float(
-        torch.stack([torch.sum(x * y, dtype=torch.float64) for x, y in zip(a, b, strict=True)]).sum()
-    )
+    sums = [torch.sum(x * y, dtype=torch.float64) for x, y in zip(a, b, strict=True)]
+    return float(total(torch.stack(sums)))
