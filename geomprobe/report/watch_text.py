@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from geomprobe.errors import UsageError
+from geomprobe.liveness import Writer
 from geomprobe.report.dots import draw
 from geomprobe.report.table import number
 from geomprobe.report.watch import COLUMNS, SAME, Snapshot
@@ -23,6 +24,7 @@ _NAMES = {"cosine": "cosine γ", "relative_residual": "relative residual"}
 _UNITS = ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))
 _HEIGHT = 4
 _LABELS = 10
+_NAMED = 3
 _WIDE = 20
 """Ratio of largest to smallest value from which a positive curve is drawn over its logarithm."""
 
@@ -77,16 +79,24 @@ def duration(seconds: float) -> str:
 
 
 def _condition(snapshot: Snapshot) -> str:
-    holders = ", ".join(f"process {writer.process} on {writer.host}" for writer in snapshot.writers)
+    gone = _named([writer for writer in snapshot.writers if writer.alive is False])
+    others = _named([writer for writer in snapshot.writers if writer.alive is not False])
+    lost = f" ({gone} gone)" if gone else ""
     age = f", last row {duration(snapshot.age_s)} ago" if snapshot.age_s is not None else ""
     return {
         "sealed": f"over: {snapshot.status}",
         "sealing": "over, and being sealed",
-        "starting": f"starting: {holders}, no row yet",
-        "running": f"running: {holders or 'its process'}{age}",
-        "stopped": f"stopped: nobody is writing{f' ({holders} is gone)' if holders else ''}{age}",
-        "unknown": f"{holders}, which cannot be asked from this machine{age}",
+        "starting": f"starting: {others}{lost}, no row yet",
+        "running": f"running: {others or 'its process'}{lost}{age}",
+        "stopped": f"stopped: nobody is writing{lost}{age}",
+        "unknown": f"{others}{lost}, which cannot be asked from this machine{age}",
     }[snapshot.state]
+
+
+def _named(writers: Sequence[Writer]) -> str:
+    if len(writers) > _NAMED:
+        return f"{len(writers)} processes"
+    return ", ".join(f"process {writer.process} on {writer.host}" for writer in writers)
 
 
 def _progress(snapshot: Snapshot) -> str:

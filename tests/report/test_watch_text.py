@@ -132,9 +132,14 @@ def test_a_terminal_that_knows_only_ascii_gets_only_that():
         ({"state": "running", "writers": ()}, "running: its process, last row"),
         (
             {"state": "stopped", "writers": (Writer(17, "desk", False),), "age_s": 7200.0},
-            "stopped: nobody is writing (process 17 on desk is gone), last row 2 h 0 min ago",
+            "stopped: nobody is writing (process 17 on desk gone), last row 2 h 0 min ago",
         ),
         ({"state": "stopped", "writers": (), "age_s": None}, "stopped: nobody is writing 600 of"),
+        (
+            {"writers": (Writer(17, "desk", True), Writer(18, "desk", False))},
+            "running: process 17 on desk (process 18 on desk gone), last row",
+        ),
+        ({"writers": tuple(Writer(i, "desk", True) for i in range(8))}, "running: 8 processes, last row"),
         ({"state": "unknown"}, "process 17 on desk, which cannot be asked from this machine"),
     ],
 )
