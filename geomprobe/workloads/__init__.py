@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from geomprobe.workloads.data.vaihingen import vaihingen
     from geomprobe.workloads.data.wikitext2 import wikitext2
     from geomprobe.workloads.gpt import GPT
-    from geomprobe.workloads.mlp import medium_mlp
-    from geomprobe.workloads.resnet import resnet
+    from geomprobe.workloads.perceptron import medium_mlp
+    from geomprobe.workloads.resnets import resnet
     from geomprobe.workloads.segnet import SegNet
     from geomprobe.workloads.transformer import WordTransformer
     from geomprobe.workloads.unet import UNet
-    from geomprobe.workloads.vgg import vgg
+    from geomprobe.workloads.vggs import vgg
 
 _HOMES = {
     "Corpus": "data.corpus",
@@ -42,12 +42,12 @@ _HOMES = {
     "digit_scenes": "data.digit_scenes",
     "digits": "data.digits",
     "imagenet": "data.imagenet",
-    "medium_mlp": "mlp",
-    "resnet": "resnet",
+    "medium_mlp": "perceptron",
+    "resnet": "resnets",
     "segments": "data.corpus",
     "stdlib": "data.stdlib",
     "vaihingen": "data.vaihingen",
-    "vgg": "vgg",
+    "vgg": "vggs",
     "wikitext2": "data.wikitext2",
 }
 
