@@ -1,0 +1,122 @@
+"""Every measured number under DDP and FSDP2, against one process, float64 and dense Hessians."""
+
+from __future__ import annotations
+
+from pathlib import Path as Folder
+from typing import Any
+
+import numpy as np
+import pytest
+import ranks
+import torch
+from shared_training import Case, Path, both_passes, brute_force
+
+CASES = [
+    Case("ddp"),
+    Case("ddp", optimizer="adam", per_parameter=True),
+    Case("ddp", model="norm"),
+    Case("ddp", parts=3, sync_each=False, clip=True),
+    Case("ddp", parts=3),
+    Case("ddp", closure=True, parts=2),
+    Case("ddp static", parts=2),
+    Case("ddp views", dtype=torch.float32, every=2),
+    Case("ddp unused", model="sometimes"),
+    Case("ddp sum", clip=True),
+    Case("fsdp"),
+    Case("fsdp", optimizer="adam", per_parameter=True),
+    Case("fsdp", parts=3, sync_each=False, clip=True),
+    Case("fsdp", parts=3),
+    Case("fsdp", closure=True, parts=2),
+    Case("fsdp kept", dtype=torch.float32, every=2),
+    Case("fsdp sum", optimizer="adam"),
+]
+PLAIN = [Case("ddp", curvature=False), Case("fsdp", curvature=False)]
+MESHES = [Case("hsdp"), Case("hsdp", per_parameter=True), Case("hsdp", curvature=False)]
+WORLDS = {1: [Case("ddp"), Case("fsdp"), *PLAIN], 2: CASES + PLAIN, 3: CASES, 4: CASES + MESHES}
+
+Found = dict[tuple[int, Case], list[tuple[Any, Path]]]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """What each rank saw of each case: its weights without measuring, and its path with."""
+    results: Found = {}
+    for world, cases in WORLDS.items():
+        of_ranks = ranks.run(world, both_passes, Folder(tmp_path_factory.mktemp("ranks")), cases)
+        results |= {(world, case): [of[i] for of in of_ranks] for i, case in enumerate(cases)}
+    return results
+
+
+def named(case: Any) -> str:
+    if not isinstance(case, Case):
+        return str(case)
+    said = [case.wrapper, case.model, case.optimizer, f"{case.parts} parts"]
+    return "-".join(said + [n for n in ("closure", "clip", "per_parameter") if getattr(case, n)])
+
+
+RUNS = pytest.mark.parametrize(
+    ("world", "case"), [(world, case) for world, cases in WORLDS.items() for case in cases], ids=named
+)
+
+
+@RUNS
+def test_every_column_is_that_of_one_process_on_the_global_batch(
+    found: Found, world: int, case: Case
+) -> None:
+    expected = brute_force(case, world)
+    path = found[world, case][0][1]
+    rows = np.array(path.rows)
+    tolerance = 1e-9 if case.dtype == torch.float64 else 2e-4
+    assert len(rows) == len(expected["loss"])
+    for name, values in zip(path.columns, rows.T, strict=True):
+        name = name.replace("parameters/module.", "parameters/")
+        every = 2 * case.every if name == "steps/sharpness" else case.every
+        measured = np.arange(len(values)) % every == 0
+        assert np.isnan(values[~measured]).all(), name
+        scale = np.abs(expected[name]).max()
+        limit = 1e-3 if name == "steps/sharpness" else tolerance
+        np.testing.assert_allclose(
+            values[measured], expected[name][measured], rtol=limit, atol=limit * scale, err_msg=name
+        )
+    factor = world if case.wrapper.endswith("sum") else 1
+    np.testing.assert_allclose(np.array(path.losses) * factor, expected["loss"], rtol=tolerance)
+    assert path.missing is None
+
+
+@RUNS
+def test_every_rank_has_the_same_row(found: Found, world: int, case: Case) -> None:
+    rows = [np.array(path.rows) for _, path in found[world, case]]
+    for row in rows:
+        np.testing.assert_array_equal(row, rows[0])
+
+
+@RUNS
+def test_measuring_leaves_the_trajectory_bitwise_as_it_is(found: Found, world: int, case: Case) -> None:
+    for plain, path in found[world, case]:
+        assert torch.equal(plain, path.final)
+
+
+@pytest.mark.parametrize(
+    ("world", "case", "count"),
+    [(1, PLAIN[0], 0), (1, PLAIN[1], 0), (2, PLAIN[0], 1), (2, PLAIN[1], 9 + 1), (4, MESHES[2], 9 + 1)],
+    ids=named,
+)
+def test_a_row_takes_one_all_reduce_of_its_sums_and_the_loss(
+    found: Found, world: int, case: Case, count: int
+) -> None:
+    for _, path in found[world, case]:
+        assert path.sent == [[("all_reduce", 8 * count)] if count else []] * 5
+
+
+def test_hg_takes_one_exchange_of_its_own_size_and_two_of_one_number(found: Found) -> None:
+    weights = 4 * 5 + 4 + 3 * 4 + 3 + 1
+    for case, sums in ((Case("ddp"), 1), (Case("fsdp"), 9 + 2 + 1)):
+        for _, path in found[3, case]:
+            expected = [8, 8, 8 * weights, 8 * sums]
+            assert [[size for _, size in sent] for sent in path.sent[1:]] == [expected] * 4
+
+
+@RUNS
+def test_nothing_is_exchanged_at_the_backward_passes(found: Found, world: int, case: Case) -> None:
+    for _, path in found[world, case]:
+        assert not path.beside or case.wrapper == "ddp sum"  # whose hook calls all_reduce itself
