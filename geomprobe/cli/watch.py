@@ -2,6 +2,7 @@
 
 Looks from another process, in a plain terminal, and disturbs nobody: it writes nothing and takes no lock. It
 goes on when the writer dies, and when another one takes over, and ends when the pass is sealed, or on Ctrl-C.
+For the replay of a finished recording it waits.
 What several processes write at once is shown as one. Needs rich: pip install 'geomprobe[terminal]'.
 
     geomprobe watch runs/a
@@ -44,8 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.interval > 0:
         raise UsageError(f"--interval {arguments.interval:g}: name a time in seconds, above 0")
     terminal = console()
-    watch = Watch(arguments.run)
     lasting = sys.stdout.isatty() and not terminal.is_dumb_terminal and not arguments.once
+    watch = Watch(arguments.run, waits=lasting)
     try:
         if lasting:
             snapshot = _last(watch, terminal, arguments.interval)

@@ -22,7 +22,7 @@ from geomprobe.trace.reader import open_trace
 from geomprobe.trace.record import open_record
 from geomprobe.trace.source import find, spans
 
-State = Literal["starting", "running", "stopped", "unknown", "sealing", "sealed"]
+State = Literal["waiting", "starting", "running", "stopped", "unknown", "sealing", "sealed"]
 
 COLUMNS: dict[Kind, tuple[str, ...]] = {
     "record": ("loss", "lr"),
@@ -67,7 +67,7 @@ class Snapshot:
         path: the run.
         kind: which pass.
         state: ``"sealed"``; ``"sealing"``; ``"running"`` or, before the first row, ``"starting"``; ``"stopped"`` where
-            the writer is gone; ``"unknown"`` where that cannot be told from this machine.
+            the writer is gone; ``"unknown"`` where that cannot be told from this machine; ``"waiting"`` for a replay.
         status: of a sealed pass, such as ``"complete"``.
         steps: how many steps are committed.
         total: how many there will be, where that is known.
@@ -190,6 +190,7 @@ class Watch:
 
     Args:
         path: the run folder.
+        waits: take a run that is recorded, and not replayed yet, for a replay that is about to begin.
         clock: seconds, for the rate.
 
     Raises:
@@ -207,8 +208,10 @@ class Watch:
     ('trace', 'stopped', 2, Last(step=1, value=2.0))
     """
 
-    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
-        self._path, self._clock = Path(path), clock
+    def __init__(
+        self, path: Path, *, waits: bool = False, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._path, self._waits, self._clock = Path(path), waits, clock
         self._stream = self._path / schema.STREAM_DIR
         if not self._path.is_dir():
             raise RunError(
@@ -244,8 +247,8 @@ class Watch:
         """The pass that is going on, or was the last to."""
         if self._status("trace") or parts(self._stream, "trace"):
             return "trace"
-        replayed = self._status("record") in _ENDED and writers(self._stream)
-        return "trace" if replayed else "record"
+        recorded = self._status("record") in _ENDED
+        return "trace" if recorded and (self._waits or writers(self._stream)) else "record"
 
     def _sealed(self, kind: Kind) -> Path:
         return self._path / _SEALED[kind]
@@ -266,7 +269,9 @@ class Watch:
         grew = len(self._looks) > 1 and self._looks[-1][1] > self._looks[-2][1]
         if grew or any(holder.alive for holder in holders):
             return "running" if covered else "starting"
-        return "unknown" if any(holder.alive is None for holder in holders) else "stopped"
+        if any(holder.alive is None for holder in holders):
+            return "unknown"
+        return "stopped" if covered or holders or self._kind == "record" else "waiting"
 
     def _read_parts(self) -> tuple[tuple[int, int], ...]:
         headers = self._following.look(self._seen)

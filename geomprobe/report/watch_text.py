@@ -86,6 +86,7 @@ def _condition(snapshot: Snapshot) -> str:
     return {
         "sealed": f"over: {snapshot.status}",
         "sealing": "over, and being sealed",
+        "waiting": "recorded; its replay has not begun",
         "starting": f"starting: {others}{lost}, no row yet",
         "running": f"running: {others or 'its process'}{lost}{age}",
         "stopped": f"stopped: nobody is writing{lost}{age}",

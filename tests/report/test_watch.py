@@ -57,7 +57,7 @@ def recorded(run):
 def test_a_replay_is_seen_as_it_grows_dies_and_is_begun_anew(recorded):
     clock = Clock()
     with LiveWriter(recorded) as live:
-        watch = Watch(recorded, clock)
+        watch = Watch(recorded, clock=clock)
         first = watch.look()
         assert (first.kind, first.state, first.steps, first.total) == ("trace", "starting", 0, TOTAL)
         assert (first.rate, first.left_s, first.age_s) == (None, None, None)
@@ -111,7 +111,7 @@ def test_the_last_values_and_the_curves_are_those_that_were_written(recorded):
 def test_segments_that_grow_at_once_are_one_replay_with_gaps(recorded):
     clock = Clock()
     with LiveWriter(recorded) as one, LiveWriter(recorded.parent / "other") as two:
-        watch = Watch(recorded, clock)
+        watch = Watch(recorded, clock=clock)
         one.append(10)
         one.append(20, first=200)
         (recorded.parent / "other" / "stream" / "lock").replace(recorded / "stream" / "lock-200")
@@ -227,6 +227,30 @@ def test_a_replay_that_ends_before_its_first_row_leaves_a_recorded_run(recorded)
         live.close()
     over = watch.look()
     assert (over.kind, over.state, over.status) == ("record", "sealed", "complete")
+
+
+def test_it_may_wait_for_the_replay_of_a_recording(recorded):
+    over = Watch(recorded).look()
+    assert (over.kind, over.state, over.steps) == ("record", "sealed", TOTAL)
+    watch = Watch(recorded, waits=True)
+    waiting = watch.look()
+    assert (waiting.kind, waiting.state, waiting.steps, waiting.total) == ("trace", "waiting", 0, TOTAL)
+    with LiveWriter(recorded) as live:
+        assert watch.look().state == "starting"
+        live.append(4)
+        assert watch.look().state == "running"
+        live.kill()
+    assert watch.look().state == "stopped"
+
+
+def test_a_recording_that_is_seen_through_to_its_end_is_over_though_a_replay_might_follow(run):
+    with LiveWriter(run, "record") as live:
+        live.append(4)
+        watch = Watch(run, waits=True)
+        assert watch.look().state == "running"
+        live.close()
+    seal(run, "record")
+    assert (watch.look().kind, watch.look().state) == ("record", "sealed")
 
 
 def test_a_writer_elsewhere_is_unknown_until_its_rows_come(recorded):
