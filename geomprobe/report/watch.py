@@ -72,7 +72,7 @@ class Snapshot:
         steps: how many steps are committed.
         total: how many there will be, where that is known.
         covered: first step and the step after the last of each stretch of committed rows.
-        rate: steps a second over the last looks; None where there was but one.
+        rate: steps a second over the last looks; None where fewer than two found any.
         age_s: seconds since the last write; None where there was none.
         writers: who holds the run.
         last: by column, the newest number.
@@ -279,7 +279,8 @@ class Watch:
         steps = sum(stop - first for first, stop in covered)
         if self._looks and steps < self._looks[-1][1]:  # it was begun anew
             self._looks.clear()
-        self._looks.append((self._clock(), steps))
+        if steps:  # to start up is not to step
+            self._looks.append((self._clock(), steps))
         return covered
 
     def _read_sealed(self) -> tuple[tuple[int, int], ...]:

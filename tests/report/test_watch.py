@@ -61,8 +61,11 @@ def test_a_replay_is_seen_as_it_grows_dies_and_is_begun_anew(recorded):
         first = watch.look()
         assert (first.kind, first.state, first.steps, first.total) == ("trace", "starting", 0, TOTAL)
         assert (first.rate, first.left_s, first.age_s) == (None, None, None)
-        live.append(100)
-        clock.now += 5
+        clock.now += 60  # it takes its time to start
+        live.append(20)
+        assert watch.look().rate is None
+        live.append(80)
+        clock.now += 4
         second = watch.look()
         assert (second.state, second.steps, second.covered) == ("running", 100, ((0, 100),))
         assert (second.rate, second.left_s) == (20.0, 15.0)
