@@ -300,6 +300,11 @@ def _refuse_placement(name: str, parameter: Any, world_size: int, managed: bool)
         raise UnsupportedTraining(
             f"{lies}: fully_shard over tensor parallelism is not supported. Use fully_shard alone."
         )
+    if parameter.device.type != mesh.device_type:
+        raise UnsupportedTraining(
+            f"{lies}, and its values on {parameter.device}: CPU offload is not supported. Call fully_shard without "
+            "offload_policy."
+        )
     if mesh.size() != world_size:
         raise UnsupportedTraining(
             f"{lies}, which are {mesh.size()} of the {world_size} processes: a training that is laid out in further "

@@ -193,7 +193,7 @@ def _shard(whole: Tensor, parameter: Any) -> Tensor:
 def _gathered(module: Any) -> Iterator[None]:
     """Hold the parameters that one FSDP2 module manages whole, and its hooks still."""
     state = module._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None)  # from torch 2.12 on; before, there was one
+    groups = getattr(state, "_fsdp_param_groups", None)  # a module had at most one before torch named it so
     if groups is None:
         groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
     stilled = {"reduce_grads": False, "reshard_after_backward": False, "post_forward_mesh_info": None}

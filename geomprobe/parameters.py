@@ -5,11 +5,14 @@ from __future__ import annotations
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 
+from geomprobe.distributed import fsdp_modules
 from geomprobe.errors import UnsupportedTraining
 
 
 def measured_parameters(model: nn.Module | None, optimizer: Optimizer) -> dict[str, nn.Parameter]:
     """The optimizer's parameters by their names in the model, each tensor once however often it is tied.
+
+    Modules that `fully_shard` manages are resharded: gathered weights are not what the optimizer holds.
 
     Raises:
         UnsupportedTraining: for LBFGS, complex parameters, or none at all.
@@ -24,6 +27,8 @@ def measured_parameters(model: nn.Module | None, optimizer: Optimizer) -> dict[s
             "LBFGS evaluates its closure several times a step, so a step has no one gradient to measure. "
             "Use an optimizer that takes one gradient a step."
         )
+    for module in fsdp_modules(model):
+        module.reshard()
     names = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
     found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()

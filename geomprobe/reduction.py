@@ -6,6 +6,7 @@ sum, or any multiple; whatever it is, the Hessian must be that of the same loss 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -75,11 +76,11 @@ class Reduction:
         sums = InnerProducts(self._loss.mean(own), {}, owned=self._layout.owned)
         measured = self._layout.sum(sums.measure(self._reduced)).tolist()
         of = dict(zip(sums.names, measured, strict=True))  # here g is what came of it, and w the mean
-        if not of["w.w"]:
-            return 1.0  # no gradient at all: look again at the next step
+        if not of["w.w"] or not math.isfinite(of["w.w"] + of["g.g"]):
+            return 1.0  # no gradient, or none that is finite: look again at the next step
         factor, skew = of["w.g"] / of["w.w"], 1 - of["w.g"] ** 2 / (of["w.w"] * (of["g.g"] or 1.0))
         if not skew < _SKEW**2:
-            raise CurvatureUnavailable(_obstacle(factor, skew**0.5 if skew > 0 else float("nan")))
+            raise CurvatureUnavailable(_obstacle(factor, skew**0.5))
         counts = factor * self._layout.world_size
         near = abs(counts - round(counts)) <= _ROUND * counts
         self.factor = round(counts) / self._layout.world_size if near else factor

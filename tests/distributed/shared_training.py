@@ -251,7 +251,7 @@ def full(tensor: Any) -> Tensor:
     return whole.detach().clone()
 
 
-def both_passes(cases: list[Case]) -> list[tuple[Tensor, Path]]:
+def both_passes(cases: list[Case]) -> list[tuple[Path, Path]]:
     """Each case trained plainly, then measured against its own final and initial weights."""
     warnings.simplefilter("error")
     found = []
@@ -259,7 +259,7 @@ def both_passes(cases: list[Case]) -> list[tuple[Tensor, Path]]:
         wrapped = WRAPPERS[case.wrapper](model(case.model, case.dtype))
         first = {n: p.detach().clone() for n, p in wrapped.named_parameters()}
         plain, final = train(case)
-        found.append((plain.final, train(case, {"final": final, "first": first})[0]))
+        found.append((plain, train(case, {"final": final, "first": first})[0]))
     return found
 
 

@@ -1,0 +1,354 @@
+"""What ranks do in the tests of layouts and failures: each function runs on all of them and says what it found."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from refused_layouts import WORLD, named, refusals
+from shared_training import WRAPPERS, Net, ddp, fsdp, full, optimizer_of
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_module, distribute_tensor
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from geomprobe.curvature import Curvature
+from geomprobe.distributed import Layout
+from geomprobe.double_backward import graph_of, hessian_vector_product
+from geomprobe.dtensors import local, whole
+from geomprobe.errors import GeomprobeError
+from geomprobe.inner_products import InnerProducts
+from geomprobe.measuring import Measure, Measurement
+from geomprobe.parameters import measured_parameters
+
+
+def every_job() -> dict[str, Any]:
+    """Run all that a test asks about, by name."""
+    warnings.filterwarnings("ignore", message=".*torch.jit.*")
+    return {name: job() for name, job in JOBS.items()}
+
+
+def layouts() -> dict[str, Any]:
+    """The layouts that are found."""
+    inner = nn.Linear(2, 2)
+    wrapper = DistributedDataParallel(inner)
+    found = {"inner": Layout.of(inner, dict(inner.named_parameters())).kind, "ddp": _layout(wrapper)}
+    found["fsdp"] = _layout(fsdp(Net()))
+    evaluated = fsdp(Net())
+    optimizer = optimizer_of("momentum", evaluated.parameters())
+    with torch.no_grad():
+        evaluated(torch.ones(2, 5))  # leaves the root's weights gathered
+    parameters = measured_parameters(evaluated, optimizer)
+    found["evaluated"] = Layout.of(evaluated, parameters).kind, list(parameters)
+    found["replicated"] = _layout(distribute_module(nn.Linear(2, 2), init_device_mesh("cpu", (WORLD,))))
+    return found
+
+
+def _layout(module: nn.Module) -> tuple[str, bool, tuple[bool, ...]]:
+    layout = Layout.of(*named(module))
+    return layout.kind, layout.sharded, layout.owned
+
+
+def replicated_dtensors() -> dict[str, Any]:
+    """Parameters that are replicated DTensors, whose gradients come as summands: numbers and Hg."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    torch.manual_seed(2)
+    plain = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+    torch.manual_seed(2)
+    spread = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+    distribute_module(spread, mesh)
+    x = torch.randn(2 * WORLD, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    parameters = list(spread.parameters())
+    layout = Layout.of(*named(spread))
+    curvature = Curvature(parameters, spread, layout)
+    loss = spread(distribute_tensor(x, mesh, [Shard(0)])).square().mean()
+    curvature.backward(loss)
+    came = {type(placement).__name__ for p in parameters for placement in p.grad.placements}
+    stars = [torch.ones_like(p) for p in plain.parameters()]
+    products = InnerProducts(parameters, {"final": stars}, owned=layout.owned)
+    measured = layout.sum(products.measure([p.grad for p in parameters]))
+    gradients = [p.grad.full_tensor() for p in parameters]
+    hg = curvature.product(gradients)
+    expected = plain(x).square().mean()
+    graph = graph_of(expected, list(plain.parameters()))
+    g = torch.autograd.grad(plain(x).square().mean(), list(plain.parameters()))
+    return {
+        "came": came,
+        "loss": (float(whole(loss)), float(expected)),
+        "products": (measured, InnerProducts(list(plain.parameters()), {"final": stars}).measure(g)),
+        "hg": (_flat(hg), _flat(hessian_vector_product([graph], list(plain.parameters()), g))),
+        "plain": all(type(h) is Tensor for h in hg),
+    }
+
+
+def _flat(tensors: Any) -> Tensor:
+    return torch.cat([t.detach().flatten() for t in tensors])
+
+
+class Opaque(torch.autograd.Function):
+    """Without a second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.clone()
+
+
+class Halting(nn.Module):
+    """From a step on, it has an operation without a second derivative, on the given ranks."""
+
+    def __init__(self, operation: str, ranks: tuple[int, ...]) -> None:
+        super().__init__()
+        self.inner = Net()
+        self.operation, self.ranks, self.calls = operation, ranks, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        out = self.inner(x)
+        if dist.get_rank() not in self.ranks or self.calls <= 2:
+            return out
+        return Opaque.apply(out) if self.operation == "marked" else self.ctc(out)
+
+    def ctc(self, out: Tensor) -> Tensor:
+        """Nothing in its graph says that it cannot be differentiated again: that comes out on the way."""
+        paths = functional.log_softmax(out, 1).unsqueeze(1).expand(-1, 2, -1)
+        lengths = torch.tensor([len(out)] * 2)
+        lost = functional.ctc_loss(paths, torch.ones(2, 1, dtype=torch.long), lengths, torch.tensor([1, 1]))
+        return out + lost
+
+
+def blocked() -> dict[str, Any]:
+    """Hg that becomes impossible on one rank: what each then has, and whether the run goes on as it does alone."""
+    found = {}
+    for name, wrap in (("ddp", ddp), ("fsdp", lambda module: fully_shard(_inner_sharded(module)))):
+        for operation in ("marked", "ctc"):
+            runs = [_run_halting(wrap, operation, measured) for measured in (False, True)]
+            (plain, _, _), (measured, rows, missing) = runs
+            found[f"{name} {operation}"] = torch.equal(plain, measured), rows, missing
+    return found
+
+
+def _inner_sharded(module: Any) -> nn.Module:
+    fsdp(module.inner)
+    return module
+
+
+def _run_halting(wrap: Any, operation: str, measured: bool) -> tuple[Tensor, list[bool], str | None]:
+    torch.manual_seed(3)
+    wrapped = wrap(Halting(operation, (1,)))
+    optimizer = optimizer_of("momentum", wrapped.parameters())
+    parameters = measured_parameters(wrapped, optimizer)
+    probe: Any = SimpleNamespace(model=wrapped, optimizer=optimizer, parameters=parameters, step=0)
+    measurement = Measurement(probe, Measure()) if measured else None
+    if measurement is not None:
+        measurement.open({})
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    rows = []
+    for _ in range(4):
+        x, y = torch.randn(6, 5, generator=generator), torch.randint(3, (6,), generator=generator)
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(wrapped(x), y)
+        if measurement is None:
+            loss.backward()
+        else:
+            measurement.backward(loss, None, loss.backward, True)
+            with torch.no_grad():
+                row = measurement.row([p.grad for p in parameters.values()], None)
+            rows.append(bool(row.isfinite().all()))
+        optimizer.step()
+        probe.step += 1
+    return _flat(map(full, parameters.values())), rows, measurement and measurement.curvature_missing
+
+
+def wrong_closure() -> tuple[str, str]:
+    """A closure that evaluates another loss, on rank 1 only."""
+    torch.manual_seed(3)
+    wrapped = ddp(Net())
+    parameters = list(wrapped.parameters())
+    curvature = Curvature(parameters, wrapped, Layout.of(*named(wrapped)))
+    curvature.route = "closure"
+    x = torch.randn(6, 5)
+    curvature.backward(
+        wrapped(x).square().mean(), closure=lambda: wrapped(x + (dist.get_rank() == 1)).square().mean()
+    )
+    try:
+        curvature.product([p.grad for p in parameters])
+    except GeomprobeError as error:
+        return type(error).__name__, str(error)
+    return "none", ""
+
+
+def unaveraged() -> str | None:
+    """Gradients that were never averaged, all through `no_sync`."""
+    wrapped = ddp(Net())
+    parameters = list(wrapped.parameters())
+    curvature = Curvature(parameters, wrapped, Layout.of(*named(wrapped)))
+    with wrapped.no_sync():
+        curvature.backward(wrapped(torch.randn(6, 5) * (1 + dist.get_rank())).square().mean())
+    try:
+        curvature.product([p.grad for p in parameters])
+    except GeomprobeError as error:
+        return str(error)
+    return None
+
+
+def half_seen() -> list[bool]:
+    """A step whose loss one rank hides from the probe has no Hg on any; the next one has."""
+    torch.manual_seed(3)
+    wrapped = ddp(Net())
+    probe: Any = SimpleNamespace(model=wrapped, parameters=named(wrapped)[1], step=0)
+    probe.optimizer = optimizer_of("momentum", wrapped.parameters())
+    measurement = Measurement(probe, Measure())
+    measurement.open({})
+    found = []
+    for hidden in (True, False):
+        probe.optimizer.zero_grad()
+        loss = wrapped(torch.randn(6, 5)).square().mean()
+        plain = not (hidden and dist.get_rank() == 2)
+        measurement.backward(loss, None, loss.backward, plain)
+        with torch.no_grad():
+            row = measurement.row([p.grad for p in wrapped.parameters()], None)
+        found.append(bool(row.isfinite().all()))
+    return found
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(checkpoint(lambda x: torch.tanh(self.inner(x)), x, use_reentrant=False))
+
+
+def fsdp_variants() -> dict[str, tuple[bool, float]]:
+    """Whether the weights stay bitwise the same, and how far Hg is from that of the plain twin."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return {
+        "checkpointed": _variant(Checkpointed),
+        "mixed": _variant(_layers, mp_policy=policy),
+        "tied": _variant(_tied),
+        "frozen": _variant(_frozen),
+    }
+
+
+def _layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def _tied() -> nn.Module:
+    layers = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5))
+    layers[2].weight = layers[0].weight
+    return layers
+
+
+def _frozen() -> nn.Module:
+    layers = _layers()
+    layers[0].weight.requires_grad_(False)
+    return layers
+
+
+def _variant(make: Callable[[], nn.Module], **options: Any) -> tuple[bool, float]:
+    finals, distance = [], 0.0
+    for measured in (False, True):
+        torch.manual_seed(4)
+        twin = make()
+        torch.manual_seed(4)
+        wrapped = fully_shard(make(), **options)
+        optimizer = optimizer_of("momentum", wrapped.parameters())
+        parameters = list(wrapped.parameters())
+        curvature = Curvature(parameters, wrapped, Layout.of(*named(wrapped))) if measured else None
+        generator = torch.Generator().manual_seed(9)
+        for step in range(3):
+            batch = torch.randn(WORLD * 4, 5, generator=generator)
+            optimizer.zero_grad()
+            loss = wrapped(batch.chunk(WORLD)[dist.get_rank()]).float().square().mean()
+            if curvature is None:
+                loss.backward()
+            else:
+                curvature.backward(loss)
+                hg = curvature.product([None if p.grad is None else local(p.grad) for p in parameters])
+                if step == 0:
+                    distance = _distance(twin, batch, hg, parameters)
+            optimizer.step()
+        finals.append(_flat(map(full, parameters)))
+    return torch.equal(*finals), distance
+
+
+def _distance(twin: nn.Module, batch: Tensor, hg: list[Tensor], parameters: list[Any]) -> float:
+    graph = graph_of(twin(batch).square().mean(), list(twin.parameters()))
+    twin(batch).square().mean().backward()
+    g = [p.grad for p in twin.parameters()]
+    expected = _flat(hessian_vector_product([graph], list(twin.parameters()), g))
+    rows = zip(hg, parameters, strict=True)
+    found = _flat(
+        DTensor.from_local(h, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()).full_tensor()
+        for h, p in rows
+    )
+    return float((found - expected).norm() / expected.norm())
+
+
+def fixed_loss() -> dict[str, tuple[float, float]]:
+    """The sharpness of a loss that the script names: found, and the dense oracle's."""
+    found = {}
+    for name in ("ddp", "fsdp"):
+        torch.manual_seed(3)
+        twin = Net().double()
+        torch.manual_seed(3)
+        wrapped = WRAPPERS[name](Net().double())
+        generator = torch.Generator().manual_seed(1)
+        batch = torch.randn(WORLD * 4, 5, generator=generator, dtype=torch.float64)
+        mine = batch.chunk(WORLD)[dist.get_rank()]
+        probe: Any = SimpleNamespace(model=wrapped, parameters=named(wrapped)[1], step=0)
+        probe.optimizer = optimizer_of("momentum", wrapped.parameters())
+        measurement = Measurement(probe, Measure(curvature_every=0, sharpness_every=1))
+        measurement.open({})
+        measurement.sharpness_of(lambda w=wrapped, x=mine: w(x).square().mean())
+        with torch.no_grad():
+            row = measurement.row([None] * len(probe.parameters), None)
+        column = measurement.columns.index("steps/sharpness")
+        found[name] = float(row[column]), _top(twin, batch)
+    return found
+
+
+def _top(twin: nn.Module, batch: Tensor) -> float:
+    weights = list(twin.parameters())
+    gradient = _graph_flat(torch.autograd.grad(twin(batch).square().mean(), weights, create_graph=True))
+    rows = [torch.autograd.grad(g, weights, retain_graph=True, materialize_grads=True) for g in gradient]
+    return float(torch.linalg.eigvalsh(torch.stack([_flat(row) for row in rows]))[-1])
+
+
+def _graph_flat(tensors: Any) -> Tensor:
+    return torch.cat([t.flatten() for t in tensors])
+
+
+def replicas_apart() -> bool:
+    """Whether `Replicate` placements beside a shard count once: HSDP's weights summed over all ranks."""
+    mesh = init_device_mesh("cpu", (WORLD, 1), mesh_dim_names=("replicate", "shard"))
+    wrapped = fully_shard(Net(), mesh=mesh)
+    parameters = list(wrapped.parameters())
+    layout = Layout.of(*named(wrapped))
+    sums = layout.sum(InnerProducts(parameters, {}, owned=layout.owned).measure([None] * len(parameters)))
+    expected = sum(float(full(p).double().square().sum()) for p in parameters)
+    return abs(float(sums[2]) - expected) < 1e-12 * expected
+
+
+JOBS: dict[str, Callable[[], Any]] = {
+    job.__name__: job
+    for job in (
+        refusals, layouts, replicated_dtensors, blocked, wrong_closure, unaveraged, half_seen, fsdp_variants,
+        fixed_loss, replicas_apart,
+    )
+}  # fmt: skip
