@@ -68,6 +68,7 @@ def write(
     target = folder(checkpoints, step)
     aside = target.with_name(f"{target.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
+    _quiet()
     try:
         save({**tensors, _REST: rest}, checkpoint_id=aside, no_dist=True)
         _describe(aside, facts)
@@ -96,7 +97,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], bytes]:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    quiet()
+    _quiet()
     try:
         stored = FileSystemReader(path).read_metadata().state_dict_metadata
         state: dict[str, Any] = {
@@ -160,7 +161,6 @@ class Writer:
             RunError: the one before it could not be written.
         """
         self.wait()
-        quiet()
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         self._pending = self._pool.submit(self._write, step, copies, rest, dict(facts))
 
@@ -222,8 +222,9 @@ def unpacked(rest: bytes) -> Any:
     return torch.load(io.BytesIO(rest), weights_only=False)
 
 
-def quiet() -> None:
+def _quiet() -> None:
     """Keep torch from warning that one process without a process group is meant, which it is."""
+    # For good, since a context that puts the filters back is not one for threads.
     warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 
@@ -243,7 +244,7 @@ def _description(path: Path) -> dict[str, Any]:
             raise ValueError
         found: dict[str, Any] = json.loads(outer["text"])
     except OSError as error:
-        raise RunError(f"checkpoint {path} cannot be read: {error.strerror}") from error
+        raise RunError(f"checkpoint {path} cannot be read: {FACTS}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"checkpoint {path} is damaged: {FACTS} is not what was written") from error
     return found

@@ -22,7 +22,6 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from geomprobe import __version__
-from geomprobe.errors import EnvironmentMismatch
 
 # A difference in one of these can change bits although every flag below reads the same.
 BIT_CHANGING_VARIABLES = (
@@ -38,13 +37,6 @@ BIT_CHANGING_VARIABLES = (
     "PYTHONHASHSEED",
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
 )
-
-UNCERTIFIED = " (`replay --uncertified` goes on without a certificate.)"
-
-# Sections of the manifest whose every entry must be equal for a replay to be the same run.
-# "host" and "measure" are there to read; they change no bits of the training.
-BINDING_SECTIONS = ("seed", "strict", "script", "sources", "software", "hardware", "environment", "flags")
-FIRST_STEP_SECTIONS = ("flags", "optimizer", "model", "loader")
 
 
 def seed_everything(seed: int) -> None:
@@ -152,7 +144,8 @@ def untouched_rng() -> Iterator[None]:
         restore_rng(state)
 
 
-def _sha256(path: Path) -> str | None:
+def file_digest(path: Path) -> str | None:
+    """SHA-256 of a file, None where it cannot be read."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError:
@@ -175,15 +168,10 @@ def source_digests(root: Path) -> dict[str, str]:
         path = Path(file) if isinstance(file, str) else None
         if path is None or not path.is_relative_to(root) or path.is_relative_to(package):
             continue
-        if "site-packages" in path.parts or (digest := _sha256(path)) is None:
+        if "site-packages" in path.parts or (digest := file_digest(path)) is None:
             continue
         found[str(path.relative_to(root))] = digest
     return dict(sorted(found.items()))
-
-
-def changed_sources(recorded: Mapping[str, str], root: Path) -> list[str]:
-    """Recorded files that are gone or different below ``root``."""
-    return [name for name, digest in recorded.items() if _sha256(root / name) != digest]
 
 
 def start_manifest(*, seed: int, strict: bool, script: Mapping[str, Any]) -> dict[str, Any]:
@@ -301,81 +289,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return repr(value)
-
-
-def first_mismatch(
-    recorded: Mapping[str, Any], present: Mapping[str, Any], sections: tuple[str, ...]
-) -> tuple[str, Any, Any] | None:
-    """The first entry of ``sections`` whose value differs: its dotted name and both values.
-
-    >>> first_mismatch({"flags": {"threads": 2}}, {"flags": {"threads": 1}}, ("flags",))
-    ('flags.threads', 2, 1)
-    """
-    for section in sections:
-        if section in recorded or section in present:
-            found = _difference(section, recorded.get(section), present.get(section))
-            if found is not None:
-                return found
-    return None
-
-
-def _difference(name: str, recorded: Any, present: Any) -> tuple[str, Any, Any] | None:
-    if isinstance(recorded, Mapping) and isinstance(present, Mapping):
-        pairs = [(f"{name}.{key}", recorded.get(key), present.get(key)) for key in {**recorded, **present}]
-    elif isinstance(recorded, list) and isinstance(present, list) and len(recorded) == len(present):
-        pairs = [(f"{name}[{i}]", a, b) for i, (a, b) in enumerate(zip(recorded, present, strict=True))]
-    else:
-        return None if recorded == present else (name, recorded, present)
-    return next((found for pair in pairs if (found := _difference(*pair)) is not None), None)
-
-
-def require_same_kind(recorded: Mapping[str, Any], present: Mapping[str, Any], what: Path) -> None:
-    """Refuse another optimizer than the one that a checkpoint is of; its hyperparameters may have moved on.
-
-    Args:
-        recorded: the manifest's section ``optimizer``.
-        present: the same of this process.
-        what: the checkpoint.
-
-    Raises:
-        EnvironmentMismatch: its class or the sizes of its groups differ.
-    """
-    before, now = (
-        (section["class"], [group["num_parameters"] for group in section["groups"]])
-        for section in (recorded, present)
-    )
-    if before != now:
-        raise EnvironmentMismatch(
-            f"{what} is of {before[0]} with groups of {before[1]} tensors, and here is {now[0]} with {now[1]}: nothing "
-            "was done. Build the same optimizer, or record anew."
-        )
-
-
-def require_same(
-    recorded: Mapping[str, Any],
-    present: Mapping[str, Any],
-    sections: tuple[str, ...],
-    run: Path,
-    doing: str = "replay",
-) -> None:
-    """Refuse to replay a run, or to go on with it, in an environment that differs from the recording's.
-
-    Args:
-        recorded: the manifest of the recording.
-        present: what is found now.
-        sections: which sections count.
-        run: what was recorded.
-        doing: what is refused: ``"replay"`` or ``"go on"``.
-
-    Raises:
-        EnvironmentMismatch: naming the entry and both values.
-    """
-    found = first_mismatch(recorded, present, sections)
-    if found is None:
-        return
-    name, before, now = found
-    raise EnvironmentMismatch(
-        f"{run} was recorded with {name} = {before!r}, but here it is {now!r}, which can change bits: "
-        f"nothing was done. Restore {name} to {before!r} and {doing} again, or record anew with "
-        f"`geomprobe record`.{UNCERTIFIED if doing == 'replay' else ''}"
-    )

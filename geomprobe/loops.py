@@ -38,7 +38,8 @@ class Watcher(Protocol):
         goal: where the loops have to get to before training goes on, or None.
     """
 
-    goal: Position | None
+    @property
+    def goal(self) -> Position | None: ...
 
     def fetching(self) -> None: ...
     def fetch_ended(self, came: bool) -> None: ...

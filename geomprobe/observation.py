@@ -15,17 +15,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from geomprobe import checkpoint
-from geomprobe.determinism import FIRST_STEP_SECTIONS, require_same, require_same_kind, training_manifest
-from geomprobe.errors import RunError, UnsupportedTraining, UsageError
+from geomprobe.errors import UnsupportedTraining, UsageError
 from geomprobe.evidence import Evidence
 from geomprobe.interception import tag_scaled
 from geomprobe.loops import Position
 from geomprobe.probe import Probe
+from geomprobe.restart import Restart
 from geomprobe.resuming import Resumption
 from geomprobe.step_calls import Args, Kwargs, given_closure, nested_step, replace_closure
 from geomprobe.trace.schema import GROUP_COLUMNS, group_column
-from geomprobe.training_state import restore, restore_streams, streams
 
 Closure = Callable[[], Tensor]
 
@@ -38,21 +36,16 @@ class Observation(ABC):
         manifest: what is known of the environment; the first step completes it.
         failure: what stopped the pass. It is raised again at the next event, since a script may have
             swallowed it, and once more when the script ends.
-        goal: where the script's loops have to get to before a checkpoint is put back, or None.
+        resumption: where the pass goes on; None at the start of the run.
+        restart: brings the training there.
         stop_asked: whether the pass is to stop where it can go on later.
     """
 
     def __init__(self, manifest: dict[str, Any], resumption: Resumption | None = None) -> None:
         self.manifest = manifest
-        self.goal = resumption.position if resumption is not None else None
-        self.stop_asked = False
         self.resumption = resumption
-        self.loaders: list[
-            DataLoader[Any]
-        ] = []  # made before the loops, in an order that every process shares
-        self.sweep: tuple[Any, dict[str, Any]] | None = (
-            None  # the loader that is looped over, and the RNG before
-        )
+        self.restart = Restart(resumption)
+        self.stop_asked = False
         self._begun = self._opened = False
         self.evidence = Evidence()
         self.probe: Probe | None = None
@@ -67,6 +60,11 @@ class Observation(ABC):
         self._in_backward = False
         self._factor: Tensor | None = None
         self._roots: set[int] = set()
+
+    @property
+    def goal(self) -> Position | None:
+        """Where the script's loops have to get to before training goes on, or None."""
+        return self.restart.goal
 
     # Events of the probe
 
@@ -85,17 +83,8 @@ class Observation(ABC):
 
     def iterating(self, loader: Any, position: Position | None) -> int:
         """A loop over a loader begins; gives how many of its batches to skip."""
-        if position is None or self.goal is None:
-            self.sweep = (loader, streams([loader])) if position is not None else None
-            return 0
         with self._lasting():
-            _, rest = self._stored
-            restore_streams([loader], rest["sweep"])
-            self.sweep = loader, rest["sweep"]
-            if rest["loader"] is None:
-                return self.goal.batch
-            loader.load_state_dict(rest["loader"])
-            return 0
+            return self.restart.iterating(loader, position)
 
     def between_steps(self, position: Position) -> None:
         """The script's loops stand at a position between two steps."""
@@ -103,7 +92,10 @@ class Observation(ABC):
             if self.goal is None:
                 self.boundary(position)
             elif position == self.goal:
-                self._go_on()
+                assert self.probe is not None
+                rest = self.restart.put_back(self.probe, self.evidence)
+                self._updates = self.probe.step
+                self.restored(rest)
 
     def fetching(self) -> None:
         self._stop_if_failed()
@@ -130,12 +122,13 @@ class Observation(ABC):
     def before_update(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
         assert self.probe is not None
         with self._lasting():
-            self._require_goal()
+            self.restart.require_goal()
             self._require_whole_updates()
             self.probe.require_same_parameters()
             if not self._opened:
                 self._opened = True
-                self._complete_manifest(self.probe)
+                loader = self._source[1] if self._source is not None else None
+                self.manifest |= self.restart.manifest(self.probe, loader)
                 self.open()
             if self._source is not None:
                 self._note_source(*self._source)
@@ -179,7 +172,7 @@ class Observation(ABC):
 
     def loader_made(self, loader: DataLoader[Any]) -> None:
         if not self._begun:
-            self.loaders.append(loader)
+            self.restart.loaders.append(loader)
 
     def loader_iterated(self, loader: DataLoader[Any], iterator: Iterator[Any]) -> None:
         self._iterated += 1
@@ -245,61 +238,6 @@ class Observation(ABC):
         """The optimizer has moved the weights."""
 
     # Shared by the passes
-
-    @functools.cached_property
-    def _stored(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        assert self.resumption is not None
-        assert self.resumption.checkpoint is not None
-        tensors, rest = checkpoint.read(self.resumption.checkpoint)
-        return tensors, checkpoint.unpacked(rest)
-
-    def _go_on(self) -> None:
-        """Put the checkpoint's state back, and hold it to the digests that were taken of it."""
-        assert self.probe is not None
-        assert self.resumption is not None
-        tensors, rest = self._stored
-        del self._stored
-        own = [self.sweep[0]] if self.sweep is not None else []
-        restore(self.probe, [*self.loaders, *own], tensors, rest)
-        self.probe.step = self._updates = self.resumption.step
-        self.evidence.go_on_from(rest["pending"])
-        self.goal = None
-        found, then = self.evidence.state(), self.resumption.digests
-        wrong = [component for component in found if then is not None and found[component] != then[component]]
-        if wrong:
-            raise RunError(
-                f"{self.resumption.checkpoint} was put back, but the {wrong[0]} is not what it was: "
-                f"{self._first_wrong(wrong[0], found[wrong[0]])}. Build the model, optimizer and attached objects as "
-                "they were built when the run began."
-            )
-        self.restored(rest)
-
-    def _first_wrong(self, component: str, found: list[int]) -> str:
-        assert self.resumption is not None
-        assert self.resumption.digests is not None
-        names, then = self.evidence.layout[component][-len(found) :], self.resumption.digests[component]
-        if len(then) != len(found):
-            return f"{len(then)} entries then, {len(found)} now"
-        return next(name for name, a, b in zip(names, found, then, strict=True) if a != b)
-
-    def _complete_manifest(self, probe: Probe) -> None:
-        loader = self._source[1] if self._source is not None else None
-        found = training_manifest(probe.model, probe.optimizer, probe.parameters, loader)
-        if self.resumption is not None and self.resumption.checkpoint is not None:
-            # The learning rate moves on, and the loader that gives the first batch may be another one.
-            before, what = self.resumption.manifest, self.resumption.checkpoint
-            require_same(before, found, ("flags", "model"), what)
-            require_same_kind(before["optimizer"], found["optimizer"], what)
-            found = {name: before[name] for name in FIRST_STEP_SECTIONS if name in before}
-        self.manifest |= found
-
-    def _require_goal(self) -> None:
-        if self.goal is not None:
-            raise RunError(
-                f"the script takes a step before its loop over epochs is back at epoch {self.goal.epoch}, where the "
-                "checkpoint was taken. Take all steps inside `for epoch in probe.epochs(n)`, and the batches from "
-                "probe.batches(loader); this run can only be made anew, with --force."
-            )
 
     def _note_source(self, number: int, loader: DataLoader[Any]) -> None:
         """A pass over a loader has led to a step."""

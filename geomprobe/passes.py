@@ -5,35 +5,24 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-import signal
-import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
-from geomprobe import checkpoint, sealing
-from geomprobe.determinism import (
-    BINDING_SECTIONS,
-    FIRST_STEP_SECTIONS,
-    UNCERTIFIED,
-    changed_sources,
-    draw_seed,
-    require_same,
-    seed_everything,
-    start_manifest,
-    strict_mode,
-    untouched_rng,
-)
-from geomprobe.errors import EnvironmentMismatch, RunError, Stopped, UnsupportedTraining, UsageError
+from geomprobe import sealing
+from geomprobe.claims import anew, drop_unfinished, finished_record, going_on, one_segment
+from geomprobe.determinism import draw_seed, seed_everything, start_manifest, strict_mode, untouched_rng
+from geomprobe.errors import Stopped, UnsupportedTraining, UsageError
 from geomprobe.interception import listening
 from geomprobe.keeping import Keeping
 from geomprobe.measuring import Measure
 from geomprobe.probe import observe, observing
 from geomprobe.recording import Options, Recording
 from geomprobe.replaying import Replaying, SegmentEnded
-from geomprobe.resuming import Resumption, resumption, segments
+from geomprobe.resuming import Resumption, resumption
 from geomprobe.run import Run
+from geomprobe.sameness import require_same_start
+from geomprobe.stopping import stopping_when_asked
 from geomprobe.streaming import committed, frontier, manifest_of
 from geomprobe.trace.part import Header
 from geomprobe.trace.reader import Trace, open_trace
@@ -95,6 +84,7 @@ def record(
     3
     """
     target = Run(run)
+    _require_startable(0 if seed is None else seed)
     script = _function_script(train) if script is None else script
     options = Options(tuple(reference_steps), Keeping(checkpoint_every, keep_checkpoints))
     if not resume:
@@ -103,7 +93,7 @@ def record(
         return open_record(target.path)
     sealing.finish(target)
     with target.going_on():
-        if not target.record.exists() or _drop_unfinished(target.record, open_record(target.path)):
+        if not target.record.exists() or drop_unfinished(target.record, open_record(target.path)):
             parts = committed(target, "record")
             if not parts:
                 _record(train, target, draw_seed() if seed is None else seed, strict, script, options)
@@ -126,16 +116,6 @@ def _go_on_recording(
     _record(train, target, begun["seed"], begun["strict"], script, options, going_on)
 
 
-def _drop_unfinished(path: Path, found: Record | Trace) -> bool:
-    """Whether a sealed pass was cut short; then its file goes, since its parts hold the same."""
-    if isinstance(found, Record):
-        found.close()
-    if found.status not in ("failed", "diverged"):
-        return False
-    path.unlink()
-    return True
-
-
 def _record(
     train: Train,
     target: Run,
@@ -148,7 +128,7 @@ def _record(
     with _running(seed, strict):
         manifest = start_manifest(seed=seed, strict=strict, script=script)
         if going_on is not None:
-            _require_same_start(going_on.manifest, manifest, target.path, "go on")
+            require_same_start(going_on.manifest, manifest, target.path, "go on")
             manifest = going_on.manifest
         recording = Recording(target, manifest, options, going_on)
         with _observed(recording):
@@ -231,12 +211,12 @@ def replay(
         with _running(seed, strict):
             manifest = start_manifest(seed=seed, strict=strict, script=script)
             if not uncertified:
-                _require_same_start(recorded.manifest, manifest, target.path, "replay")
+                require_same_start(recorded.manifest, manifest, target.path, "replay")
             manifest["sources"] = recorded.manifest.get("sources", {})
             if segment is not None:
-                claimed = _segment(target, recorded, segment)
+                claimed = one_segment(target, recorded, segment)
             else:
-                claimed = _going_on(target, recorded) if resume else _anew(target, force)
+                claimed = going_on(target, recorded) if resume else anew(target, force)
             with claimed as claim:
                 if claim is not None:
                     replaying = Replaying(target, recorded, manifest, measure, uncertified, *claim)
@@ -246,74 +226,6 @@ def replay(
                 if segment is not None:
                     sealing.seal_whole(target, recorded.num_steps)
     return open_trace(target.path)
-
-
-def ready_for_segments(run: Run, *, force: bool = False, resume: bool = False) -> bool:
-    """Make a run ready to be replayed in segments, by other processes.
-
-    Args:
-        run: the run.
-        force: remove an earlier trace.
-        resume: keep what segments have measured before.
-
-    Returns:
-        Whether there is anything left to do.
-
-    Raises:
-        UsageError: there is a trace, or a part of one, and neither is set.
-        RunError: another process is writing there.
-    """
-    if not resume:
-        with run.replaying(force):
-            return True
-    with run.going_on():
-        return not run.trace.exists() or _drop_unfinished(run.trace, open_trace(run.path))
-
-
-Claim = tuple[
-    Resumption | None, int | None
-]  # where a replay begins, and where it ends if that is not at the end
-
-
-@contextlib.contextmanager
-def _anew(target: Run, force: bool) -> Iterator[Claim | None]:
-    """Hold a run for a replay from the start."""
-    with target.replaying(force):
-        yield None, None
-
-
-@contextlib.contextmanager
-def _going_on(target: Run, recorded: Record) -> Iterator[Claim | None]:
-    """Hold a run for a replay that goes on where it was cut off; None where nothing is left to do."""
-    with target.going_on():
-        if target.trace.exists() and not _drop_unfinished(target.trace, open_trace(target.path)):
-            yield None
-            return
-        parts = committed(target, "trace")
-        reached = min(frontier(target, "trace", parts), recorded.num_steps)
-        yield resumption(target, recorded.manifest, parts, reached, reached - 1), None
-
-
-@contextlib.contextmanager
-def _segment(target: Run, recorded: Record, segment: tuple[int, int]) -> Iterator[Claim | None]:
-    """Hold a segment of a run; None where nothing is left to do."""
-    number, count = segment
-    if not 1 <= number <= count:
-        raise UsageError(f"segment {number}/{count}: name one of 1/{count} to {count}/{count}")
-    pieces = segments(checkpoint.saved(target.checkpoints), recorded.num_steps, count)
-    if number > len(pieces) or target.trace.exists():
-        yield None
-        return
-    first, stop = pieces[number - 1]
-    with target.segment(first):
-        parts = committed(target, "trace", first, stop)
-        reached = min(frontier(target, "trace", parts, first), stop)
-        if reached == stop and target.proof("trace", stop).exists():
-            yield None
-            return
-        # At least the last row that is there is made again, so that its gradient is seen to lead to what follows.
-        latest = max(first, reached - 1)
-        yield resumption(target, recorded.manifest, parts, reached, latest, first), stop
 
 
 def two_pass(train: Train, run: RunPath, *, seed: int | None = None, force: bool = False) -> Trace:
@@ -347,30 +259,15 @@ def two_pass(train: Train, run: RunPath, *, seed: int | None = None, force: bool
     return replay(train, run)
 
 
-def finished_record(run: Run) -> Record:
-    """The sealed record of a run, ready to be replayed.
-
-    Raises:
-        RunError: the recording is missing, unfinished or failed.
-    """
-    sealing.finish(run)
-    recorded = open_record(run.path)
-    if recorded.status == "complete":
-        return recorded
-    status, steps = recorded.status, recorded.num_steps
-    recorded.close()
-    reason = {
-        "failed": f"its script failed after {steps} steps, so it has no final weights",
-        "incomplete": f"it is unfinished ({steps} steps so far): still running, or killed",
-    }[status]
-    raise RunError(
-        f"{run.path} cannot be replayed: {reason}. `geomprobe inspect {run.path}` shows what is there; record it "
-        "again with `geomprobe record --force`."
-    )
-
-
 @contextlib.contextmanager
 def _running(seed: int, strict: bool) -> Iterator[None]:
+    _require_startable(seed)
+    with untouched_rng(), strict_mode(strict):
+        seed_everything(seed)
+        yield
+
+
+def _require_startable(seed: int) -> None:
     if observing() is not None:
         raise UsageError("A pass is running in this process already; a pass cannot run inside another.")
     if (ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
@@ -380,16 +277,13 @@ def _running(seed: int, strict: bool) -> Iterator[None]:
         )
     if not 0 <= seed < 2**32:
         raise UsageError(f"seed {seed} is outside 0 .. {2**32 - 1}, the range that NumPy accepts.")
-    with untouched_rng(), strict_mode(strict):
-        seed_everything(seed)
-        yield
 
 
 @contextlib.contextmanager
 def _observed(current: Recording | Replaying) -> Iterator[None]:
     before = observe(current)
     try:
-        with listening(current), _stopping_when_asked(current):
+        with listening(current), stopping_when_asked(current):
             yield
     except Exception as error:
         if current.stop_asked:  # the queue has told the loader's workers too, and they are gone
@@ -409,44 +303,6 @@ def _observed(current: Recording | Replaying) -> Iterator[None]:
         raise
     finally:
         observe(before)
-
-
-@contextlib.contextmanager
-def _stopping_when_asked(current: Recording | Replaying) -> Iterator[None]:
-    """Let SIGTERM, by which a queue announces the end, stop the pass where it can go on later; a second one kills."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    own = os.getpid()
-
-    def stop(number: int, frame: object) -> None:
-        signal.signal(number, before)
-        if os.getpid() == own:
-            current.stop_asked = True
-        else:  # in a process that the script has forked
-            os.kill(os.getpid(), number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _require_same_start(
-    recorded: Mapping[str, Any], manifest: Mapping[str, Any], run: Path, doing: str
-) -> None:
-    before, now = recorded["script"], manifest["script"]
-    changed = changed_sources(recorded.get("sources", {}), Path(now.get("root") or "."))
-    if before["sha256"] != now["sha256"] and before["path"] == now["path"]:
-        changed.insert(0, now["path"])
-    if changed and before.get("root") == now.get("root"):
-        raise EnvironmentMismatch(
-            f"{', '.join(changed)} changed since {run} was recorded, so to {doing} would make another run: nothing was "
-            f"done. Restore the recorded version, or record anew.{UNCERTIFIED if doing == 'replay' else ''}"
-        )
-    sections = tuple(s for s in BINDING_SECTIONS if s not in FIRST_STEP_SECTIONS and s != "sources")
-    require_same(recorded, manifest, sections, run, doing)
 
 
 def _function_script(train: Train) -> dict[str, Any]:

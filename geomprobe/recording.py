@@ -148,7 +148,9 @@ class Recording(Observation):
         self._rows.append(torch.stack([loss, rate]), digests, [epoch], host)
         self._final = None
         self._marks = self._versions()
-        if self.sweep is None or not self.probe.loops.named:  # between its batches, a checkpoint comes first
+        if (
+            self.restart.sweep is None or not self.probe.loops.named
+        ):  # between its batches, a checkpoint comes first
             self._stop_if_asked()
 
     def weights_will_change(self) -> None:
@@ -177,7 +179,7 @@ class Recording(Observation):
             Exception: what stopped the pass earlier, where the script caught it and went on.
         """
         with self._lasting():
-            self._require_goal()
+            self.restart.require_goal()
             self._require_whole_updates()
             self._keep_final()
             self._checkpoints.close()
@@ -240,9 +242,11 @@ class Recording(Observation):
         """Begin to write a checkpoint of the present state; ``position`` is None before the first step."""
         assert self.probe is not None
         loader, before = None, None
-        if position is not None and position.sweep != TOP and self.sweep is not None:
-            loader, before = self.sweep
-        tensors, rest = capture(self.probe, [*self.loaders, *([loader] if loader is not None else [])])
+        if position is not None and position.sweep != TOP and self.restart.sweep is not None:
+            loader, before = self.restart.sweep
+        tensors, rest = capture(
+            self.probe, [*self.restart.loaders, *([loader] if loader is not None else [])]
+        )
         rest["pending"] = self.evidence.pending
         rest["sweep"] = before
         rest["loader"] = (

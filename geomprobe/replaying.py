@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from geomprobe import checkpoint, sealing
-from geomprobe.determinism import FIRST_STEP_SECTIONS, require_same
+from geomprobe.comparing import Comparison
 from geomprobe.errors import EnvironmentMismatch, ReplayDiverged, RunError, Stopped
-from geomprobe.evidence import Difference, first_difference
 from geomprobe.loops import Position
 from geomprobe.measuring import Measure, Measurement
 from geomprobe.observation import Closure, Observation
@@ -23,21 +20,12 @@ from geomprobe.probe import Probe
 from geomprobe.resuming import Resumption
 from geomprobe.rows import Block, Rows
 from geomprobe.run import Run
+from geomprobe.sameness import FIRST_STEP_SECTIONS, require_same
 from geomprobe.streaming import Stream
 from geomprobe.tensors import from_numpy
 from geomprobe.trace.record import Record
 from geomprobe.trace.schema import FINAL, VALUES
 from geomprobe.trace.writer import Table
-
-_LIKELY = {
-    "rng": "something drew a different number of random numbers before this step",
-    "batch": "the samples, their order or their augmentation changed",
-    "weights": "something other than the optimizer moved the weights, or an operation has no deterministic form",
-    "optimizer": "something changed the optimizer's state or hyperparameters",
-    "loss": "an operation of the forward pass has no deterministic form, or the loss itself changed",
-    "buffers": "something changed a buffer, such as BatchNorm's running statistics",
-    "length": "the script does not stop where it stopped before",
-}
 
 
 class SegmentEnded(BaseException):
@@ -79,9 +67,7 @@ class Replaying(Observation):
         self.manifest["measure"] = measure.described()
         self._references = {name: _finite_reference(record, name) for name in record.references}
         # A replay goes on only over rows that were found equal before they were committed.
-        self._compared = self._equal = resumption.step if resumption is not None else 0
-        self._first: tuple[int, Difference] | None = None
-        self._final_equal = False
+        self._comparison = Comparison(record, run.path, resumption.step if resumption is not None else 0)
         self._stream: Stream | None = None
         self._rows: Rows | None = None
 
@@ -150,7 +136,7 @@ class Replaying(Observation):
         if step >= self._stop and not self._uncertified:
             self._rows.flush()  # an earlier difference is the cause, and comes first
             self._stop_if_failed()
-            self._diverge(step, Difference("length", "steps", ()))
+            self._diverge(step, "length", "steps")
             self._stop_if_failed()
         products = self._measurement.row(gradients, grad_scale)
         self._row = self.evidence.loss.reshape(1), products, self.epoch, *self.evidence.take()
@@ -163,7 +149,7 @@ class Replaying(Observation):
         self._stop_if_failed()
         # The script may load other weights when training is over: only now are they the final iterate.
         if self.steps == self._record.num_steps:
-            self._final_equal = self._weights_equal_final()
+            self._comparison.final_equal = self._weights_equal_final()
         if self.stop_asked:
             raise Stopped
 
@@ -176,12 +162,13 @@ class Replaying(Observation):
         """
         self._flush()
         if self.failure is None:
-            self._require_goal()
+            self.restart.require_goal()
             self._require_whole_updates()
-        if self.failure is None and self._first is None and self.steps < self._record.num_steps:
-            self._diverge(self.steps, Difference("length", "steps", ()))
-        if self.failure is None and self._first is None and not self._final_equal:
-            self._diverge(self.steps, Difference("weights", "final weights", ()))
+        held = self._comparison
+        if self.failure is None and held.difference is None and self.steps < self._record.num_steps:
+            self._diverge(self.steps, "length", "steps")
+        if self.failure is None and held.difference is None and not held.final_equal:
+            self._diverge(self.steps, "weights", "final weights")
         if self._segment and self.failure is None:
             self._prove()
         elif self.failure is None or isinstance(self.failure, ReplayDiverged):
@@ -204,23 +191,6 @@ class Replaying(Observation):
             if self._stream is not None:
                 self._stream.close()
 
-    @property
-    def certificate(self) -> dict[str, Any]:
-        """What was compared, and whether it held; see `geomprobe.trace`."""
-        found: dict[str, Any] = {
-            "steps_recorded": self._record.num_steps,
-            "steps_compared": self._compared,
-            "steps_equal": self._equal,
-            "final_weights_equal": self._final_equal,
-            "components": json.dumps(list(self.evidence.layout) if self.probe is not None else []),
-        }
-        if self._first is not None:
-            step, difference = self._first
-            found["first_difference"] = json.dumps(
-                {"step": step, "component": difference.component, "tensor": difference.tensor}
-            )
-        return found
-
     def _seal(self) -> None:
         if self._stream is None:
             return
@@ -229,14 +199,17 @@ class Replaying(Observation):
             return
         self._stream = None
         status, steps = "complete", None
-        if self._first is not None:
-            status, steps = ("uncertified", None) if self._uncertified else ("diverged", self._equal)
+        if self._comparison.difference is not None:
+            status, steps = (
+                ("uncertified", None) if self._uncertified else ("diverged", self._comparison.equal)
+            )
         sealing.seal(self._run, "trace", status=status, num_steps=steps, **self._facts())
 
     def _facts(self) -> dict[str, Any]:
         if self._measurement is not None:
             self.manifest["measure"]["curvature"] = self._measurement.curvature_found()
-        return {"manifest": self.manifest, "certificate": self.certificate}
+        layout = self.evidence.layout if self.probe is not None else {}
+        return {"manifest": self.manifest, "certificate": self._comparison.certificate(layout)}
 
     @functools.cached_property
     def _end(self) -> dict[str, Any]:
@@ -258,7 +231,7 @@ class Replaying(Observation):
             names = self.evidence.layout[component][-len(digests) :]
             for name, now, then in zip(names, digests, recorded[component], strict=True):
                 if now != then:
-                    self._diverge(self._stop, Difference(component, name, ()))
+                    self._diverge(self._stop, component, name)
                     self._stop_if_failed()
         self._prove()
         raise SegmentEnded
@@ -305,12 +278,14 @@ class Replaying(Observation):
             }
 
     def _compare_and_write(self, block: Block) -> None:
-        if self._first is not None and not self._uncertified:
+        if self._comparison.difference is not None and not self._uncertified:
             return
         assert self._stream is not None
         prints = self.evidence.assemble(block.integers, block.host_integers)
         values = np.hstack([block.host_floats, block.floats])
-        equal = self._equal_rows(prints, len(values))
+        equal = self._comparison.block(self.evidence.layout, prints, len(values))
+        if self._comparison.difference is not None and not self._uncertified:
+            self.failure = self._comparison.error()
         if self._uncertified:
             same = np.ones((len(values), 1))
             same[equal:] = 0.0
@@ -318,56 +293,10 @@ class Replaying(Observation):
         elif equal:
             self._stream.append({VALUES: values[:equal]})
 
-    def _equal_rows(self, prints: dict[str, NDArray[np.int64]], count: int) -> int:
-        """How many rows of a block came before the first difference; counts what was compared."""
-        start = self._compared
-        self._compared += count
-        if self._first is not None:
-            return 0
-        layout = self.evidence.layout
-        recorded = {name: self._record.fingerprints(name, start, start + count) for name in layout}
-        known = min(count, self._record.num_steps - start)
-        different = np.zeros(count, bool)
-        different[known:] = True
-        for name in layout:
-            different[:known] |= (recorded[name] != prints[name][:known]).any(axis=1)
-        row = int(different.argmax()) if different.any() else count
-        self._equal += row
-        if row < known:
-            pair = ({name: rows[name][row] for name in layout} for rows in (recorded, prints))
-            difference = first_difference(layout, *pair)
-            assert difference is not None
-            self._diverge(start + row, difference)
-        elif row < count:
-            self._diverge(start + row, Difference("length", "steps", ()))
-        return row
-
-    def _diverge(self, step: int, difference: Difference) -> None:
-        self._first = step, difference
-        if self._uncertified:
-            return
-        self.failure = ReplayDiverged(
-            self._account(step, difference),
-            step=step,
-            component=difference.component,
-            tensor=difference.tensor,
-        )
-
-    def _account(self, step: int, difference: Difference) -> str:
-        total, run = self._record.num_steps, self._run.path
-        if difference.component == "length":
-            what = f"was recorded with {total} steps, and the replay took {'more' if step >= total else step}"
-        elif step >= total:
-            what = f"reached the end, but the weights after step {total - 1} are not w_T bit for bit"
-        else:
-            what = f"differed from its recording at step {step} of {total}: first the {difference.component} "
-            what += f"({difference.tensor})"
-        also = f", then {', '.join(difference.also)}" if difference.also else ""
-        return (
-            f"The replay of {run} {what}{also}. All {self._equal} steps before it were equal. "
-            f"Likely, {_LIKELY[difference.component]}. `geomprobe inspect {run}` shows what was measured up to "
-            f"there; `geomprobe replay {run} --force --uncertified` goes on past it and marks every later row."
-        )
+    def _diverge(self, step: int, component: str, tensor: str) -> None:
+        self._comparison.differs(step, component, tensor)
+        if not self._uncertified:
+            self.failure = self._comparison.error()
 
     def _weights_equal_final(self) -> bool:
         assert self.probe is not None

@@ -121,6 +121,9 @@ class Stream:
                 )
         self._earlier = [_rows(part, started) for part in earlier if part.stop_step > started]
 
+        if self._known(started) is None and started >= self._first:
+            self._writer = self._part(started)
+
     def append(self, blocks: Tables) -> None:
         """Compare or write the rows of the next steps.
 
@@ -134,7 +137,7 @@ class Stream:
         first, count = self._next, len(next(iter(blocks.values())))
         step = first
         while step < first + count:
-            known = next((rows for rows in self._earlier if rows.first <= step < rows.stop), None)
+            known = self._known(step)
             ahead = [
                 start for start in (self._first, *(rows.first for rows in self._earlier)) if start > step
             ]
@@ -156,14 +159,21 @@ class Stream:
         writer = self._writer
         if writer is None or writer.next_step != step:
             self.close()
-            self._writer = writer = PartWriter(
-                self._run.part(self._kind, step),
-                schema=_SCHEMAS[self._kind],
-                tables=self._tables,
-                attributes=self._attributes,
-                first_step=step,
-            )
+            self._writer = writer = self._part(step)
         writer.append(piece)
+
+    def _part(self, step: int) -> PartWriter:
+        return PartWriter(
+            self._run.part(self._kind, step),
+            schema=_SCHEMAS[self._kind],
+            tables=self._tables,
+            attributes=self._attributes,
+            first_step=step,
+        )
+
+    def _known(self, step: int) -> _Rows | None:
+        """The rows of an earlier attempt that hold a step."""
+        return next((rows for rows in self._earlier if rows.first <= step < rows.stop), None)
 
     def _compare(self, step: int, piece: Tables, known: _Rows) -> None:
         for table in self._tables:
@@ -176,9 +186,9 @@ class Stream:
                 row, column = (int(found[0]) for found in np.nonzero(different))
                 raise RunError(
                     f"{known.path} holds step {step + row} already, as an earlier attempt saw it, and now its "
-                    f"{table.name} ({table.columns[column]}) is another: this is not the run that was cut off. Does the script keep "
-                    "state of its own, such as a counter or a random generator, that was not given to attach? Nothing "
-                    "was changed; --force begins anew."
+                    f"{table.name} ({table.columns[column]}) is another: this is not the run that was cut off. "
+                    "Does the script keep state of its own, such as a counter or a random generator, that was not "
+                    "given to attach? Nothing was changed; --force begins anew."
                 )
 
 

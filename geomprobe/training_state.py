@@ -121,6 +121,7 @@ def _restore_optimizer(probe: Probe, tensors: Mapping[str, Tensor], rest: Mappin
         for key in [key for key in group if key != "params" and key not in kept]:
             del group[key]
         group.update(kept)
+    optimizer.__dict__["_opt_called"] = True  # or a scheduler would warn that the optimizer has not stepped
     optimizer.state.clear()
     names = [name for name in (*tensors, *rest["sparse"]) if name.startswith("optimizer/")]
     for name in names:

@@ -93,8 +93,16 @@ class Loop:
         self.scheduler = case.scheduler(self.optimizer) if case.scheduler else None
         self.scaler = case.scaler() if case.scaler else None
         self.loader = DataLoader(case.data(), BATCH, shuffle=True, num_workers=case.workers)
-        self.probe = watch.attach(self.model, self.optimizer, scheduler=self.scheduler, scaler=self.scaler)
         self.tries = 0
+        self.probe = watch.attach(
+            self.model, self.optimizer, scheduler=self.scheduler, scaler=self.scaler, loop=self
+        )
+
+    def state_dict(self) -> dict[str, int]:
+        return {"tries": self.tries}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.tries = state["tries"]
 
     def run(self) -> None:
         for _ in self.probe.epochs(self.case.epochs):

@@ -14,9 +14,11 @@ from cases import CASES, Embedded, Loop, Watch, bits, mlp, with_batch_norm
 from torch import nn
 
 from geomprobe import checkpoint
-from geomprobe.determinism import RNGState, restore_rng, untouched_rng
+from geomprobe.determinism import untouched_rng
 from geomprobe.errors import RunError
+from geomprobe.keeping import Keeping
 from geomprobe.probe import Observer, Probe
+from geomprobe.training_state import capture, restore
 
 
 class Nobody:
@@ -57,14 +59,14 @@ def state_of(probe: Probe) -> dict[str, str]:
     return bits({"model": probe.model, "optimizer": probe.optimizer, **probe.stateful})
 
 
-def restore(state: dict[str, Any], probe: Probe) -> None:
-    assert probe.model is not None
-    probe.model.load_state_dict(state["model"])
-    probe.optimizer.load_state_dict(state["optimizer"])
-    for name, thing in probe.stateful.items():
-        thing.load_state_dict(state["stateful"][name])
-    rng = state["rng"]
-    restore_rng(RNGState(rng["python"], rng["numpy"], rng["torch"], tuple(rng["cuda"])))
+def save(checkpoints: Path, probe: Probe) -> Path:
+    tensors, rest = capture(probe, [])
+    return checkpoint.write(checkpoints, probe.step, tensors, checkpoint.packed(rest), {})
+
+
+def load(path: Path, probe: Probe) -> None:
+    tensors, rest = checkpoint.read(path)
+    restore(probe, [], tensors, checkpoint.unpacked(rest))
 
 
 def adam(parameters: Any) -> torch.optim.Optimizer:
@@ -101,7 +103,7 @@ def test_a_training_goes_on_from_a_checkpoint_to_the_same_bits(
     np.random.randn()
     torch.randn(())
     saved = state_of(probe)
-    path = checkpoint.save(tmp_path, probe)
+    path = save(tmp_path, probe)
     for _ in range(4):
         train_on(probe)
     ended = state_of(probe)
@@ -109,7 +111,7 @@ def test_a_training_goes_on_from_a_checkpoint_to_the_same_bits(
 
     other = trained(make, optimizer, 3)  # of the same shapes, with other bits
     assert state_of(other) != saved
-    restore(checkpoint.load(path, other), other)
+    load(path, other)
     assert state_of(other) == saved
     for _ in range(4):
         train_on(other)
@@ -119,38 +121,123 @@ def test_a_training_goes_on_from_a_checkpoint_to_the_same_bits(
 def test_the_state_before_the_first_step_comes_back_though_the_optimizer_has_none_yet(tmp_path: Path) -> None:
     probe = trained(mlp, adam, 0)
     saved = state_of(probe)
-    path = checkpoint.save(tmp_path, probe)
+    path = save(tmp_path, probe)
     train_on(probe)
     fresh = trained(mlp, adam, 0)
-    restore(checkpoint.load(path, fresh), fresh)
+    load(path, fresh)
     assert state_of(fresh) == saved
 
 
 def test_saving_changes_nothing_and_draws_nothing(tmp_path: Path) -> None:
     probe = trained(with_batch_norm, adam, 2)
     before = state_of(probe)
-    checkpoint.save(tmp_path, probe)
+    save(tmp_path, probe)
     assert state_of(probe) == before
 
 
-def test_loading_changes_neither_the_probe_nor_the_generators(tmp_path: Path) -> None:
-    path = checkpoint.save(tmp_path, trained(with_batch_norm, adam, 2))
-    other = trained(with_batch_norm, adam, 3)
+def test_a_process_whose_optimizer_has_not_stepped_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    probe = trained(lambda: mlp().bfloat16(), adam, 3)
+    state = probe.optimizer.state[next(iter(probe.parameters.values()))]
+    state["exp_avg"] = state["exp_avg"].float()  # load_state_dict would cast it down
+    path, saved = save(tmp_path, probe), state_of(probe)
+    fresh = trained(lambda: mlp().bfloat16(), adam, 0)
+    load(path, fresh)
+    assert state_of(fresh) == saved
+
+
+def test_what_no_state_dict_holds_comes_back_too(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        model = with_batch_norm()
+        model.register_buffer("calls", torch.zeros(2), persistent=False)
+        return model.to(memory_format=torch.channels_last)
+
+    probe, other = trained(make, momentum, 2), trained(make, momentum, 0)
+    assert probe.model is not None
+    assert other.model is not None
+    first = next(iter(probe.parameters))
+    probe.parameters[first].requires_grad_(False)
+    probe.model.get_buffer("calls").add_(3)
+    probe.model.get_submodule("1").eval()
+    wide = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    probe.optimizer.state[probe.parameters[first]]["wide"] = wide
+    load(save(tmp_path, probe), other)
+    assert other.model.get_buffer("calls").tolist() == [3, 3]
+    assert not other.model.get_submodule("1").training
+    assert not other.parameters[first].requires_grad
+    for name, parameter in probe.parameters.items():
+        assert parameter.grad is not None
+        back = other.parameters[name].grad
+        assert back is not None
+        assert torch.equal(back, parameter.grad)
+    back = other.optimizer.state[other.parameters[first]]["wide"]
+    assert torch.equal(back, wide)
+    assert back.stride() == wide.stride()
+
+
+def test_another_model_is_refused_and_untouched(tmp_path: Path) -> None:
+    path = save(tmp_path, trained(mlp, adam, 2))
+    other = trained(with_batch_norm, adam, 0)
     before = state_of(other)
-    checkpoint.load(path, other)
+    with pytest.raises(RunError, match="not in both"):
+        load(path, other)
     assert state_of(other) == before
 
 
-def test_the_state_of_an_optimizer_is_never_left_out_in_silence(tmp_path: Path) -> None:
-    path = checkpoint.save(tmp_path, trained(mlp, adam, 2))
-    with pytest.raises(RunError, match="Adam has not, so there is nothing to read it into"):
-        checkpoint.load(path, trained(mlp, adam, 0))
+def test_a_changed_bit_in_any_file_is_found_and_the_file_named(tmp_path: Path) -> None:
+    path = save(tmp_path, trained(mlp, adam, 2))
+    checkpoint.verify(path)
+    luck = random.Random(0)
+    for file in sorted(path.iterdir()):
+        whole = file.read_bytes()
+        for _ in range(8):
+            at = luck.randrange(len(whole))
+            file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << luck.randrange(8)]) + whole[at + 1 :])
+            with pytest.raises(RunError, match=f"damaged: {file.name}"):
+                checkpoint.verify(path)
+        file.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(RunError, match=f"damaged: {file.name}"):
+            checkpoint.verify(path)
+        file.unlink()
+        with pytest.raises(RunError, match=file.name):
+            checkpoint.verify(path)
+        file.write_bytes(whole)
+    checkpoint.verify(path)
+
+
+def test_the_writer_keeps_the_state_as_it_was_and_thins_what_lies_closest(tmp_path: Path) -> None:
+    probe = trained(mlp, momentum, 0)
+    writer = checkpoint.Writer(tmp_path, Keeping(keep=4).too_many)
+    states = {}
+    for step in range(8):
+        probe.step = step
+        states[step] = state_of(probe)
+        tensors, rest = capture(probe, [])
+        writer.submit(step, tensors, checkpoint.packed(rest), {"step": step})
+        train_on(probe)  # while it is being written
+    writer.close()
+    kept = checkpoint.saved(tmp_path)
+    assert kept[0] == 0
+    assert kept[-1] == 7
+    assert len(kept) == 4
+    for step in kept:
+        assert checkpoint.verify(checkpoint.folder(tmp_path, step)) == {"step": step}
+        load(checkpoint.folder(tmp_path, step), probe)
+        assert state_of(probe) == states[step]
+
+
+def test_what_the_writer_could_not_write_is_told_at_the_next_occasion(tmp_path: Path) -> None:
+    file = tmp_path / "checkpoints"
+    file.write_text("in the way")
+    writer = checkpoint.Writer(file, lambda steps: [])
+    writer.submit(0, {"weight": torch.ones(2)}, b"", {})
+    with pytest.raises(RunError, match=r"cannot write .*step-00000000"):
+        writer.close()
 
 
 def test_the_folder_is_named_by_the_step_and_whole(tmp_path: Path) -> None:
     probe = trained(mlp, adam, 2)
     assert probe.step == 2
-    path = checkpoint.save(tmp_path, probe)
+    path = save(tmp_path, probe)
     assert path == tmp_path / "step-00000002" == checkpoint.folder(tmp_path, 2)
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
@@ -160,7 +247,7 @@ def test_what_a_killed_save_left_behind_is_no_obstacle(tmp_path: Path) -> None:
     half = tmp_path / "step-00000002.part"
     half.mkdir()
     (half / "rubbish").write_text("half")
-    path = checkpoint.save(tmp_path, probe)
+    path = save(tmp_path, probe)
     assert not half.exists()
     assert "rubbish" not in {entry.name for entry in path.iterdir()}
 
@@ -169,11 +256,11 @@ def test_a_probe_without_a_model_keeps_its_parameters(tmp_path: Path) -> None:
     weight = nn.Parameter(torch.randn(3))
     observer: Observer = Nobody()  # type: ignore[assignment]
     probe = Probe(None, torch.optim.SGD([weight], lr=0.1), {}, observer)
-    path, before = checkpoint.save(tmp_path, probe), weight.detach().clone()
+    path, before = save(tmp_path, probe), weight.detach().clone()
     with torch.no_grad():
         weight.zero_()
-    state = checkpoint.load(path, probe)
-    assert torch.equal(state["model"]["group0.parameter0"], before)
+    load(path, probe)
+    assert torch.equal(weight, before)
 
 
 def test_every_case_of_the_two_passes_can_be_saved(tmp_path: Path) -> None:
@@ -181,7 +268,7 @@ def test_every_case_of_the_two_passes_can_be_saved(tmp_path: Path) -> None:
         def attach(self, model: Any, optimizer: Any, **stateful: Any) -> Any:
             observer: Observer = Nobody()  # type: ignore[assignment]
             probe = Probe(model, optimizer, {k: v for k, v in stateful.items() if v is not None}, observer)
-            checkpoint.save(tmp_path / str(len(list(tmp_path.iterdir()))), probe)
+            save(tmp_path / str(len(list(tmp_path.iterdir()))), probe)
             return super().attach(model, optimizer)
 
     for case in CASES:

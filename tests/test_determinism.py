@@ -15,11 +15,8 @@ import torch
 from geomprobe.determinism import (
     BIT_CHANGING_VARIABLES,
     capture_rng,
-    changed_sources,
     draw_seed,
-    first_mismatch,
     flags,
-    require_same,
     restore_rng,
     seed_everything,
     source_digests,
@@ -28,6 +25,7 @@ from geomprobe.determinism import (
     untouched_rng,
 )
 from geomprobe.errors import EnvironmentMismatch
+from geomprobe.sameness import changed_sources, first_mismatch, require_same
 
 SCRIPT = {"kind": "script", "path": "train.py", "argv": [], "cwd": "/", "root": "/", "sha256": "0"}
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import IO, Any
 
-from geomprobe import checkpoint, passes
+from geomprobe import checkpoint, claims
 from geomprobe.errors import GeomprobeError, ReplayDiverged, Stopped, UsageError
 from geomprobe.resuming import segments
 from geomprobe.run import Run
@@ -44,7 +44,7 @@ def replay(arguments: argparse.Namespace, recorded: Record) -> None:
     """
     run = Run(arguments.folder)
     pieces = segments(_cuts(arguments, recorded, run), recorded.num_steps, arguments.jobs)
-    if not passes.ready_for_segments(run, force=arguments.force, resume=arguments.resume):
+    if not claims.ready_for_segments(run, force=arguments.force, resume=arguments.resume):
         return
     steps = ", ".join(f"{first} to {stop - 1}" for first, stop in pieces)
     print(
@@ -74,7 +74,8 @@ def _cuts(arguments: argparse.Namespace, recorded: Record, run: Run) -> list[int
         why = recorded.manifest.get("recording", {}).get("no_checkpoints")
         reason = f"because {why}" if why else "its loop over epochs is not `for epoch in probe.epochs(n)`"
         raise UsageError(
-            f"{arguments.folder} has no checkpoints to split it at: {reason}. Replay it without --jobs, or record it anew."
+            f"{arguments.folder} has no checkpoints to split it at: {reason}. Replay it without --jobs, or "
+            "record it anew."
         )
     return cuts
 

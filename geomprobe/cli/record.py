@@ -7,9 +7,9 @@ optimizer, whether or not the script calls geomprobe.attach. Everything lands in
     geomprobe record -o runs/a --seed 0 --reference-steps 100,200 -m project.train
     geomprobe record -o runs/a --resume train.py --lr 0.1
 
-The whole state is kept at each epoch of `for epoch in probe.epochs(n)`. With --resume, a recording that was cut off goes
-on from there, and starts where there is none, so that a queue can run the same line again and again. On SIGTERM the state
-is kept after the present step, and the exit code is 75.
+The whole state is kept at each epoch of `for epoch in probe.epochs(n)`. With --resume, a recording that was cut
+off goes on from there, and one that is not there begins, so that a queue can run the same line again and again.
+On SIGTERM the state is kept after the present step, and the exit code is 75.
 
 Options of geomprobe come before the script; what follows it is the script's own.
 """

@@ -25,8 +25,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from geomprobe.errors import UsageError
 from geomprobe.cli import launch
+from geomprobe.errors import UsageError
 from geomprobe.trace.reader import Trace, open_trace
 from geomprobe.trace.schema import TRACE_FILE
 
@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Replay, and say what was written and whether it held."""
-    from geomprobe import passes, sealing
+    from geomprobe import claims, passes, sealing
     from geomprobe.cli import parallel
     from geomprobe.run import Run
 
@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
         print(f"Next: geomprobe verify {arguments.folder}", file=sys.stderr)
         return 0
-    with closing(passes.finished_record(Run(arguments.folder))) as recorded:
+    with closing(claims.finished_record(Run(arguments.folder))) as recorded:
         manifest = recorded.manifest
         present = launch.present(manifest["script"], arguments.folder)
         launch.restart_with(_at_start_up(manifest))

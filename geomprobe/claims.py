@@ -1,0 +1,137 @@
+"""Hold a run for a replay: from its start, from where one was cut off, or for one segment of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from geomprobe import checkpoint, sealing
+from geomprobe.errors import RunError, UsageError
+from geomprobe.resuming import Resumption, resumption, segments
+from geomprobe.run import Run
+from geomprobe.streaming import committed, frontier
+from geomprobe.trace.reader import Trace, open_trace
+from geomprobe.trace.record import Record, open_record
+
+Claim = tuple[
+    Resumption | None, int | None
+]  # where a replay begins, and where it ends if that is not at the end
+
+
+@contextlib.contextmanager
+def anew(target: Run, force: bool) -> Iterator[Claim | None]:
+    """Hold a run for a replay from the start.
+
+    Args:
+        target: the run.
+        force: remove an earlier trace.
+
+    Raises:
+        UsageError: there is one, and ``force`` is not set.
+        RunError: another process is writing there.
+    """
+    with target.replaying(force):
+        yield None, None
+
+
+@contextlib.contextmanager
+def going_on(target: Run, recorded: Record) -> Iterator[Claim | None]:
+    """Hold a run for a replay that goes on where it was cut off; None where nothing is left to do.
+
+    Raises:
+        RunError: another process is writing there, or what is there is damaged.
+    """
+    with target.going_on():
+        if target.trace.exists() and not drop_unfinished(target.trace, open_trace(target.path)):
+            yield None
+            return
+        parts = committed(target, "trace")
+        reached = min(frontier(target, "trace", parts), recorded.num_steps)
+        yield resumption(target, recorded.manifest, parts, reached, reached - 1), None
+
+
+@contextlib.contextmanager
+def one_segment(target: Run, recorded: Record, segment: tuple[int, int]) -> Iterator[Claim | None]:
+    """Hold a segment of a run; None where nothing is left to do.
+
+    Args:
+        target: the run.
+        recorded: its recording.
+        segment: ``(i, k)``: the i-th of k, from 1.
+
+    Raises:
+        UsageError: there is no such segment.
+        RunError: another process is writing it, or what is there is damaged.
+    """
+    number, count = segment
+    if not 1 <= number <= count:
+        raise UsageError(f"segment {number}/{count}: name one of 1/{count} to {count}/{count}")
+    pieces = segments(checkpoint.saved(target.checkpoints), recorded.num_steps, count)
+    if number > len(pieces) or target.trace.exists():
+        yield None
+        return
+    first, stop = pieces[number - 1]
+    with target.segment(first):
+        parts = committed(target, "trace", first, stop)
+        reached = min(frontier(target, "trace", parts, first), stop)
+        if reached == stop and target.proof("trace", stop).exists():
+            yield None
+            return
+        # At least the last row that is there is made again, so that its gradient is seen to lead to what follows.
+        latest = max(first, reached - 1)
+        yield resumption(target, recorded.manifest, parts, reached, latest, first), stop
+
+
+def ready_for_segments(run: Run, *, force: bool = False, resume: bool = False) -> bool:
+    """Make a run ready to be replayed in segments, by other processes.
+
+    Args:
+        run: the run.
+        force: remove an earlier trace.
+        resume: keep what segments have measured before.
+
+    Returns:
+        Whether there is anything left to do.
+
+    Raises:
+        UsageError: there is a trace, or a part of one, and neither is set.
+        RunError: another process is writing there.
+    """
+    if not resume:
+        with run.replaying(force):
+            return True
+    with run.going_on():
+        return not run.trace.exists() or drop_unfinished(run.trace, open_trace(run.path))
+
+
+def finished_record(run: Run) -> Record:
+    """The sealed record of a run, ready to be replayed.
+
+    Raises:
+        RunError: the recording is missing, unfinished or failed.
+    """
+    sealing.finish(run)
+    recorded = open_record(run.path)
+    if recorded.status == "complete":
+        return recorded
+    status, steps = recorded.status, recorded.num_steps
+    recorded.close()
+    reason = {
+        "failed": f"its script failed after {steps} steps, so it has no final weights",
+        "incomplete": f"it is unfinished ({steps} steps so far): still running, or killed",
+    }[status]
+    raise RunError(
+        f"{run.path} cannot be replayed: {reason}. `geomprobe inspect {run.path}` shows what is there; record it "
+        "again with `geomprobe record --force`."
+    )
+
+
+def drop_unfinished(path: Path, found: Record | Trace) -> bool:
+    """Whether a sealed pass was cut short; then its file goes, since its parts hold the same."""
+    if isinstance(found, Record):
+        found.close()
+    if found.status not in ("failed", "diverged"):
+        return False
+    path.unlink()
+    return True
