@@ -210,7 +210,7 @@ class Curvature:
             return total
 
         found = self._globally(turned)
-        mean = self._layout.sum_and_mean(gap.new_empty(0), gap.reshape(1))[1][0]
+        mean = self._layout.exchange(gap.new_empty(0), gap.reshape(1))[1][0]
         return FiniteStep(found, mean * (self._reduction.factor or 1.0))
 
     def discard(self) -> None:

@@ -86,25 +86,37 @@ class Layout:
         >>> Layout().sum(torch.tensor([1.0, 2.0]))
         tensor([1., 2.])
         """
-        return self.sum_and_mean(parts, parts.new_empty(0))[0]
+        return self.exchange(parts, parts.new_empty(0))[0]
 
-    def sum_and_mean(self, parts: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """`sum` of ``parts`` and the mean of ``values`` over the processes, in one all-reduce.
+    def exchange(
+        self, parts: Tensor, averaged: Tensor, apart: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """All that the processes tell one another of a step, in one all-reduce, or none where nothing is to tell.
 
         Args:
             parts: as for `sum`.
-            values: of the same dtype and device; one dimension. Each process has its own, such as its loss.
+            averaged: numbers of this process, such as its loss; one dimension, as is ``apart``, and all float64
+                on one device.
+            apart: numbers of this process that all are to know.
 
-        >>> Layout().sum_and_mean(torch.ones(1), torch.tensor([3.0]))
-        (tensor([1.]), tensor([3.]))
+        Returns:
+            The `sum` of ``parts``; the mean of ``averaged`` over the processes; ``apart`` of each, by rank.
+
+        >>> Layout().exchange(torch.ones(1), torch.tensor([3.0]), torch.tensor([4.0]))
+        (tensor([1.]), tensor([3.]), tensor([[4.]]))
         """
-        if self.world_size == 1 or not (self.sharded or values.numel()):
-            return parts, values
-        sent = torch.cat([parts.reshape(-1), values / self.world_size]) if self.sharded else values.clone()
-        dist.all_reduce(sent)
-        if not self.sharded:
-            return parts, sent / self.world_size
-        return sent[: parts.numel()].view(parts.shape), sent[parts.numel() :]
+        apart = averaged.new_empty(0) if apart is None else apart
+        if self.world_size == 1:
+            return parts, averaged, apart.unsqueeze(0)
+        everyone = apart.new_zeros(self.world_size, apart.numel())
+        everyone[self.rank] = apart
+        pieces = [parts.reshape(-1) if self.sharded else parts.new_empty(0), averaged, everyone.reshape(-1)]
+        sent = torch.cat(pieces)
+        if sent.numel():
+            dist.all_reduce(sent)
+        sums, mean, each = sent.split([piece.numel() for piece in pieces])
+        total = sums.view(parts.shape) if self.sharded else parts
+        return total, mean / self.world_size, each.view(everyone.shape)
 
     def total(self, sums: Tensor) -> Tensor:
         """The sum over all weights of what each process has summed up of each of its tensors.

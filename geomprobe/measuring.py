@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from geomprobe.errors import GeomprobeError
 from geomprobe.global_loss import fail_together
 from geomprobe.inner_products import InnerProducts
 from geomprobe.interception import unscaled
+from geomprobe.own_gradients import RankProducts
 from geomprobe.preflight import dissect
 from geomprobe.probe import Probe
 from geomprobe.sharpness import top_eigenvalue
@@ -44,6 +46,8 @@ class Measure:
         sharpness_every: take the Hessian's top eigenvalue at each N-th step, of those that are measured.
         curvature_required: fail where Hg has no exact route, instead of leaving it out and saying so.
         per_parameter: keep the inner products of each parameter tensor too.
+        per_rank: under DDP, keep those of each rank's own gradient too, before the ranks' are averaged (and
+            clipped): its minibatch is the rank's share of the step's.
         compiled: compile the inner products, which pays off in long runs.
     """
 
@@ -53,6 +57,7 @@ class Measure:
     sharpness_every: int = 0
     curvature_required: bool = False
     per_parameter: bool = False
+    per_rank: bool = False
     compiled: bool = False
 
     def described(self) -> dict[str, Any]:
@@ -80,6 +85,7 @@ class Measurement:
         self._parameters = list(probe.parameters.values())
         second = measure.curvature_every or measure.sharpness_every
         self._curvature = Curvature(self._parameters, probe.model, self.layout) if second else None
+        self._of_ranks = RankProducts(self._parameters, self.layout) if measure.per_rank else None
         self._fixed_loss: Callable[[], Tensor] | None = None
         self._complete = True
         self._parts = 0
@@ -113,6 +119,9 @@ class Measurement:
         self._asked_for = ["secant_residual", "linear_decrease_gap"] if measure.finite_step else []
         self._asked_for += ["sharpness"] if measure.sharpness_every else []
         self.columns += [f"steps/{name}" for name in self._asked_for]
+        if self._of_ranks is not None:
+            self._of_ranks.open(list(references[FINAL].values()))
+            self.columns += [f"ranks/{rank}/{product}" for rank, product in self._of_ranks.columns]
         self._unmeasured = local(self._parameters[0]).new_full(
             (len(self.columns),), torch.nan, dtype=torch.float64, requires_grad=False
         )
@@ -152,6 +161,14 @@ class Measurement:
             CurvatureUnavailable: Hg was required and has no exact route.
             ClosureMismatch: the closure evaluates another loss.
         """
+        with ExitStack() as stack:
+            if self._of_ranks is not None and not self._probe.step % self._measure.every:
+                stack.enter_context(self._of_ranks.watching(unscaled(loss)[1]))
+            self._backward(loss, closure, run, plain)
+
+    def _backward(
+        self, loss: Tensor, closure: Callable[[], Tensor] | None, run: Callable[[], None], plain: bool
+    ) -> None:
         if not self._wants_graph() or not plain or loss.numel() != 1 or self._blocked is not None:
             self._complete = self._complete and not self._wants_graph()
             run()
@@ -172,6 +189,8 @@ class Measurement:
     def dropped(self) -> None:
         """The gradients so far were thrown away."""
         self._complete, self._parts = True, 0
+        if self._of_ranks is not None:
+            self._of_ranks.discard()
         if self._curvature is not None:
             self._curvature.discard()
 
@@ -192,7 +211,7 @@ class Measurement:
         own = self._unmeasured[:0] if averaged is None else averaged
         if self._probe.step % self._measure.every:
             self.dropped()
-            return torch.cat([self.layout.sum_and_mean(self._unmeasured[:0], own)[1], self._unmeasured])
+            return torch.cat([self.layout.exchange(self._unmeasured[:0], own)[1], self._unmeasured])
         pairs = zip(gradients, self._parameters, strict=True)
         here = [local_gradient(gradient, parameter) for gradient, parameter in pairs]
         products = self._products.measure(here, grad_scale)
@@ -200,9 +219,11 @@ class Measurement:
         ready = self._ready()
         asked_for, secant = self._asked_for_values(vectors, ready)
         curvature = self._curvature_products(vectors, ready)
+        of_rank = self._of_ranks.measure() if self._of_ranks is not None else self._unmeasured[:0]
         self.dropped()
         parts = [products, curvature, secant]
-        sums, means = self.layout.sum_and_mean(torch.cat([part.reshape(-1) for part in parts]), own)
+        flat = torch.cat([part.reshape(-1) for part in parts])
+        sums, means, of_ranks = self.layout.exchange(flat, own, of_rank)
         pieces = sums.split([part.numel() for part in parts])
         products, curvature, secant = (p.view(part.shape) for p, part in zip(pieces, parts, strict=True))
         if secant.numel():
@@ -211,7 +232,7 @@ class Measurement:
             of_each = [products[1:, self._own].reshape(-1), curvature[1:].reshape(-1)]
             products, curvature = products[0], torch.cat([curvature[0], *of_each])
         rest = [asked_for[name].reshape(1) for name in self._asked_for]
-        return torch.cat([means, products, curvature, *rest])
+        return torch.cat([means, products, curvature, *rest, of_ranks.reshape(-1)])
 
     def _due(self, every: int) -> bool:
         step = self._probe.step

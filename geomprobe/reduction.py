@@ -7,8 +7,8 @@ sum, or any multiple; whatever it is, the Hessian must be that of the same loss 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from geomprobe.distributed import Layout
 from geomprobe.dtensors import local_gradient
 from geomprobe.global_loss import Alone
 from geomprobe.inner_products import InnerProducts
+from geomprobe.own_gradients import OwnGradients
 from geomprobe.preflight import CurvatureUnavailable, Obstacle
 
 _SKEW = 0.05  # as far as compression to 8 bits of mantissa turns a gradient, and more than any rounding
@@ -42,7 +43,7 @@ class Reduction:
     def __init__(self, global_loss: Alone, layout: Layout) -> None:
         self._loss, self._layout = global_loss, layout
         self.factor: float | None = 1.0 if layout.kind in ("one process", "DTensor") else None
-        self._own: dict[Tensor, Tensor] = {}
+        self._own = OwnGradients()
         self._reduced: list[Tensor | None] = []
 
     @contextmanager
@@ -51,13 +52,11 @@ class Reduction:
         if self.factor is not None:
             yield
             return
-        with ExitStack() as stack:
-            for leaf in leaves:
-                stack.callback(leaf.register_hook(self._adding(leaf)).remove)
-            stack.callback(
-                self._see_reduced
-            )  # also of a pass that found out that it has no second derivative
-            yield
+        try:
+            with self._own.watching(leaves):
+                yield
+        finally:  # also of a pass that found out that it has no second derivative
+            self._see_reduced()
 
     def find(self, tensors: Sequence[Tensor]) -> float:
         """The factor; where it is unknown, from the backward passes watched since the last `discard`.
@@ -72,7 +71,7 @@ class Reduction:
         """
         if self.factor is not None:
             return self.factor
-        own = [self._own.get(t, torch.zeros_like(t, requires_grad=False)) for t in tensors]
+        own = [self._own.of.get(t, torch.zeros_like(t, requires_grad=False)) for t in tensors]
         sums = InnerProducts(self._loss.mean(own), {}, owned=self._layout.owned)
         measured = self._layout.sum(sums.measure(self._reduced)).tolist()
         of = dict(zip(sums.names, measured, strict=True))  # here g is what came of it, and w the mean
@@ -89,19 +88,12 @@ class Reduction:
 
     def discard(self) -> None:
         """Forget what was seen: the gradients were thrown away, or the factor is known."""
-        self._own, self._reduced = {}, []
+        self._own.clear()
+        self._reduced = []
 
     def _see_reduced(self) -> None:
         gradients = [local_gradient(p.grad, p) for p in self._loss.parameters]
         self._reduced = [None if g is None else g.detach().clone() for g in gradients]
-
-    def _adding(self, leaf: Tensor) -> Callable[[Tensor], None]:
-        def hook(gradient: Tensor) -> None:
-            dense = gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
-            before = self._own.get(leaf)
-            self._own[leaf] = dense.clone() if before is None else before + dense
-
-        return hook
 
 
 def _obstacle(factor: float, skew: float) -> Obstacle:

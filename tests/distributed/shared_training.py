@@ -132,6 +132,7 @@ class Case:
     per_parameter: bool = False
     every: int = 1
     curvature: bool = True
+    per_rank: bool = False
     dtype: torch.dtype = torch.float64
 
     @property
@@ -140,6 +141,7 @@ class Case:
             every=self.every,
             curvature_every=int(self.curvature),
             per_parameter=self.per_parameter,
+            per_rank=self.per_rank,
             finite_step=self.closure,
             sharpness_every=2 if self.closure else 0,
         )
@@ -267,7 +269,7 @@ def both_passes(cases: list[Case]) -> list[tuple[Path, Path]]:
 
 
 def global_loss(case: Case, module: nn.Module, world: int, x: Tensor, y: Tensor) -> Callable[..., Tensor]:
-    """The mean over ranks and micro-batches of the losses, as a function of the named weights."""
+    """The mean over ranks and micro-batches of the losses, as a function of the weights."""
     names = [name for name, _ in module.named_parameters()]
 
     def loss(*weights: Tensor) -> Tensor:
@@ -296,7 +298,13 @@ def brute_force(case: Case, world: int) -> dict[str, np.ndarray]:
         if case.clip:
             nn.utils.clip_grad_norm_(parameters, 0.1)
         g = flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
-        history.append({"w": flat(parameters), "g": g, **second_order(loss, parameters, g)})
+        found = {"w": flat(parameters), "g": g, **second_order(loss, parameters, g)}
+        for rank, share in enumerate(zip(x.chunk(world), y.chunk(world), strict=True)):
+            own = torch.autograd.grad(
+                global_loss(case, module, 1, *share)(*parameters), parameters, materialize_grads=True
+            )
+            found[f"g of {rank}"] = flat(own)
+        history.append(found)
         optimizer.step()
     return columns(case, history, {"final": flat(parameters), "first": first}, module)
 
@@ -342,6 +350,10 @@ def columns(
                 add(f"{path}inner_products/{product}", a @ b)
                 for name in slices if not path and case.per_parameter else ():
                     add(f"parameters/{name}/{product}", a[slices[name]] @ b[slices[name]])
+        d = point["w"] - references["final"]
+        for rank, g in enumerate(point[key] for key in point if key.startswith("g of")):
+            for product, value in (("g.g", g @ g), ("w.g", point["w"] @ g), ("g.d", g @ d)):
+                add(f"ranks/{rank}/{product}", value)
         add("steps/sharpness", point["sharpness"])
         add("steps/secant_residual", point["turned"].norm() / point["g"].norm())
         add("steps/linear_decrease_gap", point["gap"])

@@ -18,7 +18,8 @@ CASES = [
     Case("ddp", parts=3, sync_each=False, clip=True),
     Case("ddp", parts=3),
     Case("ddp", closure=True, parts=2),
-    Case("ddp static", parts=2),
+    Case("ddp static", parts=2, per_rank=True, per_parameter=True),
+    Case("ddp", parts=3, sync_each=False, clip=True, curvature=False, per_rank=True),
     Case("ddp views", dtype=torch.float32, every=2),
     Case("ddp unused", model="sometimes"),
     Case("ddp sum", clip=True),
@@ -55,7 +56,7 @@ def named(case: Any) -> str:
     if not isinstance(case, Case):
         return str(case)
     said = [case.wrapper, case.model, case.optimizer, f"{case.parts} parts"]
-    return "-".join(said + [n for n in ("closure", "clip", "per_parameter") if getattr(case, n)])
+    return "-".join(said + [n for n in ("closure", "clip", "per_parameter", "per_rank") if getattr(case, n)])
 
 
 RUNS = pytest.mark.parametrize(
