@@ -7,6 +7,7 @@ import inspect
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from geomprobe import sealing
@@ -41,6 +42,8 @@ def record(
     force: bool = False,
     resume: bool = False,
     reference_steps: Collection[int] = (),
+    ema: Collection[float] = (),
+    average: bool = False,
     checkpoint_every: str = "epoch",
     keep_checkpoints: int | None = 32,
     script: Mapping[str, Any] | None = None,
@@ -56,6 +59,8 @@ def record(
         resume: go on with a recording that was cut off, with the options it was begun with, from its last checkpoint;
             begin where there is none, and do nothing where it is complete.
         reference_steps: also keep the weights before these steps, as references ``step-N``.
+        ema: also keep exponential moving averages of the weights with these decays, as references ``ema-DECAY``.
+        average: also keep the running average of the weights, as the reference ``average``.
         checkpoint_every: ``"epoch"``, ``"500steps"``, ``"30min"`` or ``"never"``.
         keep_checkpoints: how many at most, spread evenly over the run; None for all.
         script: what is run, for the manifest; described from ``train`` when None.
@@ -86,7 +91,8 @@ def record(
     target = Run(run)
     _require_startable(0 if seed is None else seed)
     script = _function_script(train) if script is None else script
-    options = Options(tuple(reference_steps), Keeping(checkpoint_every, keep_checkpoints))
+    keeping = Keeping(checkpoint_every, keep_checkpoints)
+    options = Options(tuple(reference_steps), tuple(ema), average, keeping)
     if not resume:
         with target.recording(force):
             _record(train, target, draw_seed() if seed is None else seed, strict, script, options)
@@ -146,6 +152,7 @@ def replay(
     sharpness_every: int = 0,
     per_parameter: bool = False,
     compiled: bool = False,
+    references: Mapping[str, RunPath] | None = None,
     uncertified: bool = False,
     force: bool = False,
     resume: bool = False,
@@ -165,6 +172,7 @@ def replay(
         sharpness_every: take the Hessian's top eigenvalue at each N-th measured step; 0 for never.
         per_parameter: keep the inner products of each parameter tensor too.
         compiled: compile the inner products (seconds at the start, faster steps).
+        references: further weights to measure against, by name: files with a state_dict or safetensors.
         uncertified: go on where the replay differs, marking every later row.
         force: replace an earlier trace.
         resume: go on with a replay that was cut off, with the same options; begin where there is none.
@@ -219,7 +227,8 @@ def replay(
                 claimed = going_on(target, recorded) if resume else anew(target, force)
             with claimed as claim:
                 if claim is not None:
-                    replaying = Replaying(target, recorded, manifest, measure, uncertified, *claim)
+                    files = {name: Path(path).absolute() for name, path in (references or {}).items()}
+                    replaying = Replaying(target, recorded, manifest, measure, uncertified, *claim, files)
                     with contextlib.suppress(SegmentEnded), _observed(replaying):
                         train()
                         replaying.complete()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from geomprobe import checkpoint, sealing
+from geomprobe.averages import Averages
 from geomprobe.determinism import source_digests
 from geomprobe.errors import Stopped, UnsupportedTraining, UsageError
 from geomprobe.keeping import Due, Keeping
@@ -25,11 +25,9 @@ from geomprobe.run import Run
 from geomprobe.streaming import Stream
 from geomprobe.tensors import to_numpy
 from geomprobe.trace.reference import write_reference
-from geomprobe.trace.schema import FINAL, FINGERPRINTS, STEPS
+from geomprobe.trace.schema import FINAL, FINGERPRINTS, REFERENCE_NAME, STEPS
 from geomprobe.trace.writer import Table, WriteFailed
 from geomprobe.training_state import capture
-
-REFERENCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
@@ -38,16 +36,22 @@ class Options:
 
     Attributes:
         reference_steps: steps t whose weights ``w_t`` are kept as the reference ``step-t``.
+        ema: decays of the exponential moving averages of the weights that are kept as references.
+        average: keep the running average of the weights as a reference.
         keeping: when checkpoints are written, and how many are kept.
     """
 
     reference_steps: tuple[int, ...] = ()
+    ema: tuple[float, ...] = ()
+    average: bool = False
     keeping: Keeping = field(default_factory=Keeping)
 
     def described(self) -> dict[str, Any]:
         """For the manifest."""
         return {
             "reference_steps": list(self.reference_steps),
+            "ema": list(self.ema),
+            "average": self.average,
             "checkpoint_every": self.keeping.every,
             "keep_checkpoints": self.keeping.keep,
         }
@@ -56,7 +60,8 @@ class Options:
     def of(cls, described: dict[str, Any]) -> Options:
         """What `described` described."""
         keeping = Keeping(described["checkpoint_every"], described["keep_checkpoints"])
-        return cls(tuple(described["reference_steps"]), keeping)
+        steps, ema = tuple(described["reference_steps"]), tuple(described["ema"])
+        return cls(steps, ema, described["average"], keeping)
 
 
 class Recording(Observation):
@@ -75,7 +80,9 @@ class Recording(Observation):
         super().__init__(manifest, resumption)
         manifest["recording"] = options.described()
         self._run = run
+        self._options = options
         self._reference_steps = frozenset(options.reference_steps)
+        self._averages: Averages | None = None
         self._references: dict[str, None] = {}  # in the order they were first taken
         self._lowest: dict[str, float] = {}  # of references that are the best so far
         self._due = Due(options.keeping)
@@ -92,7 +99,12 @@ class Recording(Observation):
         return 0 if self.probe is None else self.probe.step
 
     def begin(self) -> None:
+        assert self.probe is not None
         super().begin()
+        if self._options.ema or self._options.average:
+            self._averages = Averages(
+                self.probe.parameters, decays=self._options.ema, running=self._options.average
+            )
         if self.resumption is None:
             with self._lasting():
                 self._save(None)
@@ -122,6 +134,8 @@ class Recording(Observation):
         own = rest["recording"]
         self._references, self._lowest = dict.fromkeys(own["references"]), own["lowest"]
         self._marks = self._versions()
+        if self._averages is not None:
+            self._averages.load_state_dict(own["averages"])
         self._due.taken(self.steps)
 
     def open(self) -> None:
@@ -148,9 +162,10 @@ class Recording(Observation):
         self._rows.append(torch.stack([loss, rate]), digests, [epoch], host)
         self._final = None
         self._marks = self._versions()
-        if (
-            self.restart.sweep is None or not self.probe.loops.named
-        ):  # between its batches, a checkpoint comes first
+        if self._averages is not None:
+            self._averages.update()
+        between_batches = self.restart.sweep is not None and self.probe.loops.named
+        if not between_batches:  # else a checkpoint comes first
             self._stop_if_asked()
 
     def weights_will_change(self) -> None:
@@ -163,6 +178,11 @@ class Recording(Observation):
             raise UsageError(
                 f"probe.reference({name!r}): a reference's name is made of letters, digits, '.', '_' and '-', "
                 f"and {FINAL!r} is the final iterate, which is always kept. Choose another name."
+            )
+        if self._averages is not None and name in self._averages.weights:
+            raise UsageError(
+                f"probe.reference({name!r}): this recording keeps an average of the weights by that name. "
+                "Choose another."
             )
         if if_lower is not None:
             if not if_lower < self._lowest.get(name, float("inf")):
@@ -203,6 +223,9 @@ class Recording(Observation):
                 "the loop ends, or take the change out."
             )
         self._take(FINAL, self._final)
+        if self._averages is not None:
+            for name, weights in self._averages.weights.items():
+                self._take(name, weights)
         missed = sorted(t for t in self._reference_steps if f"step-{t}" not in self._references)
         if missed:
             self.manifest["missed_reference_steps"] = missed
@@ -252,7 +275,12 @@ class Recording(Observation):
         rest["loader"] = (
             loader.state_dict() if loader is not None and hasattr(loader, "load_state_dict") else None
         )
-        rest["recording"] = {"references": list(self._references), "lowest": self._lowest}
+        averages = self._averages.state_dict() if self._averages is not None else None
+        rest["recording"] = {
+            "references": list(self._references),
+            "lowest": self._lowest,
+            "averages": averages,
+        }
         facts = {"position": position, "digests": self.evidence.state()}
         if self._rows is not None:
             self._rows.flush()  # so that they reach as far as the checkpoint, whatever comes

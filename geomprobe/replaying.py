@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +20,12 @@ from geomprobe.loops import Position
 from geomprobe.measuring import Measure, Measurement
 from geomprobe.observation import Closure, Observation
 from geomprobe.probe import Probe
+from geomprobe.references import References
 from geomprobe.resuming import Resumption
 from geomprobe.rows import Block, Rows
 from geomprobe.run import Run
 from geomprobe.sameness import FIRST_STEP_SECTIONS, require_same
-from geomprobe.streaming import Stream
-from geomprobe.tensors import from_numpy
+from geomprobe.streaming import Stream, manifest_of
 from geomprobe.trace.record import Record
 from geomprobe.trace.schema import FINAL, VALUES
 from geomprobe.trace.writer import Table
@@ -44,9 +47,11 @@ class Replaying(Observation):
         resumption: where to begin, if not at the start.
         segment: replay only from the step where the resumption begins to the one before this step; others do the rest,
             and whoever is last seals the trace.
+        files: weights from elsewhere to measure against, by the reference's name.
 
     Raises:
         RunError: a reference holds a value that is not finite.
+        UsageError: one of the files goes by the name of a reference of the recording.
     """
 
     def __init__(
@@ -58,14 +63,16 @@ class Replaying(Observation):
         uncertified: bool = False,
         resumption: Resumption | None = None,
         segment: int | None = None,
+        files: Mapping[str, Path] | None = None,
     ) -> None:
         super().__init__(manifest, resumption)
         self._segment = segment is not None
         self._stop = record.num_steps if segment is None else segment
         self._run, self._record, self._measure, self._uncertified = run, record, measure, uncertified
         self._measurement: Measurement | None = None
-        self.manifest["measure"] = measure.described()
-        self._references = {name: _finite_reference(record, name) for name in record.references}
+        self._references = References(record, files or {})
+        options = {**asdict(measure), "files": self._references.digests}
+        self.manifest["measure"] = {**measure.described(), "options": options}
         # A replay goes on only over rows that were found equal before they were committed.
         self._comparison = Comparison(record, run.path, resumption.step if resumption is not None else 0)
         self._stream: Stream | None = None
@@ -116,9 +123,11 @@ class Replaying(Observation):
         if not self._uncertified:
             require_same(self._record.manifest, self.manifest, FIRST_STEP_SECTIONS, self._run.path)
         self._require_same_layout()
-        self._to_device()
+        self._require_same_options()
+        references = self._references.beside(self.probe.parameters)
+        self._final = references[FINAL]
         assert self._measurement is not None
-        self._measurement.open(self._references)
+        self._measurement.open(references)
         host_groups, device_groups = self.group_columns()
         device = ["steps/loss", *device_groups, *self._measurement.columns]
         columns = ["steps/epoch", *host_groups, *device]
@@ -258,24 +267,16 @@ class Replaying(Observation):
                     "replayed. Build the same model and optimizer, or record anew."
                 )
 
-    def _to_device(self) -> None:
-        assert self.probe is not None
-        parameters = self.probe.parameters
-        for reference, stored in self._references.items():
-            now, then = (
-                {name: tuple(t.shape) for name, t in weights.items()} for weights in (parameters, stored)
-            )
-            if now != then:
-                name = next(iter(dict(now.items() ^ then.items())))
-                raise EnvironmentMismatch(
-                    f"{self._run.path} was recorded with {name} of shape {then.get(name)}, and here it has shape "
-                    f"{now.get(name)}: there is no distance to its reference {reference!r}. Nothing was replayed."
+    def _require_same_options(self) -> None:
+        for part in self.resumption.earlier if self.resumption is not None else ():
+            then = manifest_of([part])["measure"]["options"]
+            now = json.loads(json.dumps(self.manifest["measure"]["options"]))
+            if differing := sorted(name for name in now if now[name] != then.get(name)):
+                name = differing[0]
+                raise RunError(
+                    f"{part.path} was replayed with {name} = {then.get(name)}, and now it is {now[name]}: one trace "
+                    "cannot hold both. Give the same options, or begin anew with --force."
                 )
-            # In the parameters' order, and with their strides, so that both are read in memory order.
-            self._references[reference] = {
-                name: torch.empty_like(p, requires_grad=False).copy_(stored[name])
-                for name, p in parameters.items()
-            }
 
     def _compare_and_write(self, block: Block) -> None:
         if self._comparison.difference is not None and not self._uncertified:
@@ -300,23 +301,9 @@ class Replaying(Observation):
 
     def _weights_equal_final(self) -> bool:
         assert self.probe is not None
-        final = self._references[FINAL]
-        return all(_same_bits(p, final[name]) for name, p in self.probe.parameters.items())
+        return all(_same_bits(p, self._final[name]) for name, p in self.probe.parameters.items())
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     raw = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     return torch.equal(a.detach().contiguous().view(raw), b.contiguous().view(raw))
-
-
-def _finite_reference(record: Record, name: str) -> dict[str, Tensor]:
-    weights = {parameter: from_numpy(*raw) for parameter, raw in record.reference(name).items()}
-    for parameter, tensor in weights.items():
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
-            raise RunError(
-                f"Reference {name!r} of {record.path} is not finite: {bad} of {tensor.numel()} values of "
-                f"{parameter} are NaN or infinite, so no distance to it exists. Nothing was replayed. The training "
-                "diverged; `geomprobe inspect` shows from which step its loss did. Record a run that does not."
-            )
-    return weights

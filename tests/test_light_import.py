@@ -12,6 +12,7 @@ import pytest
 from cases import PLAIN, Watch, train
 
 import geomprobe
+from geomprobe.cli import VERBS
 
 HEAVY = ("torch", "torchvision", "matplotlib", "rich", "scipy", "sklearn", "xarray")
 
@@ -91,7 +92,7 @@ def test_a_report_is_made_without_torch(runs: Path, command: list[str]) -> None:
     assert loaded(f"from geomprobe.cli import main\nassert main({command}) == 0", runs) == set()
 
 
-@pytest.mark.parametrize("verb", ["record", "replay", "inspect", "verify", "plot", "diff"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_needs_no_torch(runs: Path, verb: str) -> None:
     code = "import contextlib\nfrom geomprobe.cli import main\n"
     code += f"with contextlib.suppress(SystemExit): main([{verb!r}, '-h'])"

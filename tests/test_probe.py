@@ -21,19 +21,31 @@ import geomprobe
 from geomprobe import progress
 from geomprobe.errors import UnsupportedTraining, UsageError
 from geomprobe.inert import InertProbe
+from geomprobe.loops import Position
 from geomprobe.parameters import measured_parameters
 from geomprobe.probe import Probe, attach, observe, observing
 
 
 class Log:
-    """An observer that writes down what it is told."""
+    """An observer that writes down what it is told, of a run that begins at its start."""
+
+    goal = None
 
     def __init__(self) -> None:
         self.events: list[Any] = []
         self.gradients: list[list[Tensor | None]] = []
+        self.positions: list[Position] = []
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *_, **__: self.events.append(name)
+
+    def iterating(self, loader: Any, position: Any) -> int:
+        self.events.append("iterating")
+        return 0
+
+    def between_steps(self, position: Position) -> None:
+        self.events.append("between_steps")
+        self.positions.append(position)
 
     def backward(self, loss: Tensor, closure: Any = None, **options: Any) -> None:
         self.events.append("backward")
@@ -85,9 +97,26 @@ def test_a_loop_reports_its_events_in_order(log: Log) -> None:
         for batch in training.probe.batches(training.loader):
             training.step(batch)
     training.probe.remove()
-    start = ["attached", "begin", "fetching"]  # making the iterator may draw
-    end = ["fetching", "fetch_ended", "weights_will_change", "detached"]
-    assert log.events == [*start, *3 * [*FETCHED, *STEP], *end]
+    start = ["attached", "begin", "between_steps", "fetching", "iterating"]  # making the iterator may draw
+    end = ["between_steps", "fetching", "fetch_ended", "weights_will_change", "detached"]
+    assert log.events == [*start, *3 * ["between_steps", *FETCHED, *STEP], *end]
+
+
+def test_every_place_between_two_steps_has_a_position_of_its_own(log: Log) -> None:
+    training = Training()
+    for _ in range(2):
+        for _ in training.probe.epochs(2):
+            with torch.no_grad():
+                list(training.probe.batches(training.loader))  # takes no steps, but counts as a pass
+            for batch in training.probe.batches(training.loader):
+                training.step(batch)
+    wanted = [
+        (loop, epoch, *place)
+        for loop in (0, 1)
+        for epoch in (0, 1)
+        for place in ((-1, 0), (1, 0), (1, 1), (1, 2), (1, 3))
+    ]
+    assert log.positions == wanted
 
 
 def test_the_gradients_are_those_before_the_update_and_the_step_counts_after_it(log: Log) -> None:
@@ -445,7 +474,7 @@ def test_the_inert_probe_does_all_that_the_probe_does() -> None:
     def public(kind: type) -> set[str]:
         return {name for name in vars(kind) if not name.startswith("_")}
 
-    of_passes = {"update_due", "require_same_parameters"}
+    of_passes = {"update_due", "require_same_parameters", "epoch", "weights", "buffers"}
     assert public(Probe) - of_passes == public(InertProbe)
     assert public(PlainProbe) <= public(InertProbe)
 
@@ -472,7 +501,7 @@ def test_epochs_and_batches_advance_a_bar_each(log: Log, monkeypatch: pytest.Mon
     seen: list[Any] = []
 
     @contextlib.contextmanager
-    def bar(label: str, total: int | None) -> Iterator[Callable[[], None]]:
+    def bar(label: str, total: int | None, done: int) -> Iterator[Callable[[], None]]:
         seen.append((label, total))
         yield lambda: seen.append(label)
         seen.append(f"end of {label}")

@@ -21,7 +21,7 @@ from importlib import import_module
 import geomprobe
 from geomprobe.errors import GeomprobeError, Stopped
 
-VERBS = ("record", "replay", "inspect", "verify", "plot", "diff")
+VERBS = ("record", "replay", "watch", "inspect", "verify", "plot", "diff", "export")
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells count it
 _BROKEN_PIPE = 141  # 128 + SIGPIPE

@@ -90,6 +90,8 @@ def _command(arguments: argparse.Namespace, number: int) -> list[str]:
             else ["--no-curvature"]
         )
     command += ["--sharpness-every", str(arguments.sharpness_every)]
+    for name, path in arguments.reference:
+        command += ["--reference", f"{name}={path}"]
     flags = ("finite_step", "per_parameter", "compile", "debug")
     return command + [f"--{flag.replace('_', '-')}" for flag in flags if getattr(arguments, flag)]
 

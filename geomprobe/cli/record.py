@@ -64,6 +64,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also keep the weights before these steps, as further references",
     )
     parser.add_argument(
+        "--ema",
+        type=_decays,
+        default=(),
+        metavar="B,B,...",
+        help="also keep exponential moving averages of the weights, such as 0.999, as references ema-B",
+    )
+    parser.add_argument(
+        "--average", action="store_true", help="also keep the running average of the weights, as a reference"
+    )
+    parser.add_argument(
         "-m",
         dest="module",
         nargs=argparse.REMAINDER,
@@ -100,6 +110,8 @@ def run(arguments: argparse.Namespace) -> int:
             checkpoint_every=arguments.checkpoint_every,
             keep_checkpoints=arguments.keep_checkpoints,
             reference_steps=arguments.reference_steps,
+            ema=arguments.ema,
+            average=arguments.average,
             script=script,
         ) as recorded:
             print(_account(recorded, arguments.output))
@@ -139,6 +151,13 @@ def _left_behind(folder: Path, run: str) -> str:
     if not (folder / RECORD_FILE).exists():
         return "It had not taken a step, so there is nothing in the record."
     return f"What was recorded before that is kept: geomprobe inspect {run}"
+
+
+def _decays(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(item) for item in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of decays such as 0.99,0.999") from None
 
 
 def _count(text: str) -> int | None:

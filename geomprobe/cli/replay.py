@@ -68,6 +68,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compile the inner products: seconds at the start, faster steps",
     )
+    parser.add_argument(
+        "--reference",
+        type=_reference,
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="also measure against the weights in a file: a state_dict, or safetensors (may be repeated)",
+    )
     parser.add_argument("--uncertified", action="store_true", help="go on where the replay differs")
     there = parser.add_mutually_exclusive_group()
     there.add_argument("--force", action="store_true", help="replace an earlier trace")
@@ -119,6 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
             sharpness_every=arguments.sharpness_every,
             per_parameter=arguments.per_parameter,
             compiled=arguments.compile,
+            references=dict(arguments.reference),
             uncertified=arguments.uncertified,
             force=arguments.force,
             resume=arguments.resume,
@@ -152,6 +161,13 @@ def _at_start_up(manifest: Mapping[str, Any]) -> dict[str, str]:
     recorded = {**manifest["environment"], "OMP_NUM_THREADS": manifest["host"].get("OMP_NUM_THREADS")}
     names = (*launch.START_UP, "OMP_NUM_THREADS")
     return {name: recorded[name] for name in names if recorded.get(name)}
+
+
+def _reference(text: str) -> tuple[str, str]:
+    name, _, path = text.partition("=")
+    if not (name and path):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH, such as best=checkpoints/best.pt")
+    return name, str(Path(path).absolute())
 
 
 def _segment(text: str) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from urllib.parse import quote, unquote
@@ -17,6 +18,7 @@ RECORD_FILE = "record.h5"
 TRACE_FILE = "trace.h5"
 STREAM_DIR = "stream"
 REFERENCE_PREFIX = "reference-"
+REFERENCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 SEALING_PREFIX = "sealing-"
 
 VALUES = "values"

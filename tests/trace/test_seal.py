@@ -140,7 +140,6 @@ def test_parts_that_join_seal_into_one_file_in_whatever_order_they_come(tmp_path
     ("ranges", "words"),
     [
         ([(0, 10), (12, 20)], "steps are missing from 10 to 11"),
-        ([(0, 10), (8, 20)], "both hold the steps from 8 to 9"),
         ([(3, 10)], "begins at step 3"),
         ([], "nothing was streamed"),
     ],
@@ -151,6 +150,32 @@ def test_parts_that_do_not_join_are_refused_by_name(tmp_path, ranges, words):
         seal(parts, tmp_path / "t.h5")
     assert all(str(part) in str(caught.value) for part in parts)
     assert not (tmp_path / "t.h5").exists()
+
+
+def test_where_two_parts_hold_a_step_it_is_sealed_once(tmp_path):
+    ranges = [
+        (0, 10),
+        (8, 20),
+        (12, 15),
+        (20, 21),
+    ]  # as attempts leave them that went over the same steps again
+    parts = [write_part(tmp_path / f"{start}.h5", start=start, stop=stop) for start, stop in ranges]
+    seal(parts, tmp_path / "t.h5")
+    steps = np.arange(21)
+    with h5py.File(tmp_path / "t.h5") as file:
+        np.testing.assert_array_equal(file["steps/step"][:], steps)
+        for path, values in raw(steps).items():
+            np.testing.assert_array_equal(file[path][:], values)
+
+
+def test_only_so_many_steps_are_sealed_as_are_asked_for(tmp_path):
+    parts = [
+        write_part(tmp_path / f"{start}.h5", start=start, stop=stop) for start, stop in [(0, 10), (30, 40)]
+    ]
+    facts = {"status": "diverged", "num_parameters": 7, "manifest": {}}
+    seal_trace(parts, tmp_path / "t.h5", num_steps=6, **facts)
+    with h5py.File(tmp_path / "t.h5") as file:
+        assert file["steps/step"][:].tolist() == [*range(6)]
 
 
 def test_parts_of_other_columns_or_another_kind_are_refused_by_name(tmp_path):

@@ -1,0 +1,88 @@
+"""The weights that a replay measures against: those of the recording, and those from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from geomprobe.determinism import file_digest
+from geomprobe.errors import EnvironmentMismatch, RunError, UsageError
+from geomprobe.external_weights import read_weights
+from geomprobe.tensors import from_numpy
+from geomprobe.trace.record import Record
+from geomprobe.trace.schema import REFERENCE_NAME
+
+Weights = dict[str, Tensor]
+
+
+class References:
+    """Reference weights by name, on the host until they are put beside the parameters.
+
+    Args:
+        record: the recording; its references are read at once.
+        files: weights from elsewhere, by the name that their reference is to have.
+
+    Attributes:
+        digests: SHA-256 of each file, by name; None where it cannot be read.
+
+    Raises:
+        RunError: a reference of the recording holds a value that is not finite.
+        UsageError: a file goes by the name of one of them, or by one that no reference can have.
+    """
+
+    def __init__(self, record: Record, files: Mapping[str, Path]) -> None:
+        for name, path in files.items():
+            if name in record.references or not REFERENCE_NAME.fullmatch(name):
+                there = ", ".join(record.references)
+                raise UsageError(
+                    f"--reference {name}={path}: the recording has the references {there}, and another's name is made "
+                    "of letters, digits, '.', '_' and '-'. Nothing was replayed."
+                )
+        self._record, self._files = record, dict(files)
+        self._stored = {name: _finite(record, name) for name in record.references}
+        self.digests = {name: file_digest(path) for name, path in files.items()}
+
+    def beside(self, parameters: Mapping[str, Tensor]) -> dict[str, Weights]:
+        """Every reference where the parameters are, in their order and strides: both are read in memory order.
+
+        Raises:
+            EnvironmentMismatch: the recording's weights have other names or shapes.
+            RunError: those of a file have.
+        """
+        shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+        for reference, weights in self._stored.items():
+            then = {name: tuple(t.shape) for name, t in weights.items()}
+            if shapes != then:
+                name = next(iter(dict(shapes.items() ^ then.items())))
+                raise EnvironmentMismatch(
+                    f"{self._record.path} was recorded with {name} of shape {then.get(name)}, and here it has shape "
+                    f"{shapes.get(name)}: there is no distance to its reference {reference!r}. Nothing was replayed."
+                )
+        stored, self._stored = self._stored, {}
+        stored |= {name: read_weights(path, shapes) for name, path in self._files.items()}
+        return {
+            reference: {name: _beside(p, weights[name]) for name, p in parameters.items()}
+            for reference, weights in stored.items()
+        }
+
+
+def _beside(parameter: Tensor, stored: Tensor) -> Tensor:
+    # An average of bfloat16 weights is float32, and rounded it would be another point.
+    dtype = torch.promote_types(parameter.dtype, stored.dtype)
+    return torch.empty_like(parameter, dtype=dtype, requires_grad=False).copy_(stored)
+
+
+def _finite(record: Record, name: str) -> Weights:
+    weights = {parameter: from_numpy(*raw) for parameter, raw in record.reference(name).items()}
+    for parameter, tensor in weights.items():
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise RunError(
+                f"Reference {name!r} of {record.path} is not finite: {bad} of {tensor.numel()} values of "
+                f"{parameter} are NaN or infinite, so no distance to it exists. Nothing was replayed. The training "
+                "diverged; `geomprobe inspect` shows from which step its loss did. Record a run that does not."
+            )
+    return weights
