@@ -103,6 +103,12 @@ class Curvature:
         self._module = module
         self._parts: list[_Part] = []
 
+    def obstacle(self, loss: Tensor, closure: Closure | None) -> Obstacle | None:
+        """What is known beforehand to stop the product of ``loss``; see `backward`."""
+        if self._loss.obstacle is not None or closure is not None:
+            return self._loss.obstacle
+        return next(iter(dissect(loss).obstacles), None)
+
     def backward(
         self,
         loss: Tensor,
@@ -126,11 +132,11 @@ class Curvature:
             CurvatureUnavailable: the graph holds an operation without a second derivative, and there is no
                 ``closure``.
         """
+        if (obstacle := self.obstacle(loss, closure)) is not None:
+            raise CurvatureUnavailable(obstacle)
         value = loss.detach() if scale is None else loss.detach() / scale
         anatomy = dissect(loss)
         part = _Part(value, closure, rng, scale, anatomy.obstacles)
-        if closure is None and part.obstacles:
-            raise CurvatureUnavailable(part.obstacles[0])
         if closure is not None:
             part.tolerance = loss_tolerance(coarsest_epsilon(loss))
         self._parts.append(part)

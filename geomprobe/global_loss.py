@@ -21,12 +21,19 @@ from geomprobe.preflight import CurvatureUnavailable, Obstacle
 
 Closure = Callable[[], Tensor]
 
+_MIXED_PRECISION = Obstacle(
+    "DDP's mixed_precision",
+    "frees the weights that the backward pass used",
+    "Train under torch.autocast, without it.",
+)
+
 
 class Alone:
     """One process: its loss is the global one.
 
     Attributes:
         later: whether the graph of a loss's gradients is only made where products are taken of it.
+        obstacle: what stops all of it, if anything does.
 
     >>> w = torch.ones(1)
     >>> with Alone([w]).tensors() as tensors:
@@ -35,6 +42,7 @@ class Alone:
     """
 
     later = False
+    obstacle: Obstacle | None = None
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = list(parameters)
@@ -63,6 +71,8 @@ class Replicas(Alone):
     def __init__(self, parameters: Sequence[Tensor], layout: Layout) -> None:
         super().__init__(parameters)
         self._layout = layout
+        if any(getattr(replica, "mixed_precision", None) is not None for replica in layout.replicas):
+            self.obstacle = _MIXED_PRECISION
 
     def mean(self, products: Sequence[Tensor]) -> list[Tensor]:
         return _mean(products, self._layout.world_size)
@@ -197,7 +207,7 @@ def _gathered(module: Any) -> Iterator[None]:
     if groups is None:
         groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
     stilled = {"reduce_grads": False, "reshard_after_backward": False, "post_forward_mesh_info": None}
-    kept = [({name: getattr(group, name) for name in stilled}, group.is_sharded) for group in groups]
+    kept = [({name: getattr(group, name) for name in stilled}, group.is_unsharded) for group in groups]
     for group in groups:
         for name, value in stilled.items():
             setattr(group, name, value)
@@ -207,10 +217,10 @@ def _gathered(module: Any) -> Iterator[None]:
     finally:
         if state._state_ctx.post_backward_final_callback_queued:  # a backward pass failed before its end
             state._root_post_backward_final_callback()
-        for group, (values, was_sharded) in zip(groups, kept, strict=True):
+        for group, (values, was_whole) in zip(groups, kept, strict=True):
             for name, value in values.items():
                 setattr(group, name, value)
-            if was_sharded:
+            if not was_whole:
                 group.reshard()
 
 

@@ -24,7 +24,6 @@ from geomprobe.global_loss import fail_together
 from geomprobe.inner_products import InnerProducts
 from geomprobe.interception import unscaled
 from geomprobe.own_gradients import RankProducts
-from geomprobe.preflight import dissect
 from geomprobe.probe import Probe
 from geomprobe.sharpness import top_eigenvalue
 from geomprobe.trace.schema import FINAL, parameter_column, product_column
@@ -173,12 +172,11 @@ class Measurement:
             self._complete = self._complete and not self._wants_graph()
             run()
             return
-        obstacles = dissect(loss).obstacles if closure is None else []
-        if obstacles:
-            self._blocked_by(CurvatureUnavailable(obstacles[0]))
+        assert self._curvature is not None
+        if (obstacle := self._curvature.obstacle(loss, closure)) is not None:
+            self._blocked_by(CurvatureUnavailable(obstacle))
             run()
             return
-        assert self._curvature is not None
         rng, self._rng = self._rng, None
         self._parts += 1
         try:

@@ -1,4 +1,4 @@
-"""Small trainings over several processes, measured and not, and the same in one process as their oracle."""
+"""Small trainings over several processes, measured and not."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
-from torch.func import functional_call, grad, jacrev
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
+from geomprobe.interception import tag_scaled
 from geomprobe.measuring import Measure, Measurement
 from geomprobe.parameters import measured_parameters
 
@@ -133,6 +132,7 @@ class Case:
     every: int = 1
     curvature: bool = True
     per_rank: bool = False
+    scale: float = 1.0
     dtype: torch.dtype = torch.float64
 
     @property
@@ -143,7 +143,7 @@ class Case:
             per_parameter=self.per_parameter,
             per_rank=self.per_rank,
             finite_step=self.closure,
-            sharpness_every=2 if self.closure else 0,
+            sharpness_every=STEPS if self.closure else 0,
         )
 
 
@@ -189,16 +189,21 @@ def train(case: Case, references: dict[str, Any] | None = None) -> tuple[Path, d
             nn.utils.clip_grad_norm_(wrapped.parameters(), 0.1)
         if measurement is not None:
             with torch.no_grad(), listening() as sent:
-                row = measurement.row([p.grad for p in parameters.values()], None, total.reshape(1))
+                gradients = [p.grad for p in parameters.values()]
+                scale = torch.tensor(case.scale, dtype=case.dtype) if case.scale != 1 else None
+                row = measurement.row(gradients, scale, total.reshape(1))
             path.rows.append(row[1:].tolist())
             path.losses.append(float(row[0]))
             path.sent.append(sent)
+        for parameter in parameters.values():
+            if parameter.grad is not None and case.scale != 1:
+                parameter.grad.div_(case.scale)  # as a fused optimizer does it, after the row
         optimizer.step()
         probe.step += 1
     if measurement is not None:
         path.route = measurement.curvature_found()["route"] if measurement._curvature else None
         path.missing = measurement.curvature_missing
-    path.final = torch.cat([full(p).flatten() for p in parameters.values()])
+    path.final = flat(map(full, parameters.values()))
     return path, {name: p.detach().clone() for name, p in parameters.items()}
 
 
@@ -209,11 +214,15 @@ def backward(case: Case, wrapped: nn.Module, part: Any, measurement: Measurement
         return functional.cross_entropy(wrapped(x), y) / case.parts
 
     loss = closure()
+    value = loss.detach().double()
+    if case.scale != 1:
+        loss = loss * case.scale
+        tag_scaled(loss, torch.tensor(case.scale, dtype=case.dtype))
     if measurement is None:
         loss.backward()
     else:
         measurement.backward(loss, closure if case.closure else None, loss.backward, True)
-    return loss.detach().double()
+    return value
 
 
 @contextlib.contextmanager
@@ -253,6 +262,10 @@ def full(tensor: Any) -> Tensor:
     return whole.detach().clone()
 
 
+def flat(tensors: Any) -> Tensor:
+    return torch.cat([t.detach().flatten().clone() for t in tensors])
+
+
 def both_passes(cases: list[Case]) -> list[tuple[Path, Path]]:
     """Each case trained plainly, then measured against its own final and initial weights."""
     warnings.simplefilter("error")
@@ -263,103 +276,3 @@ def both_passes(cases: list[Case]) -> list[tuple[Path, Path]]:
         plain, final = train(case)
         found.append((plain, train(case, {"final": final, "first": first})[0]))
     return found
-
-
-# The oracle
-
-
-def global_loss(case: Case, module: nn.Module, world: int, x: Tensor, y: Tensor) -> Callable[..., Tensor]:
-    """The mean over ranks and micro-batches of the losses, as a function of the weights."""
-    names = [name for name, _ in module.named_parameters()]
-
-    def loss(*weights: Tensor) -> Tensor:
-        losses = []
-        for xs, ys in zip(x.chunk(world), y.chunk(world), strict=True):
-            for xp, yp in zip(xs.chunk(case.parts), ys.chunk(case.parts), strict=True):
-                buffers = {name: b.clone() for name, b in module.named_buffers()}
-                out = functional_call(module, {**dict(zip(names, weights, strict=True)), **buffers}, (xp,))
-                losses.append(functional.cross_entropy(out, yp))
-        return torch.stack(losses).mean() * (world if case.wrapper.endswith("sum") else 1)
-
-    return loss
-
-
-def brute_force(case: Case, world: int) -> dict[str, np.ndarray]:
-    """Every column, from a training in one process and in float64, with dense Hessians."""
-    module = model(case.model, torch.float64)
-    parameters = list(module.parameters())
-    optimizer = optimizer_of(case.optimizer, parameters)
-    first = flat(parameters)
-    history: list[dict[str, Any]] = []
-    for x, y in batches(torch.float64):
-        loss = global_loss(case, module, world, x, y)
-        optimizer.zero_grad()
-        loss(*parameters).backward()
-        if case.clip:
-            nn.utils.clip_grad_norm_(parameters, 0.1)
-        g = flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
-        found = {"w": flat(parameters), "g": g, **second_order(loss, parameters, g)}
-        for rank, share in enumerate(zip(x.chunk(world), y.chunk(world), strict=True)):
-            own = torch.autograd.grad(
-                global_loss(case, module, 1, *share)(*parameters), parameters, materialize_grads=True
-            )
-            found[f"g of {rank}"] = flat(own)
-        history.append(found)
-        optimizer.step()
-    return columns(case, history, {"final": flat(parameters), "first": first}, module)
-
-
-def second_order(loss: Callable[..., Tensor], parameters: list[Tensor], g: Tensor) -> dict[str, Any]:
-    sizes = [p.numel() for p in parameters]
-
-    def of(vector: Tensor) -> Tensor:
-        pieces = zip(vector.split(sizes), parameters, strict=True)
-        return loss(*(piece.view(p.shape) for piece, p in pieces))
-
-    w = flat(parameters)
-    matrix = jacrev(grad(of))(w).detach()
-    there = w - 0.1 * g  # optimizer_of's rate
-    return {
-        "Hg": matrix @ g,
-        "sharpness": float(torch.linalg.eigvalsh(matrix)[-1]),
-        "turned": (grad(of)(w) - grad(of)(there)) / 0.1,
-        "gap": float(of(there) - of(w) + 0.1 * grad(of)(w) @ g),
-        "loss": float(of(w)),
-    }
-
-
-def columns(
-    case: Case, history: list[dict[str, Any]], references: dict[str, Tensor], module: nn.Module
-) -> dict[str, np.ndarray]:
-    found: dict[str, list[float]] = {}
-
-    def add(name: str, value: Any) -> None:
-        found.setdefault(name, []).append(float(value))
-
-    slices, start = {}, 0
-    for name, p in module.named_parameters():
-        slices[name], start = slice(start, start + p.numel()), start + p.numel()
-    for point in history:
-        vectors = {"w": point["w"], "g": point["g"], "Hg": point["Hg"]}
-        shared = ("g.g", "w.g", "w.w", "g.Hg", "Hg.Hg")
-        for reference, star in references.items():
-            vectors["d"] = point["w"] - star
-            path = "" if reference == "final" else f"references/{reference}/"
-            for product in (*(shared if not path else ()), "g.d", "w.d", "d.d"):
-                a, b = (vectors[v] for v in product.split("."))
-                add(f"{path}inner_products/{product}", a @ b)
-                for name in slices if not path and case.per_parameter else ():
-                    add(f"parameters/{name}/{product}", a[slices[name]] @ b[slices[name]])
-        d = point["w"] - references["final"]
-        for rank, g in enumerate(point[key] for key in point if key.startswith("g of")):
-            for product, value in (("g.g", g @ g), ("w.g", point["w"] @ g), ("g.d", g @ d)):
-                add(f"ranks/{rank}/{product}", value)
-        add("steps/sharpness", point["sharpness"])
-        add("steps/secant_residual", point["turned"].norm() / point["g"].norm())
-        add("steps/linear_decrease_gap", point["gap"])
-        add("loss", point["loss"])
-    return {name: np.array(values) for name, values in found.items()}
-
-
-def flat(tensors: Any) -> Tensor:
-    return torch.cat([t.detach().flatten().clone() for t in tensors])

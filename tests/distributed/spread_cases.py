@@ -9,21 +9,21 @@ from typing import Any
 
 import torch
 from refused_layouts import WORLD, named, refusals
-from shared_training import WRAPPERS, Net, ddp, fsdp, full, optimizer_of
+from sharded_variants import fsdp_variants
+from shared_training import WRAPPERS, Net, ddp, flat, fsdp, full, optimizer_of
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_module, distribute_tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 from geomprobe.curvature import Curvature
 from geomprobe.distributed import Layout
 from geomprobe.double_backward import graph_of, hessian_vector_product
-from geomprobe.dtensors import local, whole
+from geomprobe.dtensors import whole
 from geomprobe.errors import GeomprobeError
 from geomprobe.inner_products import InnerProducts
 from geomprobe.measuring import Measure, Measurement
@@ -84,13 +84,9 @@ def replicated_dtensors() -> dict[str, Any]:
         "came": came,
         "loss": (float(whole(loss)), float(expected)),
         "products": (measured, InnerProducts(list(plain.parameters()), {"final": stars}).measure(g)),
-        "hg": (_flat(hg), _flat(hessian_vector_product([graph], list(plain.parameters()), g))),
+        "hg": (flat(hg), flat(hessian_vector_product([graph], list(plain.parameters()), g))),
         "plain": all(type(h) is Tensor for h in hg),
     }
-
-
-def _flat(tensors: Any) -> Tensor:
-    return torch.cat([t.detach().flatten() for t in tensors])
 
 
 class Opaque(torch.autograd.Function):
@@ -169,7 +165,7 @@ def _run_halting(wrap: Any, operation: str, measured: bool) -> tuple[Tensor, lis
             rows.append(bool(row.isfinite().all()))
         optimizer.step()
         probe.step += 1
-    return _flat(map(full, parameters.values())), rows, measurement and measurement.curvature_missing
+    return flat(map(full, parameters.values())), rows, measurement and measurement.curvature_missing
 
 
 def wrong_closure() -> tuple[str, str]:
@@ -224,82 +220,6 @@ def half_seen() -> list[bool]:
     return found
 
 
-class Checkpointed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.outer = nn.Linear(5, 6), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.outer(checkpoint(lambda x: torch.tanh(self.inner(x)), x, use_reentrant=False))
-
-
-def fsdp_variants() -> dict[str, tuple[bool, float]]:
-    """Whether the weights stay bitwise the same, and how far Hg is from that of the plain twin."""
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    return {
-        "checkpointed": _variant(Checkpointed),
-        "mixed": _variant(_layers, mp_policy=policy),
-        "tied": _variant(_tied),
-        "frozen": _variant(_frozen),
-    }
-
-
-def _layers() -> nn.Module:
-    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
-
-
-def _tied() -> nn.Module:
-    layers = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5))
-    layers[2].weight = layers[0].weight
-    return layers
-
-
-def _frozen() -> nn.Module:
-    layers = _layers()
-    layers[0].weight.requires_grad_(False)
-    return layers
-
-
-def _variant(make: Callable[[], nn.Module], **options: Any) -> tuple[bool, float]:
-    finals, distance = [], 0.0
-    for measured in (False, True):
-        torch.manual_seed(4)
-        twin = make()
-        torch.manual_seed(4)
-        wrapped = fully_shard(make(), **options)
-        optimizer = optimizer_of("momentum", wrapped.parameters())
-        parameters = list(wrapped.parameters())
-        curvature = Curvature(parameters, wrapped, Layout.of(*named(wrapped))) if measured else None
-        generator = torch.Generator().manual_seed(9)
-        for step in range(3):
-            batch = torch.randn(WORLD * 4, 5, generator=generator)
-            optimizer.zero_grad()
-            loss = wrapped(batch.chunk(WORLD)[dist.get_rank()]).float().square().mean()
-            if curvature is None:
-                loss.backward()
-            else:
-                curvature.backward(loss)
-                hg = curvature.product([None if p.grad is None else local(p.grad) for p in parameters])
-                if step == 0:
-                    distance = _distance(twin, batch, hg, parameters)
-            optimizer.step()
-        finals.append(_flat(map(full, parameters)))
-    return torch.equal(*finals), distance
-
-
-def _distance(twin: nn.Module, batch: Tensor, hg: list[Tensor], parameters: list[Any]) -> float:
-    graph = graph_of(twin(batch).square().mean(), list(twin.parameters()))
-    twin(batch).square().mean().backward()
-    g = [p.grad for p in twin.parameters()]
-    expected = _flat(hessian_vector_product([graph], list(twin.parameters()), g))
-    rows = zip(hg, parameters, strict=True)
-    found = _flat(
-        DTensor.from_local(h, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()).full_tensor()
-        for h, p in rows
-    )
-    return float((found - expected).norm() / expected.norm())
-
-
 def fixed_loss() -> dict[str, tuple[float, float]]:
     """The sharpness of a loss that the script names: found, and the dense oracle's."""
     found = {}
@@ -327,7 +247,7 @@ def _top(twin: nn.Module, batch: Tensor) -> float:
     weights = list(twin.parameters())
     gradient = _graph_flat(torch.autograd.grad(twin(batch).square().mean(), weights, create_graph=True))
     rows = [torch.autograd.grad(g, weights, retain_graph=True, materialize_grads=True) for g in gradient]
-    return float(torch.linalg.eigvalsh(torch.stack([_flat(row) for row in rows]))[-1])
+    return float(torch.linalg.eigvalsh(torch.stack([flat(row) for row in rows]))[-1])
 
 
 def _graph_flat(tensors: Any) -> Tensor:

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import ranks
 import torch
-from shared_training import Case, Path, both_passes, brute_force
+from global_oracle import brute_force
+from shared_training import Case, Path, both_passes
 
 CASES = [
-    Case("ddp"),
-    Case("ddp", optimizer="adam", per_parameter=True),
     Case("ddp", model="norm"),
     Case("ddp", parts=3, sync_each=False, clip=True),
     Case("ddp", parts=3),
@@ -23,21 +22,32 @@ CASES = [
     Case("ddp views", dtype=torch.float32, every=2),
     Case("ddp unused", model="sometimes"),
     Case("ddp sum", clip=True),
-    Case("fsdp"),
-    Case("fsdp", optimizer="adam", per_parameter=True),
+    Case("ddp", scale=1024.0, parts=2, per_rank=True),
     Case("fsdp", parts=3, sync_each=False, clip=True),
     Case("fsdp", parts=3),
     Case("fsdp", closure=True, parts=2),
     Case("fsdp kept", dtype=torch.float32, every=2),
     Case("fsdp sum", optimizer="adam"),
+    Case("fsdp", scale=1024.0, parts=2),
+]
+EVERYWHERE = [
+    Case("ddp"),
+    Case("ddp", optimizer="adam", per_parameter=True),
+    Case("fsdp"),
+    Case("fsdp", optimizer="adam", per_parameter=True),
 ]
 PLAIN = [Case("ddp", curvature=False), Case("fsdp", curvature=False)]
 MESHES = [
     Case("hsdp", parts=3, sync_each=False),
-    Case("hsdp", per_parameter=True),
+    Case("hsdp", optimizer="adam", per_parameter=True),
     Case("hsdp", curvature=False),
 ]
-WORLDS = {1: [Case("ddp"), Case("fsdp"), *PLAIN], 2: CASES + PLAIN, 3: CASES, 4: CASES + MESHES}
+WORLDS = {
+    1: EVERYWHERE + PLAIN,
+    2: EVERYWHERE + PLAIN,
+    3: EVERYWHERE + CASES,
+    4: EVERYWHERE + MESHES + [Case("ddp static", parts=2), Case("fsdp", closure=True)],
+}
 
 Found = dict[tuple[int, Case], list[tuple[Path, Path]]]
 
@@ -75,7 +85,7 @@ def test_every_column_is_that_of_one_process_on_the_global_batch(
     assert len(rows) == len(expected["loss"])
     for name, values in zip(path.columns, rows.T, strict=True):
         name = name.replace("parameters/module.", "parameters/")
-        every = 2 * case.every if name == "steps/sharpness" else case.every
+        every = len(values) if name == "steps/sharpness" else case.every
         measured = np.arange(len(values)) % every == 0
         assert np.isnan(values[~measured]).all(), name
         scale = np.abs(expected[name]).max()

@@ -101,7 +101,8 @@ def test_a_step_that_one_rank_did_not_see_has_no_hg_on_any(found: list[dict[str,
 
 
 @pytest.mark.parametrize(
-    ("variant", "tolerance"), [("checkpointed", 1e-5), ("mixed", 0.05), ("tied", 1e-5), ("frozen", 1e-5)]
+    ("variant", "tolerance"),
+    [("checkpointed", 1e-5), ("mixed", 0.05), ("tied", 1e-5), ("frozen", 1e-5), ("unused", 1e-5)],
 )
 def test_under_fsdp2_variants_of_models_keep_their_bits_and_have_their_hg(
     found: list[dict[str, Any]], variant: str, tolerance: float
