@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,6 +18,15 @@ from torch import distributed as dist
 
 from geomprobe.dtensors import is_dtensor
 from geomprobe.errors import GeomprobeError, UnsupportedTraining
+from geomprobe.unsupported_layouts import (
+    refuse_devices,
+    refuse_fsdp1,
+    refuse_join,
+    refuse_mixture,
+    refuse_optimizer_in_backward,
+    refuse_placement,
+    refuse_unaveraged,
+)
 
 Kind = Literal["one process", "DDP", "FSDP2", "DTensor"]
 
@@ -59,19 +68,19 @@ class Layout:
             UnsupportedTraining: FSDP1, tensor or pipeline parallelism, an optimizer inside the backward pass,
                 parameters that no one averages the gradients of, or several devices in one process.
         """
-        _refuse_devices(parameters)
-        _refuse_optimizer_in_backward(parameters)
-        _refuse_fsdp1(model)
+        refuse_devices(parameters)
+        refuse_optimizer_in_backward(parameters)
+        refuse_fsdp1(model)
         distributed = [name for name, p in parameters.items() if is_dtensor(p)]
         if distributed:
-            _refuse_mixture(distributed, parameters)
+            refuse_mixture(distributed, parameters)
             return _of_dtensors(cls, model, parameters)
         replicas = _ddp_modules(model, parameters)
         rank, world_size = _place()
         owned = (True,) * len(parameters)
         if not replicas and world_size == 1:
             return cls(owned=owned)
-        _refuse_unaveraged(replicas, parameters, world_size)
+        refuse_unaveraged(replicas, parameters, world_size)
         return cls("DDP", rank, world_size, owned=owned, replicas=tuple(replicas))
 
     def sum(self, parts: Tensor) -> Tensor:
@@ -102,12 +111,16 @@ class Layout:
         Returns:
             The `sum` of ``parts``; the mean of ``averaged`` over the processes; ``apart`` of each, by rank.
 
+        Raises:
+            UnsupportedTraining: a process may have left the training before the others (DDP's ``join``).
+
         >>> Layout().exchange(torch.ones(1), torch.tensor([3.0]), torch.tensor([4.0]))
         (tensor([1.]), tensor([3.]), tensor([[4.]]))
         """
         apart = averaged.new_empty(0) if apart is None else apart
         if self.world_size == 1:
             return parts, averaged, apart.unsqueeze(0)
+        refuse_join(self.replicas)
         everyone = apart.new_zeros(self.world_size, apart.numel())
         everyone[self.rank] = apart
         pieces = [parts.reshape(-1) if self.sharded else parts.new_empty(0), averaged, everyone.reshape(-1)]
@@ -215,7 +228,7 @@ def _of_dtensors(cls: type[Layout], model: nn.Module | None, parameters: Mapping
     managed = managed_by_fsdp(model)
     outside = [name for name, p in parameters.items() if id(p) not in managed]
     for name, parameter in parameters.items():
-        _refuse_placement(name, parameter, world_size, id(parameter) in managed)
+        refuse_placement(name, parameter, world_size, id(parameter) in managed)
     if managed and outside and len(outside) < len(parameters):
         raise UnsupportedTraining(
             f"{outside[0]} is a DTensor that fully_shard does not manage, beside others that it does: whether its "
@@ -250,99 +263,3 @@ def _ddp_modules(model: nn.Module | None, parameters: Mapping[str, Tensor]) -> l
     wanted = {id(p) for p in parameters.values()}
     wrappers = [thing for thing in gc.get_objects() if issubclass(type(thing), ddp)]
     return [wrapper for wrapper in wrappers if any(id(p) in wanted for p in wrapper.parameters())]
-
-
-def _averaged(replicas: Iterable[Any]) -> set[int]:
-    return {
-        id(p)
-        for replica in replicas
-        for name, p in replica.module.named_parameters(remove_duplicate=False)
-        if name not in replica.parameters_to_ignore
-    }
-
-
-def _refuse_devices(parameters: Mapping[str, Tensor]) -> None:
-    devices = {p.device: name for name, p in parameters.items()}
-    if len(devices) > 1:
-        places = ", ".join(f"{name} on {device}" for device, name in devices.items())
-        raise UnsupportedTraining(
-            f"The parameters lie on several devices of one process ({places}). Put the model on one device, or give "
-            "each device a process of its own (torchrun) under DDP or fully_shard."
-        )
-
-
-def _refuse_optimizer_in_backward(parameters: Mapping[str, Tensor]) -> None:
-    for name, parameter in parameters.items():
-        if getattr(parameter, "_in_backward_optimizers", None):
-            raise UnsupportedTraining(
-                f"{name} is updated inside the backward pass (_apply_optimizer_in_backward), so no step ever has "
-                "the whole gradient. Call optimizer.step() after backward."
-            )
-
-
-def _refuse_fsdp1(model: nn.Module | None) -> None:
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None or model is None:
-        return
-    for name, module in model.named_modules():
-        if isinstance(module, fsdp.FullyShardedDataParallel):
-            raise UnsupportedTraining(
-                f"{name or 'The model'} is wrapped in FullyShardedDataParallel (FSDP1), whose flat parameters have "
-                "no tensor of their own to measure. Use torch.distributed.fsdp.fully_shard (FSDP2)."
-            )
-
-
-def _refuse_mixture(distributed: Sequence[str], parameters: Mapping[str, Tensor]) -> None:
-    plain = [name for name in parameters if name not in set(distributed)]
-    if plain:
-        raise UnsupportedTraining(
-            f"{distributed[0]} is a DTensor and {plain[0]} a plain tensor ({len(distributed)} and {len(plain)} in "
-            "all): no one averages the plain ones' gradients over the processes. Call fully_shard on the root "
-            "module too, without ignored_params."
-        )
-
-
-def _refuse_placement(name: str, parameter: Any, world_size: int, managed: bool) -> None:
-    from torch.distributed.tensor import Replicate, Shard
-
-    mesh, placements = parameter.device_mesh, parameter.placements
-    lies = f"{name} lies on {mesh} as {placements}"
-    kinds = [type(placement) for placement in placements]
-    if not set(kinds) <= {Replicate, Shard}:
-        raise UnsupportedTraining(
-            f"{lies}: fully_shard over tensor parallelism is not supported. Use fully_shard alone."
-        )
-    if parameter.device.type != mesh.device_type:
-        raise UnsupportedTraining(
-            f"{lies}, and its values on {parameter.device}: CPU offload is not supported. Call fully_shard without "
-            "offload_policy."
-        )
-    if mesh.size() != world_size:
-        raise UnsupportedTraining(
-            f"{lies}, which are {mesh.size()} of the {world_size} processes: a training that is laid out in further "
-            "dimensions (pipeline, tensor, expert or context parallelism) is not supported. Use one mesh over all "
-            "processes."
-        )
-    if Shard in kinds and (not managed or kinds[:-1] != [Replicate] * (len(kinds) - 1)):
-        raise UnsupportedTraining(
-            f"{lies}, and fully_shard does not account for that: tensor parallelism is not supported. Use fully_shard "
-            "alone (attach(model, ...) must get the model that it was called on)."
-        )
-
-
-def _refuse_unaveraged(replicas: Sequence[Any], parameters: Mapping[str, Tensor], world_size: int) -> None:
-    averaged = _averaged(replicas)
-    for name, parameter in parameters.items():
-        if id(parameter) not in averaged:
-            raise UnsupportedTraining(
-                f"{world_size} processes train, and neither DDP nor fully_shard averages the gradient of {name} over "
-                f"them{' (it is outside the DDP module, or ignored by it)' if replicas else ''}. Wrap the model in "
-                "DistributedDataParallel, or call fully_shard on it. (DeepSpeed, Horovod, pipelines and gradients "
-                "averaged by hand are not supported.)"
-            )
-    for replica in replicas:
-        if (size := dist.get_world_size(replica.process_group)) != world_size:
-            raise UnsupportedTraining(
-                f"DDP averages over {size} of the {world_size} processes: a training that is laid out in further "
-                "dimensions is not supported. Use DDP over all processes."
-            )

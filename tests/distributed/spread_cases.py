@@ -254,6 +254,18 @@ def _graph_flat(tensors: Any) -> Tensor:
     return torch.cat([t.flatten() for t in tensors])
 
 
+def joined() -> str:
+    """What is said of uneven inputs under DDP's join."""
+    wrapped = ddp(Net())
+    layout = Layout.of(*named(wrapped))
+    try:
+        with wrapped.join():
+            layout.exchange(torch.zeros(1), torch.zeros(1))
+    except GeomprobeError as error:
+        return str(error)
+    return "accepted"
+
+
 def replicas_apart() -> bool:
     """Whether `Replicate` placements beside a shard count once: HSDP's weights summed over all ranks."""
     mesh = init_device_mesh("cpu", (WORLD, 1), mesh_dim_names=("replicate", "shard"))
@@ -269,6 +281,6 @@ JOBS: dict[str, Callable[[], Any]] = {
     job.__name__: job
     for job in (
         refusals, layouts, replicated_dtensors, blocked, wrong_closure, unaveraged, half_seen, fsdp_variants,
-        fixed_loss, replicas_apart,
+        fixed_loss, replicas_apart, joined,
     )
 }  # fmt: skip

@@ -13,7 +13,8 @@ from shared_training import Net
 from spread_cases import every_job
 
 from geomprobe.distributed import Layout
-from geomprobe.errors import UnsupportedTraining
+from geomprobe.errors import UnsupportedTraining, UsageError
+from geomprobe.own_gradients import RankProducts
 
 SAYS = {
     "unwrapped": "3 processes train, and neither DDP nor fully_shard averages the gradient of weight over them",
@@ -44,6 +45,16 @@ def test_several_devices_in_one_process_are_refused() -> None:
     parameters = {"a": torch.ones(1), "b": torch.ones(1, device="meta")}
     with pytest.raises(UnsupportedTraining, match=r"several devices of one process \(a on cpu, b on meta\)"):
         Layout.of(None, parameters)
+
+
+def test_uneven_inputs_are_refused_by_name(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        assert rank["joined"].startswith("The training runs inside DDP's join()")
+
+
+def test_gradients_of_each_rank_are_refused_where_no_rank_has_one() -> None:
+    with pytest.raises(UsageError, match="laid out as FSDP2: only under DDP"):
+        RankProducts([torch.ones(1)], Layout("FSDP2", world_size=2))
 
 
 def test_the_layout_is_found_also_from_the_module_inside_its_wrapper(found: list[dict[str, Any]]) -> None:
