@@ -61,14 +61,17 @@ def one_segment(target: Run, recorded: Record, segment: tuple[int, int]) -> Iter
         segment: ``(i, k)``: the i-th of k, from 1.
 
     Raises:
-        UsageError: there is no such segment.
+        UsageError: there is no such segment; with few checkpoints there are fewer than k.
         RunError: another process is writing it, or what is there is damaged.
     """
     number, count = segment
-    if not 1 <= number <= count:
-        raise UsageError(f"segment {number}/{count}: name one of 1/{count} to {count}/{count}")
     pieces = segments(checkpoint.saved(target.checkpoints), recorded.num_steps, count)
-    if number > len(pieces) or target.trace.exists():
+    if not 1 <= number <= len(pieces):
+        raise UsageError(
+            f"segment {number}/{count}: the checkpoints of {target.path} cut it into {len(pieces)} pieces; there is "
+            "none of that number, and nothing was replayed."
+        )
+    if target.trace.exists():
         yield None
         return
     first, stop = pieces[number - 1]

@@ -110,9 +110,10 @@ class Recording(Observation):
                 self._save(None)
 
     def boundary(self, position: Position) -> None:
+        due = self._due(position, self.steps) or self.stop_asked
         if self._no_checkpoints:
             self._stop_if_asked()
-        elif self.evidence.settled and (self.stop_asked or self._due(position, self.steps)):
+        elif due and self.evidence.settled:  # else at the next place where nothing waits to be measured
             self._save(position)
             self._stop_if_asked()
 

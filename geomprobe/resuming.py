@@ -81,6 +81,8 @@ def segments(steps: Sequence[int], total: int, count: int) -> list[tuple[int, in
 
     >>> segments([0, 10, 20, 30, 40], 45, 2)
     [(0, 20), (20, 45)]
+    >>> segments([0, 5, 10, 15], 20, 3)
+    [(0, 10), (10, 15), (15, 20)]
     >>> segments([0], 45, 3)
     [(0, 45)]
     """
@@ -88,16 +90,17 @@ def segments(steps: Sequence[int], total: int, count: int) -> list[tuple[int, in
     low, high = max(b - a for a, b in itertools.pairwise(cuts)), total
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if len(_pieces(cuts, middle)) <= count else (middle + 1, high)
-    return _pieces(cuts, low)
+        low, high = (low, middle) if len(_pieces(cuts, middle, 0)) <= count else (middle + 1, high)
+    return _pieces(cuts, low, count)
 
 
-def _pieces(cuts: Sequence[int], longest: int) -> list[tuple[int, int]]:
-    """Pieces of at most ``longest`` steps, each as long as it can be; no two cuts are farther apart than that."""
+def _pieces(cuts: Sequence[int], longest: int, count: int) -> list[tuple[int, int]]:
+    """Pieces of at most ``longest`` steps, as few as can be, or ``count``; no two cuts are farther apart than that."""
     pieces: list[tuple[int, int]] = []
     first = 0
-    for cut, following in itertools.pairwise(cuts):
-        if following - first > longest:
+    for i, (cut, following) in enumerate(itertools.pairwise(cuts)):
+        left = len(cuts) - 1 - i  # pieces that the rest could still be cut into
+        if cut > first and (following - first > longest or len(pieces) + 1 + left <= count):
             pieces.append((first, cut))
             first = cut
     return [*pieces, (first, cuts[-1])]

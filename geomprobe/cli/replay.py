@@ -96,24 +96,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Replay, and say what was written and whether it held."""
-    from geomprobe import claims, passes, sealing
+    from geomprobe import checkpoint, claims, passes, sealing
     from geomprobe.cli import parallel
+    from geomprobe.resuming import segments
     from geomprobe.run import Run
 
     if arguments.every < 1:
         raise UsageError(f"--every {arguments.every}: N is at least 1")
     if arguments.segment and (arguments.force or arguments.resume):
         raise UsageError("--segment goes on by itself where it was cut off; remove --force or --resume")
-    if "trace" in sealing.finish(Run(arguments.folder)):
+    run = Run(arguments.folder)
+    if "trace" in sealing.finish(run):
         print(
             f"Wrote {arguments.folder}/{TRACE_FILE}: its replay was over, and only its sealing was cut off."
         )
         print(f"Next: geomprobe verify {arguments.folder}", file=sys.stderr)
         return 0
-    with closing(claims.finished_record(Run(arguments.folder))) as recorded:
+    with closing(claims.finished_record(run)) as recorded:
         manifest = recorded.manifest
         present = launch.present(manifest["script"], arguments.folder)
         launch.restart_with(_at_start_up(manifest))
+        pieces = segments(
+            checkpoint.saved(run.checkpoints), recorded.num_steps, (arguments.segment or (1, 1))[1]
+        )
+        if arguments.segment and arguments.segment[0] > len(pieces):
+            print(
+                f"Nothing to do: the checkpoints of {arguments.folder} cut it into {len(pieces)} segments only."
+            )
+            return 0
         if arguments.jobs != 1:
             parallel.replay(arguments, recorded)
             return tell(open_trace(arguments.folder), arguments.folder)
