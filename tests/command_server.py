@@ -12,28 +12,15 @@ import importlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
 TIMEOUT_S = 60
 
-# What the passes import on their way; torch imports Inductor where deterministic algorithms are switched on.
-IMPORTED = (
-    "geomprobe.cli.record",
-    "geomprobe.cli.replay",
-    "geomprobe.cli.inspect",
-    "geomprobe.cli.launch",
-    "geomprobe.passes",
-    "numpy.ma",
-    "torch._inductor",
-    "torch.distributed.checkpoint.state_dict_saver",
-)
+SCRIPTS = Path(__file__).parents[1] / "scripts"  # where command_forks.py is
 
 
 @dataclass(frozen=True)
@@ -48,13 +35,13 @@ class Result:
 class Command:
     """A command line that runs in a fork of the server."""
 
-    def __init__(self, server, argv, cwd, env):
+    def __init__(self, server, argv, cwd, env=None, kill_at=0):
         self._server = server
         self._folder = Path(tempfile.mkdtemp())
         out, err = (str(self._folder / name) for name in ("out", "err"))
         arguments = [str(argument) for argument in argv]
         request = {"argv": arguments, "cwd": str(cwd), "env": env or {}, "out": out, "err": err}
-        self.pid = server.ask(request)
+        self.pid = server.ask({**request, "kill_at": kill_at})
 
     def wait(self, timeout_s=TIMEOUT_S):
         """The result; a command that takes longer than ``timeout_s`` is killed, and has no exit code."""
@@ -65,15 +52,17 @@ class Command:
 
 
 class Server:
-    """The process that forks, and the pipe to it."""
+    """The process that forks, and the pipe to it.
 
-    def __init__(self):
-        package = Path(__file__).parents[1]
-        env = {**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
-        env |= {
-            "PYTHONHASHSEED": "0",
-            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-        }  # so that no command restarts itself
+    Args:
+        preload: a library to load into it, such as the one that `arm` wants.
+    """
+
+    def __init__(self, preload=None):
+        paths = os.pathsep.join([str(SCRIPTS.parent), str(SCRIPTS)])
+        env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+        if preload is not None:
+            env["LD_PRELOAD"] = str(preload)
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
             [sys.executable, __file__], stdin=pipe, stdout=pipe, text=True, env=env
@@ -109,60 +98,22 @@ def run(*argv, cwd, env=None):
 
 def serve():
     """Answer requests until standard input ends."""
-    for name in IMPORTED:
-        importlib.import_module(name)
-    main = importlib.import_module("geomprobe.cli").main
+    forks = importlib.import_module("command_forks")
+    forks.prepare()
     answers = sys.stdout
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
-            answer = wait(request["wait"], request["timeout_s"])
-        elif (answer := os.fork()) == 0:
-            become(request)
-            leave(main, request["argv"])
+            answer = forks.ended(request["wait"], request["timeout_s"])
+        else:
+            kill_at = request.pop("kill_at")
+            answer = forks.begin(**request, first=functools.partial(arm, kill_at) if kill_at else None)
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def become(request):
-    """Make this process look like one that was started for the request."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number, name in enumerate((os.devnull, request["out"], request["err"])):
-        descriptor = os.open(name, os.O_RDWR | os.O_CREAT, 0o600)
-        os.dup2(descriptor, number)
-        os.close(descriptor)
-    os.chdir(request["cwd"])
-    os.environ.update(request["env"])
-
-
-def leave(main, argv):
-    """Run a command and exit as it says, with what Python and C libraries do at exit, such as HDF5.
-
-    Only taking torch's modules apart is left out, which takes a second.
-    """
-    try:
-        code = main(argv)
-    except SystemExit as stop:
-        code = stop.code
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    ctypes.CDLL(None).exit(code or 0)
-
-
-def wait(pid, timeout_s):
-    """The exit code of a fork, None if it had to be killed."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.005)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return None
+def arm(kill_at):
+    """Let the preloaded library kill this process at its k-th write."""
+    ctypes.CDLL(None).kill_at_write(ctypes.c_long(kill_at), 0)
 
 
 if __name__ == "__main__":
