@@ -28,7 +28,7 @@ from geomprobe.double_backward import (
 )
 from geomprobe.errors import UsageError
 from geomprobe.global_loss import fail_together, global_loss
-from geomprobe.preflight import CurvatureUnavailable, Obstacle, coarsest_epsilon, dissect
+from geomprobe.preflight import Anatomy, CurvatureUnavailable, Obstacle, coarsest_epsilon, dissect
 from geomprobe.reduction import Reduction
 from geomprobe.reevaluation import (
     Closure,
@@ -105,9 +105,7 @@ class Curvature:
 
     def obstacle(self, loss: Tensor, closure: Closure | None) -> Obstacle | None:
         """What is known beforehand to stop the product of ``loss``; see `backward`."""
-        if self._loss.obstacle is not None or closure is not None:
-            return self._loss.obstacle
-        return next(iter(dissect(loss).obstacles), None)
+        return self._obstacle(dissect(loss), closure)
 
     def backward(
         self,
@@ -132,10 +130,10 @@ class Curvature:
             CurvatureUnavailable: the graph holds an operation without a second derivative, and there is no
                 ``closure``.
         """
-        if (obstacle := self.obstacle(loss, closure)) is not None:
+        anatomy = dissect(loss)
+        if (obstacle := self._obstacle(anatomy, closure)) is not None:
             raise CurvatureUnavailable(obstacle)
         value = loss.detach() if scale is None else loss.detach() / scale
-        anatomy = dissect(loss)
         part = _Part(value, closure, rng, scale, anatomy.obstacles)
         if closure is not None:
             part.tolerance = loss_tolerance(coarsest_epsilon(loss))
@@ -227,6 +225,11 @@ class Curvature:
     @property
     def _device(self) -> torch.device:
         return self._loss.parameters[0].device
+
+    def _obstacle(self, anatomy: Anatomy, closure: Closure | None) -> Obstacle | None:
+        if self._loss.obstacle is not None or closure is not None:
+            return self._loss.obstacle
+        return next(iter(anatomy.obstacles), None)
 
     def _globally(
         self, compute: Callable[[list[Tensor]], list[Tensor]], *, scaled: bool = True
