@@ -45,10 +45,10 @@ def next_command(summary: Summary) -> str:
     if status == "diverged":
         return f"geomprobe replay {path} --force --uncertified"
     if status == "incomplete":
-        return f"geomprobe replay {path} --force"
+        return f"geomprobe replay {path} --resume"
     if record.get("status") == "complete":
         return f"geomprobe replay {path}"
-    return f"geomprobe record -o {path} --force SCRIPT"
+    return f"geomprobe record -o {path} --resume"
 
 
 def _steps(entry: Summary) -> str:

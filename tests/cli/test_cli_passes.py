@@ -374,7 +374,8 @@ def test_an_interrupted_recording_is_unfinished_and_readable(folder, number, cod
     os.kill(recording.pid, number)
     result = recording.wait()
     assert result.code == code
-    assert result.err == ("geomprobe record: interrupted\n" if number == signal.SIGINT else "")
+    said = {signal.SIGINT: "interrupted", signal.SIGTERM: "stopped as asked; --resume goes on from here"}
+    assert result.err == f"geomprobe record: {said[number]}\n"
     with open_record(folder / "run") as left:
         assert left.status == "incomplete"
         rows = left.steps["loss"]

@@ -99,7 +99,7 @@ def test_a_replay_that_was_cut_off_has_no_certificate(tmp_path, history):
     summary = summarize(run)
     assert line(summary, "trace") == "trace        incomplete, 25 steps, 2 epochs"
     assert line(summary, "certificate") == "certificate  none: the replay has not finished"
-    assert next_command(summary) == f"geomprobe replay {run} --force"
+    assert next_command(summary) == f"geomprobe replay {run} --resume"
 
 
 @pytest.mark.parametrize("kind", ["record", "trace"])
