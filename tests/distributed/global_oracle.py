@@ -40,6 +40,9 @@ def brute_force(case: Case, world: int) -> dict[str, np.ndarray]:
         loss = global_loss(case, module, world, x, y)
         optimizer.zero_grad()
         loss(*parameters).backward()
+        for parameter in parameters if case.wrapper == "fsdp unused" else ():
+            if parameter.grad is None:  # which an optimizer would skip; FSDP2 gives it zeros there
+                parameter.grad = torch.zeros_like(parameter)
         if case.clip:
             nn.utils.clip_grad_norm_(parameters, 0.1)
         g = flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])

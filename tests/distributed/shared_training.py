@@ -92,6 +92,11 @@ def fsdp(module: nn.Module, **options: Any) -> nn.Module:
     return fully_shard(module, **options)
 
 
+def unused_fsdp(module: nn.Module) -> nn.Module:
+    fully_shard(module).set_reduce_scatter_unused_params(True)
+    return module
+
+
 def summing_fsdp(module: nn.Module) -> nn.Module:
     fsdp(module)
     for part in (module, module.inner):
@@ -113,6 +118,7 @@ WRAPPERS: dict[str, Callable[..., nn.Module]] = {
     "fsdp": fsdp,
     "fsdp kept": lambda module: fsdp(module, reshard_after_forward=False),
     "fsdp sum": summing_fsdp,
+    "fsdp unused": unused_fsdp,
     "hsdp": hsdp,
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from refused_layouts import WORLD, named, refusals
 from sharded_variants import fsdp_variants
-from shared_training import WRAPPERS, Net, ddp, flat, fsdp, full, optimizer_of
+from shared_training import WRAPPERS, Net, Sometimes, ddp, flat, fsdp, full, optimizer_of
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from geomprobe.curvature import Curvature
 from geomprobe.distributed import Layout
 from geomprobe.double_backward import graph_of, hessian_vector_product
-from geomprobe.dtensors import whole
+from geomprobe.dtensors import local, whole
 from geomprobe.errors import GeomprobeError
 from geomprobe.inner_products import InnerProducts
 from geomprobe.measuring import Measure, Measurement
@@ -200,6 +200,22 @@ def unaveraged() -> str | None:
     return None
 
 
+def partly_used() -> dict[str, str]:
+    """What is said where ranks use different parameters, and nothing has been told to expect it."""
+    found = {}
+    for name, wrap in (("ddp", DistributedDataParallel), ("fsdp", fully_shard)):
+        wrapped = wrap(Sometimes())
+        parameters = list(wrapped.parameters())
+        curvature = Curvature(parameters, wrapped, Layout.of(*named(wrapped)))
+        sign = 1 if dist.get_rank() == 0 else -1
+        curvature.backward(wrapped(sign * torch.ones(4, 5)).square().mean())
+        try:
+            curvature.product([None if p.grad is None else local(p.grad) for p in parameters])
+        except GeomprobeError as error:
+            found[name] = str(error)
+    return found
+
+
 def half_seen() -> list[bool]:
     """A step whose loss one rank hides from the probe has no Hg on any; the next one has."""
     torch.manual_seed(3)
@@ -280,7 +296,7 @@ def replicas_apart() -> bool:
 JOBS: dict[str, Callable[[], Any]] = {
     job.__name__: job
     for job in (
-        refusals, layouts, replicated_dtensors, blocked, wrong_closure, unaveraged, half_seen, fsdp_variants,
-        fixed_loss, replicas_apart, joined,
+        refusals, layouts, replicated_dtensors, blocked, wrong_closure, unaveraged, half_seen, partly_used,
+        fsdp_variants, fixed_loss, replicas_apart, joined,
     )
 }  # fmt: skip

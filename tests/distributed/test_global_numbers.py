@@ -11,6 +11,7 @@ import ranks
 import torch
 from global_oracle import brute_force
 from shared_training import Case, Path, both_passes
+from torch.distributed.fsdp import FSDPModule
 
 CASES = [
     Case("ddp", model="norm"),
@@ -28,6 +29,11 @@ CASES = [
     Case("fsdp", closure=True, parts=2),
     Case("fsdp kept", dtype=torch.float32, every=2),
     Case("fsdp sum", optimizer="adam"),
+    *(
+        [Case("fsdp unused", model="sometimes")]
+        if hasattr(FSDPModule, "set_reduce_scatter_unused_params")
+        else []
+    ),
     Case("fsdp", scale=1024.0, parts=2),
 ]
 EVERYWHERE = [

@@ -107,6 +107,15 @@ def test_gradients_that_no_one_averaged_have_no_global_hessian(found: list[dict[
         assert "gives no multiple of the mean of the processes' gradients" in rank["unaveraged"]
 
 
+def test_a_parameter_that_only_some_ranks_use_is_refused(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        for said in rank["partly_used"].values():
+            assert said.startswith(
+                "4 parameters got a gradient on some processes only: parameter 0, of shape [3, 5], on 2 of 3"
+            )
+        assert list(rank["partly_used"]) == ["ddp", "fsdp"]
+
+
 def test_a_step_that_one_rank_did_not_see_has_no_hg_on_any(found: list[dict[str, Any]]) -> None:
     assert [rank["half_seen"] for rank in found] == [[False, True]] * WORLD
 
