@@ -1,0 +1,35 @@
+"""Write a run's report: one HTML page, to be read in a browser, sent by mail, or printed.
+
+It begins with whether the replay was the recorded run. Then come the figures of the papers, by epoch (RSI, EB,
+cosine, loLR, distance, and with Hg the near-corridors), the numbers, the commands that make the run again, its
+files and its manifest. The page needs no other file, no network and no script. A run that failed, or whose passes
+have not finished, is reported as it stands; a trace that is not certified says so on every figure. Needs
+matplotlib where there is a trace: pip install 'geomprobe[plot]'.
+
+    geomprobe report runs/a -o a.html
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from geomprobe.report.html import write
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder, a trace file or a record file")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE", help="the HTML file to write"
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite FILE")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the page, and name what was written."""
+    found = write(arguments.run, arguments.output, force=arguments.force)
+    print(f"Wrote {arguments.output}: {found.headline}")
+    print(f"Next: open {arguments.output} in a browser", file=sys.stderr)
+    return 0
