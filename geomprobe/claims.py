@@ -19,29 +19,37 @@ Claim = tuple[
 ]  # where a replay begins, and where it ends if that is not at the end
 
 
-@contextlib.contextmanager
-def anew(target: Run, force: bool) -> Iterator[Claim | None]:
-    """Hold a run for a replay from the start.
+def claim(
+    target: Run, recorded: Record, force: bool, resume: bool, segment: tuple[int, int] | None
+) -> contextlib.AbstractContextManager[Claim | None]:
+    """Hold a run for a replay; gives where that begins and ends, or None where nothing is left to do.
 
     Args:
         target: the run.
+        recorded: its recording.
         force: remove an earlier trace.
+        resume: go on where one was cut off.
+        segment: ``(i, k)``: hold only the i-th of k pieces, from 1.
 
-    Raises:
-        UsageError: there is one, and ``force`` is not set.
-        RunError: another process is writing there.
+    Raises (on entering):
+        UsageError: there is a trace, or no such segment; with few checkpoints there are fewer than k.
+        RunError: another process is writing there, or what is there is damaged.
     """
+    if segment is not None:
+        return _segment(target, recorded, segment)
+    return _going_on(target, recorded) if resume else _anew(target, force)
+
+
+@contextlib.contextmanager
+def _anew(target: Run, force: bool) -> Iterator[Claim | None]:
+    """Hold a run for a replay from the start."""
     with target.replaying(force):
         yield None, None
 
 
 @contextlib.contextmanager
-def going_on(target: Run, recorded: Record) -> Iterator[Claim | None]:
-    """Hold a run for a replay that goes on where it was cut off; None where nothing is left to do.
-
-    Raises:
-        RunError: another process is writing there, or what is there is damaged.
-    """
+def _going_on(target: Run, recorded: Record) -> Iterator[Claim | None]:
+    """Hold a run for a replay that goes on where it was cut off."""
     with target.going_on():
         if target.trace.exists() and not drop_unfinished(target.trace, open_trace(target.path)):
             yield None
@@ -52,18 +60,8 @@ def going_on(target: Run, recorded: Record) -> Iterator[Claim | None]:
 
 
 @contextlib.contextmanager
-def one_segment(target: Run, recorded: Record, segment: tuple[int, int]) -> Iterator[Claim | None]:
-    """Hold a segment of a run; None where nothing is left to do.
-
-    Args:
-        target: the run.
-        recorded: its recording.
-        segment: ``(i, k)``: the i-th of k, from 1.
-
-    Raises:
-        UsageError: there is no such segment; with few checkpoints there are fewer than k.
-        RunError: another process is writing it, or what is there is damaged.
-    """
+def _segment(target: Run, recorded: Record, segment: tuple[int, int]) -> Iterator[Claim | None]:
+    """Hold a segment of a run, beside others."""
     number, count = segment
     pieces = segments(checkpoint.saved(target.checkpoints), recorded.num_steps, count)
     if not 1 <= number <= len(pieces):
@@ -72,6 +70,11 @@ def one_segment(target: Run, recorded: Record, segment: tuple[int, int]) -> Iter
             "none of that number, and nothing was replayed."
         )
     if target.trace.exists():
+        if (status := open_trace(target.path).status) != "complete":
+            raise UsageError(
+                f"{target.trace} is of a replay that ended {status}: no segment was replayed. `geomprobe replay "
+                f"{target.path} --resume` goes on with one that diverged; --force begins anew."
+            )
         yield None
         return
     first, stop = pieces[number - 1]

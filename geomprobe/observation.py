@@ -8,7 +8,6 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +21,8 @@ from geomprobe.loops import Position
 from geomprobe.probe import Probe
 from geomprobe.restart import Restart
 from geomprobe.resuming import Resumption
+from geomprobe.sources import Sources
 from geomprobe.step_calls import Args, Kwargs, given_closure, nested_step, replace_closure
-from geomprobe.trace.schema import GROUP_COLUMNS, group_column
 
 Closure = Callable[[], Tensor]
 
@@ -52,10 +51,7 @@ class Observation(ABC):
         self.failure: BaseException | None = None
         self._updates = 0  # begun, whether or not the optimizer finished them
         self._called: dict[int, nn.Module] = {}
-        self._iterations: WeakKeyDictionary[Iterator[Any], tuple[int, DataLoader[Any]]] = WeakKeyDictionary()
-        self._iterated = 0
-        self._source: tuple[int, DataLoader[Any]] | None = None  # where the last batch came from
-        self._trained_on: dict[int, float] = {}  # passes over a loader that led to steps, and their epochs
+        self._sources = Sources()
         self._names_its_losses = False
         self._in_backward = False
         self._factor: Tensor | None = None
@@ -127,11 +123,10 @@ class Observation(ABC):
             self.probe.require_same_parameters()
             if not self._opened:
                 self._opened = True
-                loader = self._source[1] if self._source is not None else None
-                self.manifest |= self.restart.manifest(self.probe, loader)
+                self.manifest |= self.restart.manifest(self.probe, self._sources.loader)
                 self.open()
-            if self._source is not None:
-                self._note_source(*self._source)
+            if (reason := self._sources.stepped(self.probe.epoch)) is not None:
+                self.cannot_go_on(reason)
             self.measure(gradients, grad_scale)
             self._updates += 1
 
@@ -175,12 +170,11 @@ class Observation(ABC):
             self.restart.loaders.append(loader)
 
     def loader_iterated(self, loader: DataLoader[Any], iterator: Iterator[Any]) -> None:
-        self._iterated += 1
-        self._iterations[iterator] = self._iterated, loader  # one with persistent workers starts over
+        self._sources.begun(loader, iterator)
 
     def batch_came(self, iterator: Iterator[Any]) -> None:
         if torch.is_grad_enabled():  # evaluation is not part of the step
-            self._source = self._iterations.get(iterator)
+            self._sources.gave(iterator)
 
     def optimizer_stepping(
         self, optimizer: Optimizer, args: Args, kwargs: Kwargs
@@ -239,27 +233,13 @@ class Observation(ABC):
 
     # Shared by the passes
 
-    def _note_source(self, number: int, loader: DataLoader[Any]) -> None:
-        """A pass over a loader has led to a step."""
-        epoch = self.epoch
-        if (
-            self._trained_on.setdefault(number, epoch) != epoch
-            and self.probe is not None
-            and self.probe.loops.named
-        ):
-            self.cannot_go_on("one pass over its loader lasts for several epochs")
-        if loader.persistent_workers and loader.num_workers:
-            self.cannot_go_on(
-                "its loader keeps its workers, and their random streams, from epoch to epoch (persistent_workers=True)"
-            )
-
     @property
     def epoch(self) -> float:
         """The current epoch: named by the script, else passes over a loader that led to steps, else NaN."""
         assert self.probe is not None
         if self.probe.epoch is not None:
             return self.probe.epoch
-        return len(self._trained_on) - 1 if self._trained_on else float("nan")
+        return self._sources.epoch
 
     def part_attributes(self) -> dict[str, Any]:
         """What a part says of the run that it is streamed from."""
@@ -267,28 +247,6 @@ class Observation(ABC):
             "manifest": json.dumps(self.manifest),
             "num_parameters": self.manifest["model"]["num_parameters"],
         }
-
-    def group_columns(self) -> tuple[list[str], list[str]]:
-        """Names of the columns of `group_values`: those known on the host, then those on the device."""
-        entries = self._group_entries()
-        names = [
-            [group_column(i, name) for i, name, v in entries if _on_device(v) == where] for where in (0, 1)
-        ]
-        return names[0], names[1]
-
-    def group_values(self) -> tuple[list[float], list[Tensor]]:
-        """lr, weight decay and momentum of each parameter group; a tensor on a device stays there.
-
-        Read after the update: an optimizer that finds its own rate, such as CLR, knows it only then.
-        """
-        entries = self._group_entries()
-        on_device = [value.detach().double().reshape(1) for _, _, value in entries if _on_device(value)]
-        return [float(value) for _, _, value in entries if not _on_device(value)], on_device
-
-    def _group_entries(self) -> list[tuple[int, str, Any]]:
-        assert self.probe is not None
-        groups = enumerate(self.probe.optimizer.param_groups)
-        return [(i, c.name, group[c.name]) for i, group in groups for c in GROUP_COLUMNS if c.name in group]
 
     @contextlib.contextmanager
     def _ignoring_backward(self) -> Iterator[None]:
@@ -368,10 +326,6 @@ class Observation(ABC):
             "optimizer's groups, or, where the second trains another model, call geomprobe.attach(model, "
             "optimizer) on the one to measure."
         )
-
-
-def _on_device(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
 def _described(optimizer: Optimizer) -> str:

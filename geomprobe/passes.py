@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from geomprobe import sealing
-from geomprobe.claims import anew, drop_unfinished, finished_record, going_on, one_segment
+from geomprobe.claims import claim, drop_unfinished, finished_record
 from geomprobe.determinism import draw_seed, seed_everything, start_manifest, strict_mode, untouched_rng
 from geomprobe.errors import Stopped, UnsupportedTraining, UsageError
 from geomprobe.interception import listening
@@ -221,14 +221,10 @@ def replay(
             if not uncertified:
                 require_same_start(recorded.manifest, manifest, target.path, "replay")
             manifest["sources"] = recorded.manifest.get("sources", {})
-            if segment is not None:
-                claimed = one_segment(target, recorded, segment)
-            else:
-                claimed = going_on(target, recorded) if resume else anew(target, force)
-            with claimed as claim:
-                if claim is not None:
+            with claim(target, recorded, force, resume, segment) as claimed:
+                if claimed is not None:
                     files = {name: Path(path).absolute() for name, path in (references or {}).items()}
-                    replaying = Replaying(target, recorded, manifest, measure, uncertified, *claim, files)
+                    replaying = Replaying(target, recorded, manifest, measure, uncertified, *claimed, files)
                     with contextlib.suppress(SegmentEnded), _observed(replaying):
                         train()
                         replaying.complete()

@@ -16,6 +16,7 @@ from torch import Tensor
 from geomprobe import checkpoint, sealing
 from geomprobe.comparing import Comparison
 from geomprobe.errors import EnvironmentMismatch, ReplayDiverged, RunError, Stopped
+from geomprobe.groups import group_columns, group_values
 from geomprobe.loops import Position
 from geomprobe.measuring import Measure, Measurement
 from geomprobe.observation import Closure, Observation
@@ -128,7 +129,7 @@ class Replaying(Observation):
         self._final = references[FINAL]
         assert self._measurement is not None
         self._measurement.open(references)
-        host_groups, device_groups = self.group_columns()
+        host_groups, device_groups = group_columns(self.probe.optimizer)
         device = ["steps/loss", *device_groups, *self._measurement.columns]
         columns = ["steps/epoch", *host_groups, *device]
         columns += ["steps/same"] if self._uncertified else []
@@ -151,9 +152,10 @@ class Replaying(Observation):
         self._row = self.evidence.loss.reshape(1), products, self.epoch, *self.evidence.take()
 
     def updated(self) -> None:
+        assert self.probe is not None
         assert self._rows is not None
         loss, products, epoch, digests, host = self._row
-        host_groups, device_groups = self.group_values()
+        host_groups, device_groups = group_values(self.probe.optimizer)
         self._rows.append(torch.cat([loss, *device_groups, products]), digests, [epoch, *host_groups], host)
         self._stop_if_failed()
         # The script may load other weights when training is over: only now are they the final iterate.

@@ -43,39 +43,42 @@ def replay(arguments: argparse.Namespace, recorded: Record) -> None:
         Stopped: SIGTERM came.
     """
     run = Run(arguments.folder)
-    pieces = segments(_cuts(arguments, recorded, run), recorded.num_steps, arguments.jobs)
+    ranges = segments(_cuts(recorded, run), recorded.num_steps, arguments.jobs)
     if not claims.ready_for_segments(run, force=arguments.force, resume=arguments.resume):
         return
-    steps = ", ".join(f"{first} to {stop - 1}" for first, stop in pieces)
+    steps = ", ".join(f"{first} to {stop - 1}" for first, stop in ranges)
     print(
-        f"geomprobe: {len(pieces)} segments, of steps {steps}; `geomprobe watch {arguments.folder}` shows how far they "
+        f"geomprobe: {len(ranges)} segments, of steps {steps}; `geomprobe watch {arguments.folder}` shows how far they "
         "are",
         file=sys.stderr,
     )
-    commands = [_command(arguments, i) for i in range(1, len(pieces) + 1)]
-    shares = [_share(recorded.manifest, i, len(pieces)) for i in range(len(pieces))]
+    commands = [_command(arguments, i) for i in range(1, len(ranges) + 1)]
+    shares = [_share(recorded.manifest, i, len(ranges)) for i in range(len(ranges))]
     codes = _run(commands, shares)
     failed = {i: code for i, code in enumerate(codes, 1) if code}
     if Stopped.exit_code in failed.values():
         raise Stopped
     if failed:
-        raise SegmentsFailed(_account(failed, pieces, arguments), _worst(failed))
+        raise SegmentsFailed(_account(failed, ranges, arguments), _worst(failed))
 
 
-def _cuts(arguments: argparse.Namespace, recorded: Record, run: Run) -> list[int]:
-    if arguments.jobs < 1:
-        raise UsageError(f"--jobs {arguments.jobs}: K is at least 1")
-    if arguments.uncertified:
-        raise UsageError(
-            "--uncertified and --jobs do not go together: the checkpoints are of the recorded run"
-        )
+def pieces(run: Run, recorded: Record, count: int) -> int:
+    """How many segments there are when ``count`` are asked for."""
+    return len(segments(checkpoint.saved(run.checkpoints), recorded.num_steps, count))
+
+
+def _cuts(recorded: Record, run: Run) -> list[int]:
     cuts = checkpoint.saved(run.checkpoints)
     if len(cuts) < 2:
-        why = recorded.manifest.get("recording", {}).get("no_checkpoints")
-        reason = f"because {why}" if why else "its loop over epochs is not `for epoch in probe.epochs(n)`"
+        kept = recorded.manifest.get("recording", {})
+        reason = "its loop over epochs is not `for epoch in probe.epochs(n)`, or has one epoch only"
+        if "no_checkpoints" in kept:
+            reason = kept["no_checkpoints"]
+        elif kept.get("checkpoint_every") == "never":
+            reason = "it was recorded with --checkpoint-every never"
         raise UsageError(
-            f"{arguments.folder} has no checkpoints to split it at: {reason}. Replay it without --jobs, or "
-            "record it anew."
+            f"{run.path} has no checkpoints to split it at, because {reason}. Replay it without --jobs, or record it "
+            "anew, perhaps with --checkpoint-every 500steps."
         )
     return cuts
 
@@ -155,11 +158,11 @@ def _worst(failed: Mapping[int, int]) -> int:
 
 
 def _account(
-    failed: Mapping[int, int], pieces: Sequence[tuple[int, int]], arguments: argparse.Namespace
+    failed: Mapping[int, int], ranges: Sequence[tuple[int, int]], arguments: argparse.Namespace
 ) -> str:
     how = {ReplayDiverged.exit_code: "diverged", -signal.SIGKILL: "was killed"}
     what = [
-        f"segment {i}/{arguments.jobs} (steps {pieces[i - 1][0]} to {pieces[i - 1][1] - 1}) "
+        f"segment {i}/{arguments.jobs} (steps {ranges[i - 1][0]} to {ranges[i - 1][1] - 1}) "
         f"{how.get(code, f'ended with exit code {code}')}"
         for i, code in failed.items()
     ]

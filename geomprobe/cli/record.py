@@ -38,6 +38,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on with a recording that was cut off, with its own options (the script may be left out)",
     )
     parser.add_argument(
+        "--strict",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="enforce deterministic algorithms (default: yes; --no-strict is stored in the manifest)",
+    )
+    _add_kept(parser)
+    parser.add_argument(
+        "-m",
+        dest="module",
+        nargs=argparse.REMAINDER,
+        metavar="MODULE",
+        help="run a module instead of a script",
+    )
+    parser.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT [ARGS...]", help="what to run")
+
+
+def _add_kept(parser: argparse.ArgumentParser) -> None:
+    """What is kept on the way."""
+    parser.add_argument(
         "--checkpoint-every",
         default="epoch",
         metavar="WHEN",
@@ -49,12 +68,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=32,
         metavar="N",
         help="keep at most N, spread evenly over the run (default: 32), or all",
-    )
-    parser.add_argument(
-        "--strict",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="enforce deterministic algorithms (default: yes; --no-strict is stored in the manifest)",
     )
     parser.add_argument(
         "--reference-steps",
@@ -73,14 +86,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--average", action="store_true", help="also keep the running average of the weights, as a reference"
     )
-    parser.add_argument(
-        "-m",
-        dest="module",
-        nargs=argparse.REMAINDER,
-        metavar="MODULE",
-        help="run a module instead of a script",
-    )
-    parser.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT [ARGS...]", help="what to run")
 
 
 def run(arguments: argparse.Namespace) -> int:

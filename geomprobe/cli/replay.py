@@ -34,6 +34,12 @@ from geomprobe.trace.schema import TRACE_FILE
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument("folder", metavar="RUN", help="a run folder that `geomprobe record` made")
+    _add_measures(parser)
+    _add_ways(parser)
+
+
+def _add_measures(parser: argparse.ArgumentParser) -> None:
+    """What is measured."""
     parser.add_argument(
         "--every", type=int, default=1, metavar="N", help="measure each N-th step (default: 1)"
     )
@@ -76,6 +82,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=PATH",
         help="also measure against the weights in a file: a state_dict, or safetensors (may be repeated)",
     )
+
+
+def _add_ways(parser: argparse.ArgumentParser) -> None:
+    """How the replay is gone about."""
     parser.add_argument("--uncertified", action="store_true", help="go on where the replay differs")
     there = parser.add_mutually_exclusive_group()
     there.add_argument("--force", action="store_true", help="replace an earlier trace")
@@ -96,15 +106,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Replay, and say what was written and whether it held."""
-    from geomprobe import checkpoint, claims, passes, sealing
+    from geomprobe import claims, sealing
     from geomprobe.cli import parallel
-    from geomprobe.resuming import segments
     from geomprobe.run import Run
 
-    if arguments.every < 1:
-        raise UsageError(f"--every {arguments.every}: N is at least 1")
-    if arguments.segment and (arguments.force or arguments.resume):
-        raise UsageError("--segment goes on by itself where it was cut off; remove --force or --resume")
+    _require_sense(arguments)
     run = Run(arguments.folder)
     if "trace" in sealing.finish(run):
         print(
@@ -116,20 +122,37 @@ def run(arguments: argparse.Namespace) -> int:
         manifest = recorded.manifest
         present = launch.present(manifest["script"], arguments.folder)
         launch.restart_with(_at_start_up(manifest))
-        pieces = segments(
-            checkpoint.saved(run.checkpoints), recorded.num_steps, (arguments.segment or (1, 1))[1]
-        )
-        if arguments.segment and arguments.segment[0] > len(pieces):
-            print(
-                f"Nothing to do: the checkpoints of {arguments.folder} cut it into {len(pieces)} segments only."
-            )
+        if (
+            arguments.segment
+            and (pieces := parallel.pieces(run, recorded, arguments.segment[1])) < arguments.segment[0]
+        ):
+            print(f"Nothing to do: the checkpoints of {arguments.folder} cut it into {pieces} segments only.")
             return 0
         if arguments.jobs != 1:
             parallel.replay(arguments, recorded)
-            return tell(open_trace(arguments.folder), arguments.folder)
+            return _tell(open_trace(arguments.folder), arguments.folder)
+    return _tell(_replayed(arguments, present), arguments.folder)
+
+
+def _require_sense(arguments: argparse.Namespace) -> None:
+    if arguments.every < 1:
+        raise UsageError(f"--every {arguments.every}: N is at least 1")
+    if arguments.jobs < 1:
+        raise UsageError(f"--jobs {arguments.jobs}: K is at least 1")
+    if arguments.segment and (arguments.force or arguments.resume):
+        raise UsageError("--segment goes on by itself where it was cut off; remove --force or --resume")
+    if arguments.uncertified and (arguments.segment or arguments.resume or arguments.jobs > 1):
+        raise UsageError(
+            "--uncertified replays from the start, in one process: the checkpoints are of the run that it differs from"
+        )
+
+
+def _replayed(arguments: argparse.Namespace, script: Mapping[str, Any]) -> Trace:
+    from geomprobe import passes
+
     try:
-        trace = passes.replay(
-            launch.runner(present),
+        return passes.replay(
+            launch.runner(script),
             Path(arguments.folder).absolute(),
             every=arguments.every,
             curvature_every=arguments.curvature_every,
@@ -142,15 +165,14 @@ def run(arguments: argparse.Namespace) -> int:
             force=arguments.force,
             resume=arguments.resume,
             segment=arguments.segment,
-            script=present,
+            script=script,
         )
     except launch.ScriptFailed as failure:
         kept = f"What was measured before that is kept: geomprobe inspect {arguments.folder}"
         raise launch.ScriptFailed(f"{failure} It did not when it was recorded. {kept}") from failure
-    return tell(trace, arguments.folder)
 
 
-def tell(trace: Trace, run: str) -> int:
+def _tell(trace: Trace, run: str) -> int:
     """Say what a replay has come to."""
     held = trace.certificate
     if trace.status == "incomplete":
