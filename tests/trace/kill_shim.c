@@ -1,4 +1,7 @@
-/* Preloaded into a writer: kills the process at its k-th write to a regular file, before it or half way through. */
+/* Preloaded into a writer: kills the process at its k-th write to a regular file, before it or half way through.
+ * Renaming and removing a file are writes too. */
+#define _GNU_SOURCE
+#include <fcntl.h>
 #include <signal.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -45,5 +48,17 @@ int ftruncate(int fd, off_t size) {
     if (is_last(fd)) die();
     return syscall(SYS_ftruncate, fd, size);
 }
+
+int rename(const char *from, const char *to) {
+    if (++seen == limit) die();
+    return syscall(SYS_renameat2, AT_FDCWD, from, AT_FDCWD, to, 0);
+}
+
+int unlinkat(int folder, const char *path, int flags) {
+    if (++seen == limit) die();
+    return syscall(SYS_unlinkat, folder, path, flags);
+}
+
+int unlink(const char *path) { return unlinkat(AT_FDCWD, path, 0); }
 
 int ftruncate64(int fd, off_t size) { return ftruncate(fd, size); }
