@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from geomprobe.agreement import fail_together
 from geomprobe.determinism import RNGState
 from geomprobe.distributed import Layout
 from geomprobe.double_backward import (
@@ -27,7 +28,7 @@ from geomprobe.double_backward import (
     untouched,
 )
 from geomprobe.errors import UsageError
-from geomprobe.global_loss import fail_together, global_loss
+from geomprobe.global_loss import global_loss
 from geomprobe.preflight import Anatomy, CurvatureUnavailable, Obstacle, coarsest_epsilon, dissect
 from geomprobe.reduction import Reduction
 from geomprobe.reevaluation import (
@@ -200,7 +201,7 @@ class Curvature:
             ClosureMismatch: a closure returned another loss than its micro-batch's.
         """
         missing = sum(part.closure is None for part in self._parts)
-        if self._layout.largest(missing, self._device):
+        if self._layout.largest([missing], self._device)[0]:
             return None
         gap = torch.zeros((), dtype=torch.float64, device=self._device)
 

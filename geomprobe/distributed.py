@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from geomprobe.unsupported_layouts import (
     refuse_join,
     refuse_mixture,
     refuse_optimizer_in_backward,
+    refuse_partial_use,
     refuse_placement,
     refuse_unaveraged,
 )
@@ -158,22 +159,38 @@ class Layout:
         """
         own = None if failure is None else (type(failure).__name__, str(failure))
         said: list[Any] = [own]
-        if self.largest(int(own is not None), device) and self.world_size > 1:
+        if self.largest([int(own is not None)], device)[0] and self.world_size > 1:
             said = [None] * self.world_size
             dist.all_gather_object(said, own)
         return {rank: reason for rank, reason in enumerate(said) if reason is not None}
 
-    def largest(self, number: int, device: torch.device) -> int:
-        """The largest of the processes' numbers, exchanged on ``device``. It is waited for.
+    def largest(self, numbers: Sequence[int], device: torch.device) -> list[int]:
+        """Of each number, the largest of the processes', exchanged on ``device``. They are waited for.
 
-        >>> Layout().largest(3, torch.device("cpu"))
-        3
+        >>> Layout().largest([3, 1], torch.device("cpu"))
+        [3, 1]
         """
         if self.world_size == 1:
-            return number
-        sent = torch.tensor(number, device=device)
+            return list(numbers)
+        sent = torch.tensor(numbers, device=device)
         dist.all_reduce(sent, op=dist.ReduceOp.MAX)
-        return int(sent.item())
+        return sent.tolist()
+
+    def require_same_use(self, used: Mapping[str, bool], device: torch.device) -> None:
+        """Hold all processes to the same use of the parameters, where that is known to differ.
+
+        Args:
+            used: whether each parameter got a gradient here.
+            device: of what is exchanged.
+
+        Raises:
+            UnsupportedTraining: naming the first that some used and others did not.
+
+        >>> Layout().require_same_use({"weight": True}, torch.device("cpu"))
+        """
+        counts = torch.tensor(list(used.values()), dtype=torch.float64, device=device)
+        shares = self.exchange(counts.new_empty(0), counts)[1].tolist()
+        refuse_partial_use(dict(zip(used, shares, strict=True)), self.world_size)
 
     def described(self) -> dict[str, Any]:
         """For the manifest.

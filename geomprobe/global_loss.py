@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from geomprobe.distributed import ElsewhereFailed, Layout, fsdp_modules
+from geomprobe.distributed import Layout, fsdp_modules
 from geomprobe.dtensors import like_local, local, local_gradient
-from geomprobe.preflight import CurvatureUnavailable, Obstacle
+from geomprobe.preflight import Obstacle
 
 Closure = Callable[[], Tensor]
 
@@ -132,34 +132,6 @@ class GlobalTensors(Alone):
     def mean(self, products: Sequence[Tensor]) -> list[Tensor]:
         rows = zip(products, self.parameters, strict=True)
         return [h for product, p in rows if (h := local_gradient(product.detach(), p)) is not None]
-
-
-def fail_together(layout: Layout, failure: Exception | None, device: torch.device) -> None:
-    """Raise on every process if one has failed, so that none waits for another's product.
-
-    Args:
-        layout: of the processes.
-        failure: what this process failed with, if it did.
-        device: of the one number that is exchanged.
-
-    Raises:
-        CurvatureUnavailable: this or another process's loss has no exact product.
-        ElsewhereFailed: another process failed in a way that ends it.
-        Exception: ``failure``.
-
-    >>> fail_together(Layout(), None, torch.device("cpu"))
-    """
-    reasons = layout.failures(failure, device)
-    mild = failure is None or isinstance(failure, CurvatureUnavailable)
-    fatal = {rank: text for rank, (kind, text) in reasons.items() if kind != CurvatureUnavailable.__name__}
-    if mild and fatal:
-        raise ElsewhereFailed(fatal)
-    if failure is not None:
-        raise failure
-    for rank, (_, text) in reasons.items():
-        raise CurvatureUnavailable(
-            Obstacle("the global loss", f'has none, says rank {rank} ("{text}")', "See there.")
-        )
 
 
 def global_loss(parameters: Sequence[Tensor], layout: Layout, module: nn.Module | None) -> Alone:

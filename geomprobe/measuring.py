@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from geomprobe.agreement import all_ready
 from geomprobe.curvature import Curvature, CurvatureUnavailable
 from geomprobe.determinism import RNGState, capture_rng
 from geomprobe.distributed import Layout
 from geomprobe.dtensors import local, local_gradient
 from geomprobe.errors import GeomprobeError
-from geomprobe.global_loss import fail_together
 from geomprobe.inner_products import InnerProducts
 from geomprobe.interception import unscaled
 from geomprobe.own_gradients import RankProducts
@@ -29,9 +29,6 @@ from geomprobe.sharpness import top_eigenvalue
 from geomprobe.trace.schema import FINAL, parameter_column, product_column
 
 CURVATURE_PRODUCTS = ("g.Hg", "Hg.Hg")
-
-# What a process knows of a step's Hg before it is taken: the largest over all processes holds.
-_READY, _PARTIAL, _BLOCKED = range(3)
 
 
 @dataclass(frozen=True)
@@ -88,6 +85,7 @@ class Measurement:
         self._fixed_loss: Callable[[], Tensor] | None = None
         self._complete = True
         self._parts = 0
+        self._asked = False  # the other processes, at least once
         self._blocked: CurvatureUnavailable | None = None
         self._rng: RNGState | None = None
         self.curvature_missing: str | None = None
@@ -214,7 +212,7 @@ class Measurement:
         here = [local_gradient(gradient, parameter) for gradient, parameter in pairs]
         products = self._products.measure(here, grad_scale)
         vectors = [_unscaled_gradient(gradient, grad_scale) for gradient in here]
-        ready = self._ready()
+        ready = self._ready(here)
         asked_for, secant = self._asked_for_values(vectors, ready)
         curvature = self._curvature_products(vectors, ready)
         of_rank = self._of_ranks.measure() if self._of_ranks is not None else self._unmeasured[:0]
@@ -276,18 +274,19 @@ class Measurement:
         like = [local(parameter) for parameter in self._parameters]
         return top_eigenvalue(product, like, total=self.layout.total).value
 
-    def _ready(self) -> bool:
+    def _ready(self, gradients: Sequence[Tensor | None]) -> bool:
         """Whether every micro-batch of this step went through the curvature's own backward, on each process."""
-        if not self._wants_graph():
+        first, self._asked = not self._asked, True
+        if not self._wants_graph() and not first:
             return False
-        state = _READY if self._complete and self._parts > 0 else _PARTIAL
-        state = self.layout.largest(_BLOCKED if self._blocked else state, self._unmeasured.device)
-        if state == _BLOCKED:
-            try:
-                fail_together(self.layout, self._blocked, self._unmeasured.device)
-            except CurvatureUnavailable as error:
-                self._do_without(error)
-        return state == _READY
+        used = {p: g is not None for p, g in zip(self._probe.parameters, gradients, strict=True)}
+        whole = self._complete and self._parts > 0
+        try:
+            ready = all_ready(self.layout, whole, self._blocked, used, self._unmeasured.device)
+        except CurvatureUnavailable as error:
+            self._do_without(error)
+            return False
+        return ready and self._wants_graph()
 
     def _curvature_products(self, vectors: Sequence[Tensor | None], ready: bool) -> Tensor:
         """This process's part of ``g.Hg`` and ``Hg.Hg``, with a row for each parameter if asked for."""

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from geomprobe.distributed import Layout
 from geomprobe.dtensors import local_gradient
-from geomprobe.errors import UnsupportedTraining
 from geomprobe.global_loss import Alone
 from geomprobe.inner_products import InnerProducts
 from geomprobe.own_gradients import OwnGradients
@@ -81,7 +80,8 @@ class Reduction:
             return 1.0  # no gradient, or none that is finite: look again at the next step
         factor, skew = of["w.g"] / of["w.w"], 1 - of["w.g"] ** 2 / (of["w.w"] * (of["g.g"] or 1.0))
         if not skew < _SKEW**2:
-            self._refuse_partial_use(tensors)
+            used = {f"parameter {i}": tensor in self._own.of for i, tensor in enumerate(tensors)}
+            self._layout.require_same_use(used, self._loss.parameters[0].device)
             raise CurvatureUnavailable(_obstacle(factor, skew**0.5))
         counts = factor * self._layout.world_size
         near = abs(counts - round(counts)) <= _ROUND * counts
@@ -93,21 +93,6 @@ class Reduction:
         """Forget what was seen: the gradients were thrown away, or the factor is known."""
         self._own.clear()
         self._reduced = []
-
-    def _refuse_partial_use(self, tensors: Sequence[Tensor]) -> None:
-        device = self._loss.parameters[0].device
-        used = torch.tensor([t in self._own.of for t in tensors], dtype=torch.float64, device=device)
-        shares = self._layout.exchange(used.new_empty(0), used)[1].tolist()
-        partial = [(i, share) for i, share in enumerate(shares) if 0 < share < 1]
-        if partial:
-            index, share = partial[0]
-            raise UnsupportedTraining(
-                f"{len(partial)} parameters got a gradient on some processes only: parameter {index}, of shape "
-                f"{list(self._loss.parameters[index].shape)}, on {round(share * self._layout.world_size)} of "
-                f"{self._layout.world_size}. What the optimizer gets is then not the mean of the processes' gradients "
-                "(FSDP2 even adds up those of different parameters). Let each process use every parameter, or give "
-                "DDP find_unused_parameters=True, FSDP2 set_reduce_scatter_unused_params(True)."
-            )
 
     def _see_reduced(self) -> None:
         gradients = [local_gradient(p.grad, p) for p in self._loss.parameters]

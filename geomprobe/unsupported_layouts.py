@@ -79,6 +79,24 @@ def refuse_join(replicas: Iterable[Any]) -> None:
         )
 
 
+def refuse_partial_use(shares: Mapping[str, float], world_size: int) -> None:
+    """Parameters that some processes used and others did not, in a training that does not expect it.
+
+    Raises:
+        UnsupportedTraining: where there are any.
+
+    >>> refuse_partial_use({"weight": 1.0, "bias": 0.0}, 2)
+    """
+    partial = {name: share for name, share in shares.items() if 0 < share < 1}
+    for name, share in partial.items():
+        raise UnsupportedTraining(
+            f"{len(partial)} parameters got a gradient on some processes only: {name} on {share * world_size:.0f} of "
+            f"{world_size}. What the optimizer gets is then not the mean of the processes' gradients (FSDP2 even adds "
+            "up those of different parameters). Let each process use every parameter, or give DDP "
+            "find_unused_parameters=True, FSDP2 set_reduce_scatter_unused_params(True)."
+        )
+
+
 def refuse_mixture(distributed: Sequence[str], parameters: Mapping[str, Tensor]) -> None:
     """DTensors beside plain parameters.
 

@@ -205,15 +205,26 @@ def partly_used() -> dict[str, str]:
     found = {}
     for name, wrap in (("ddp", DistributedDataParallel), ("fsdp", fully_shard)):
         wrapped = wrap(Sometimes())
+        x = (1 if dist.get_rank() == 0 else -1) * torch.ones(4, 5)
         parameters = list(wrapped.parameters())
         curvature = Curvature(parameters, wrapped, Layout.of(*named(wrapped)))
-        sign = 1 if dist.get_rank() == 0 else -1
-        curvature.backward(wrapped(sign * torch.ones(4, 5)).square().mean())
-        try:
-            curvature.product([None if p.grad is None else local(p.grad) for p in parameters])
-        except GeomprobeError as error:
-            found[name] = str(error)
+        curvature.backward(wrapped(x).square().mean())
+        found[f"{name}, Hg"] = _said(
+            lambda c=curvature, p=parameters: c.product([torch.ones_like(local(t)) for t in p])
+        )
+        probe: Any = SimpleNamespace(model=wrapped, parameters=named(wrapped)[1], step=0)
+        measurement = Measurement(probe, Measure(curvature_every=0))
+        measurement.open({})
+        found[name] = _said(lambda m=measurement, p=parameters: m.row([t.grad for t in p], None))
     return found
+
+
+def _said(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except GeomprobeError as error:
+        return str(error)
+    return "nothing"
 
 
 def half_seen() -> list[bool]:

@@ -129,12 +129,12 @@ def test_a_row_takes_one_all_reduce_of_its_sums_and_the_loss(
     found: Found, world: int, case: Case, count: int
 ) -> None:
     for _, path in found[world, case]:
-        assert path.sent == [[("all_reduce", 8 * count)] if count else []] * 5
+        assert path.sent[1:] == [[("all_reduce", 8 * count)] if count else []] * 4
 
 
 def test_hg_takes_one_exchange_of_its_own_size_and_two_of_one_number(found: Found) -> None:
     weights = 4 * 5 + 4 + 3 * 4 + 3 + 1
     for case, sums in ((Case("ddp"), 1), (Case("fsdp"), 9 + 2 + 1)):
         for _, path in found[3, case]:
-            expected = [8, 8, 8 * weights, 8 * sums]
+            expected = [3 * 8, 8, 8 * weights, 8 * sums]
             assert [[size for _, size in sent] for sent in path.sent[1:]] == [expected] * 4

@@ -109,11 +109,10 @@ def test_gradients_that_no_one_averaged_have_no_global_hessian(found: list[dict[
 
 def test_a_parameter_that_only_some_ranks_use_is_refused(found: list[dict[str, Any]]) -> None:
     for rank in found:
+        assert list(rank["partly_used"]) == ["ddp, Hg", "ddp", "fsdp, Hg", "fsdp"]
         for said in rank["partly_used"].values():
-            assert said.startswith(
-                "4 parameters got a gradient on some processes only: parameter 0, of shape [3, 5], on 2 of 3"
-            )
-        assert list(rank["partly_used"]) == ["ddp", "fsdp"]
+            assert said.startswith("4 parameters got a gradient on some processes only: ")
+            assert " on 2 of 3. " in said or " on 1 of 3. " in said
 
 
 def test_a_step_that_one_rank_did_not_see_has_no_hg_on_any(found: list[dict[str, Any]]) -> None:
