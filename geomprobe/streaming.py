@@ -65,7 +65,11 @@ def frontier(run: Run, kind: Kind, parts: Sequence[Header], first: int = 0) -> i
         if part.first_step > reached or part.stop_step <= reached:
             continue
         seam = kind == "trace" and part.first_step == reached and reached > first
-        if seam and int(part.attributes[STARTED]) >= reached and not run.proof(kind, reached).exists():
+        if (
+            seam
+            and int(part.attributes.get(STARTED, part.first_step)) >= reached
+            and not run.proof(kind, reached).exists()
+        ):
             break
         reached = part.stop_step
     return reached

@@ -94,6 +94,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     command = arguments.module or arguments.script
     folder = Path(arguments.output).absolute()
+    if arguments.resume and _complete(folder):
+        print(f"Nothing to do: {arguments.output}/{RECORD_FILE} is complete.")
+        return 0
     if command:
         script = launch.described(command[0], command[1:], module=bool(arguments.module))
     elif arguments.resume:
@@ -137,6 +140,13 @@ def _account(recorded: Record, run: str) -> str:
             f"Reference steps {missed} lie beyond the last step, {recorded.num_steps - 1}; not kept."
         )
     return "\n".join(lines)
+
+
+def _complete(folder: Path) -> bool:
+    if not (folder / RECORD_FILE).exists():
+        return False
+    with open_record(folder) as recorded:
+        return recorded.status == "complete"
 
 
 def _begun(folder: Path, run: str) -> dict[str, Any]:

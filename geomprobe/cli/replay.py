@@ -118,6 +118,9 @@ def run(arguments: argparse.Namespace) -> int:
         )
         print(f"Next: geomprobe verify {arguments.folder}", file=sys.stderr)
         return 0
+    if arguments.resume and run.trace.exists() and open_trace(run.path).status == "complete":
+        print(f"Nothing to do: {arguments.folder}/{TRACE_FILE} is complete.")
+        return 0
     with closing(claims.finished_record(run)) as recorded:
         manifest = recorded.manifest
         present = launch.present(manifest["script"], arguments.folder)
