@@ -111,14 +111,15 @@ def ready_for_segments(run: Run, *, force: bool = False, resume: bool = False) -
         return not run.trace.exists() or drop_unfinished(run.trace, open_trace(run.path))
 
 
-def finished_record(run: Run) -> Record:
-    """The sealed record of a run, ready to be replayed.
+def finished_record(run: Run, rank: int = 0) -> Record:
+    """The sealed record of a run, ready to be replayed by one of its processes.
 
     Raises:
         RunError: the recording is missing, unfinished or failed.
     """
-    sealing.finish(run)
-    recorded = open_record(run.path)
+    if rank == 0:
+        sealing.finish(run)
+    recorded = open_record(run.path, rank)
     if recorded.status == "complete":
         return recorded
     status, steps = recorded.status, recorded.num_steps

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from geomprobe.dtensors import local
 from geomprobe.fingerprint import Digests, fold, host_digest, leaves, rng_digests
 from geomprobe.interception import unscaled
 from geomprobe.probe import Probe
@@ -161,8 +162,8 @@ class Evidence:
         """The fingerprint of what has been seen so far."""
         assert self._probe is not None
         state, group_tensors, plain = _optimizer_state(self._probe)
-        buffers = [[buffer] for buffer in self._probe.buffers.values()]
-        weights = [[weight] for weight in self._weights.values()]
+        buffers = [[local(buffer)] for buffer in self._probe.buffers.values()]
+        weights = [[local(weight)] for weight in self._weights.values()]
         small = [group_tensors, self._inputs, [loss.reshape(-1) for loss in self._losses]]
         digests = self._digests([*weights, *state, *small, *buffers])
         fetch, now = self._fetch_rng or {}, rng_digests()
@@ -208,7 +209,7 @@ def _optimizer_state(probe: Probe) -> tuple[list[list[Tensor]], list[Tensor], li
     state: list[list[Tensor]] = []
     for parameter in probe.parameters.values():
         entries: Mapping[str, Any] = probe.optimizer.state.get(parameter, {})
-        state.append([entries[name] for name in sorted(entries) if isinstance(entries[name], Tensor)])
+        state.append([local(entries[name]) for name in sorted(entries) if isinstance(entries[name], Tensor)])
         plain.append([(name, v) for name, v in sorted(entries.items()) if not isinstance(v, Tensor)])
     tensors: list[Tensor] = []
     for group in probe.optimizer.param_groups:

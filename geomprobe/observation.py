@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from geomprobe.distributed import Layout
 from geomprobe.errors import UnsupportedTraining, UsageError
 from geomprobe.evidence import Evidence
 from geomprobe.interception import tag_scaled
 from geomprobe.loops import Position
 from geomprobe.probe import Probe
+from geomprobe.ranks import Ranks
 from geomprobe.restart import Restart
 from geomprobe.resuming import Resumption
 from geomprobe.sources import Sources
@@ -40,8 +42,12 @@ class Observation(ABC):
         stop_asked: whether the pass is to stop where it can go on later.
     """
 
-    def __init__(self, manifest: dict[str, Any], resumption: Resumption | None = None) -> None:
+    def __init__(
+        self, manifest: dict[str, Any], ranks: Ranks | None = None, resumption: Resumption | None = None
+    ) -> None:
         self.manifest = manifest
+        self.ranks = Ranks() if ranks is None else ranks
+        self.layout = Layout()
         self.resumption = resumption
         self.restart = Restart(resumption)
         self.stop_asked = False
@@ -71,6 +77,12 @@ class Observation(ABC):
                 f"{_described(probe.optimizer)}. One run measures one optimizer; record them as two runs."
             )
         self.probe = probe
+        self.layout = Layout.of(probe.model, probe.parameters)
+        if self.layout.world_size > self.ranks.size:
+            raise UnsupportedTraining(
+                f"the script has made a group of {self.layout.world_size} processes, and geomprobe was started in each of "
+                "them by itself. Start them all by torchrun: torchrun --nproc-per-node N -m geomprobe record ..."
+            )
         self.evidence.bind(probe)
 
     def begin(self) -> None:
@@ -124,6 +136,8 @@ class Observation(ABC):
             if not self._opened:
                 self._opened = True
                 self.manifest |= self.restart.manifest(self.probe, self._sources.loader)
+                if not self.ranks.alone:
+                    self.manifest["ranks"] |= self.layout.described()
                 self.open()
             if (reason := self._sources.stepped(self.probe.epoch)) is not None:
                 self.cannot_go_on(reason)
@@ -265,6 +279,7 @@ class Observation(ABC):
         self.evidence.loss_seen(loss)
 
     def _stop_if_failed(self) -> None:
+        self.ranks.stop_if_another_failed()
         if self.failure is not None:
             raise self.failure
 

@@ -13,11 +13,12 @@ from typing import Any
 from geomprobe import sealing
 from geomprobe.claims import claim, drop_unfinished, finished_record
 from geomprobe.determinism import draw_seed, seed_everything, start_manifest, strict_mode, untouched_rng
-from geomprobe.errors import Stopped, UnsupportedTraining, UsageError
+from geomprobe.errors import EnvironmentMismatch, Stopped, UnsupportedTraining, UsageError
 from geomprobe.interception import listening
 from geomprobe.keeping import Keeping
 from geomprobe.measuring import Measure
 from geomprobe.probe import observe, observing
+from geomprobe.ranks import Ranks, here
 from geomprobe.recording import Options, Recording
 from geomprobe.replaying import Replaying, SegmentEnded
 from geomprobe.resuming import Resumption, resumption
@@ -93,9 +94,13 @@ def record(
     script = _function_script(train) if script is None else script
     keeping = Keeping(checkpoint_every, keep_checkpoints)
     options = Options(tuple(reference_steps), tuple(ema), average, keeping)
+    ranks = here()
+    if not ranks.alone:
+        _require_supported(resume=resume)
     if not resume:
-        with target.recording(force):
-            _record(train, target, draw_seed() if seed is None else seed, strict, script, options)
+        with ranks.watched(), _led(ranks, target.recording(force)):
+            seed = ranks.said_by_first("seed", draw_seed() if seed is None else seed)
+            _record(train, target, seed, strict, script, options, ranks)
         return open_record(target.path)
     sealing.finish(target)
     with target.going_on():
@@ -119,7 +124,7 @@ def _go_on_recording(
         )
     going_on = resumption(target, begun, parts, reached, reached)
     options = Options.of(begun["recording"])
-    _record(train, target, begun["seed"], begun["strict"], script, options, going_on)
+    _record(train, target, begun["seed"], begun["strict"], script, options, going_on=going_on)
 
 
 def _record(
@@ -129,6 +134,7 @@ def _record(
     strict: bool,
     script: Mapping[str, Any],
     options: Options,
+    ranks: Ranks | None = None,
     going_on: Resumption | None = None,
 ) -> None:
     with _running(seed, strict):
@@ -136,7 +142,9 @@ def _record(
         if going_on is not None:
             require_same_start(going_on.manifest, manifest, target.path, "go on")
             manifest = going_on.manifest
-        recording = Recording(target, manifest, options, going_on)
+        if ranks is not None and not ranks.alone:
+            manifest["ranks"] = {"world_size": ranks.size}
+        recording = Recording(target, manifest, options, ranks, going_on)
         with _observed(recording):
             train()
             recording.complete()
@@ -214,17 +222,23 @@ def replay(
         per_parameter=per_parameter,
         compiled=compiled,
     )
-    with contextlib.closing(finished_record(target)) as recorded:
+    ranks = here()
+    if not ranks.alone:
+        _require_supported(resume=resume, segment=segment, uncertified=uncertified, references=references)
+    with ranks.watched(), contextlib.closing(finished_record(target, ranks.rank)) as recorded:
+        _require_same_ranks(recorded, ranks)
         seed, strict = recorded.manifest["seed"], recorded.manifest["strict"]
         with _running(seed, strict):
             manifest = start_manifest(seed=seed, strict=strict, script=script)
             if not uncertified:
                 require_same_start(recorded.manifest, manifest, target.path, "replay")
             manifest["sources"] = recorded.manifest.get("sources", {})
-            with claim(target, recorded, force, resume, segment) as claimed:
+            with _led(ranks, claim(target, recorded, force, resume, segment)) as claimed:
                 if claimed is not None:
                     files = {name: Path(path).absolute() for name, path in (references or {}).items()}
-                    replaying = Replaying(target, recorded, manifest, measure, uncertified, *claimed, files)
+                    replaying = Replaying(
+                        target, recorded, manifest, measure, uncertified, *claimed, files, ranks
+                    )
                     with contextlib.suppress(SegmentEnded), _observed(replaying):
                         train()
                         replaying.complete()
@@ -275,13 +289,38 @@ def _running(seed: int, strict: bool) -> Iterator[None]:
 def _require_startable(seed: int) -> None:
     if observing() is not None:
         raise UsageError("A pass is running in this process already; a pass cannot run inside another.")
-    if (ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise UsageError(
-            f"WORLD_SIZE is {ranks}: this version records and replays runs of one process only. Nothing was started; "
-            "launch the script without torchrun, on one device."
-        )
     if not 0 <= seed < 2**32:
         raise UsageError(f"seed {seed} is outside 0 .. {2**32 - 1}, the range that NumPy accepts.")
+
+
+@contextlib.contextmanager
+def _led(ranks: Ranks, claim: contextlib.AbstractContextManager[Any]) -> Iterator[Any]:
+    """Let rank 0 hold a run for all, and the others wait until it does."""
+    if not ranks.first:
+        yield ranks.said_by_first("held")
+        return
+    with claim as held:
+        # A claim in a launch of several processes is for the whole run, so there is nothing in it to tell.
+        ranks.said_by_first("held", held)
+        yield held
+
+
+def _require_supported(**given: Any) -> None:
+    """Refuse by name what runs of several processes cannot do yet."""
+    if asked := [name for name, value in given.items() if value]:
+        raise UsageError(
+            f"{', '.join(asked)}: not in a run of several processes (WORLD_SIZE is {os.environ['WORLD_SIZE']}) in this "
+            "version. Nothing was started; leave it out."
+        )
+
+
+def _require_same_ranks(recorded: Record, ranks: Ranks) -> None:
+    then = recorded.manifest.get("ranks", {}).get("world_size", 1)
+    if then != ranks.size:
+        raise EnvironmentMismatch(
+            f"{recorded.path} was recorded by {then} process{'es' if then > 1 else ''}, and here are {ranks.size}: the "
+            f"ranks' batches, and the order of sums over them, would be others. Nothing was replayed. Start {then}."
+        )
 
 
 @contextlib.contextmanager

@@ -15,10 +15,12 @@ from torch import Tensor
 from geomprobe import checkpoint, sealing
 from geomprobe.averages import Averages
 from geomprobe.determinism import source_digests
+from geomprobe.dtensors import local
 from geomprobe.errors import Stopped, UnsupportedTraining, UsageError
 from geomprobe.keeping import Due, Keeping
 from geomprobe.loops import TOP, Position
 from geomprobe.observation import Observation
+from geomprobe.ranks import Ranks
 from geomprobe.resuming import Resumption
 from geomprobe.rows import Block, Rows
 from geomprobe.run import Run
@@ -71,15 +73,21 @@ class Recording(Observation):
         run: where to.
         manifest: what is known of the environment before the script runs.
         options: what to keep.
+        ranks: the processes of the run.
         resumption: where to go on.
     """
 
     def __init__(
-        self, run: Run, manifest: dict[str, Any], options: Options, resumption: Resumption | None = None
+        self,
+        run: Run,
+        manifest: dict[str, Any],
+        options: Options,
+        ranks: Ranks | None = None,
+        resumption: Resumption | None = None,
     ) -> None:
-        super().__init__(manifest, resumption)
+        super().__init__(manifest, ranks, resumption)
         manifest["recording"] = options.described()
-        self._run = run
+        self._run = run.of_rank(self.ranks.rank)
         self._options = options
         self._reference_steps = frozenset(options.reference_steps)
         self._averages: Averages | None = None
@@ -91,7 +99,7 @@ class Recording(Observation):
         self._rows: Rows | None = None
         self._final: dict[str, Tensor] | None = None
         self._marks: list[tuple[int, int]] = []
-        self._no_checkpoints = options.keeping.every == "never"
+        self._no_checkpoints = options.keeping.every == "never" or not self.ranks.alone
 
     @property
     def steps(self) -> int:
@@ -105,7 +113,7 @@ class Recording(Observation):
             self._averages = Averages(
                 self.probe.parameters, decays=self._options.ema, running=self._options.average
             )
-        if self.resumption is None:
+        if self.resumption is None and self.ranks.alone:
             with self._lasting():
                 self._save(None)
 
@@ -205,11 +213,25 @@ class Recording(Observation):
             self._keep_final()
             self._checkpoints.close()
             self._note_sources()
-            self._seal("complete")
+            self._close_stream()
+            self.ranks.say("recorded", self.steps)
+            if self.ranks.first:
+                self._require_same_length(self.ranks.said("recorded"))
+                self._seal("complete")
+            else:
+                self.ranks.said_by_first("sealed")
 
     def _note_sources(self) -> None:
         root = self.manifest["script"].get("root")
         self.manifest["sources"] = source_digests(Path(root)) if root else {}
+
+    def _require_same_length(self, steps: list[int]) -> None:
+        for rank, count in enumerate(steps, 1):
+            if count != self.steps:
+                raise UnsupportedTraining(
+                    f"rank 0 took {self.steps} steps and rank {rank} took {count}: they are not one training. Give every "
+                    "process the same number of batches."
+                )
 
     def _keep_final(self) -> None:
         if self.steps == 0:
@@ -238,6 +260,7 @@ class Recording(Observation):
             self._run.clear_stream()  # references of a run without a step
         elif (
             self._stream is None
+            or not self.ranks.alone
             or isinstance(self.failure, WriteFailed)
             or sealing.planned(self._run, "record")
         ):
@@ -292,6 +315,7 @@ class Recording(Observation):
         self._close_stream()
         references = list(self._references) if status == "complete" else []
         sealing.seal(self._run, "record", status=status, manifest=self.manifest, references=references)
+        self.ranks.said_by_first("sealed", status)
 
     def _write(self, block: Block) -> None:
         assert self._stream is not None
@@ -302,13 +326,14 @@ class Recording(Observation):
     def _take(self, name: str, weights: dict[str, Tensor] | None = None) -> None:
         assert self.probe is not None
         source = self.probe.parameters if weights is None else weights
-        arrays = {parameter: to_numpy(tensor) for parameter, tensor in source.items()}
-        write_reference(self._run.stored_reference(name), arrays)
+        if self.ranks.first or self.layout.sharded:  # replicated weights are kept once
+            arrays = {parameter: to_numpy(local(tensor)) for parameter, tensor in source.items()}
+            write_reference(self._run.stored_reference(name), arrays)
         self._references[name] = None
 
     def _versions(self) -> list[tuple[int, int]]:
         assert self.probe is not None
-        return [(p._version, p.data_ptr()) for p in self.probe.parameters.values()]
+        return [(p._version, p.data_ptr()) for p in map(local, self.probe.parameters.values())]
 
     def _moved(self) -> bool:
         return self._versions() != self._marks

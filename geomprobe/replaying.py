@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from geomprobe import checkpoint, sealing
+from geomprobe.common_rows import CommonRows
 from geomprobe.comparing import Comparison
+from geomprobe.dtensors import local
 from geomprobe.errors import EnvironmentMismatch, ReplayDiverged, RunError, Stopped
 from geomprobe.groups import group_columns, group_values
 from geomprobe.loops import Position
 from geomprobe.measuring import Measure, Measurement
 from geomprobe.observation import Closure, Observation
 from geomprobe.probe import Probe
+from geomprobe.ranks import Ranks
 from geomprobe.references import References
 from geomprobe.resuming import Resumption
 from geomprobe.rows import Block, Rows
@@ -49,6 +52,7 @@ class Replaying(Observation):
         segment: replay only from the step where the resumption begins to the one before this step; others do the rest,
             and whoever is last seals the trace.
         files: weights from elsewhere to measure against, by the reference's name.
+        ranks: the processes of the run; each has its own recording.
 
     Raises:
         RunError: a reference holds a value that is not finite.
@@ -65,8 +69,9 @@ class Replaying(Observation):
         resumption: Resumption | None = None,
         segment: int | None = None,
         files: Mapping[str, Path] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        super().__init__(manifest, resumption)
+        super().__init__(manifest, ranks, resumption)
         self._segment = segment is not None
         self._stop = record.num_steps if segment is None else segment
         self._run, self._record, self._measure, self._uncertified = run, record, measure, uncertified
@@ -76,7 +81,7 @@ class Replaying(Observation):
         self.manifest["measure"] = {**measure.described(), "options": options}
         # A replay goes on only over rows that were found equal before they were committed.
         self._comparison = Comparison(record, run.path, resumption.step if resumption is not None else 0)
-        self._stream: Stream | None = None
+        self._stream: CommonRows | None = None
         self._rows: Rows | None = None
 
     @property
@@ -86,7 +91,7 @@ class Replaying(Observation):
 
     def attached(self, probe: Probe) -> None:
         super().attached(probe)
-        self._measurement = Measurement(probe, self._measure)
+        self._measurement = Measurement(probe, self._measure, self.layout)
 
     def boundary(self, position: Position) -> None:
         if self.steps == self._stop < self._record.num_steps and position == self._end["position"]:
@@ -125,7 +130,7 @@ class Replaying(Observation):
             require_same(self._record.manifest, self.manifest, FIRST_STEP_SECTIONS, self._run.path)
         self._require_same_layout()
         self._require_same_options()
-        references = self._references.beside(self.probe.parameters)
+        references = self._references.beside({name: local(p) for name, p in self.probe.parameters.items()})
         self._final = references[FINAL]
         assert self._measurement is not None
         self._measurement.open(references)
@@ -135,8 +140,11 @@ class Replaying(Observation):
         columns += ["steps/same"] if self._uncertified else []
         prints = self.evidence.device_columns
         self._rows = Rows(self.evidence.device, len(device), prints, self._compare_and_write)
-        tables = [Table(VALUES, tuple(columns), "float64")]
-        self._stream = Stream(self._run, "trace", tables, self.part_attributes(), self.resumption)
+        stream = None
+        if self.ranks.first:
+            tables = [Table(VALUES, tuple(columns), "float64")]
+            stream = Stream(self._run, "trace", tables, self.part_attributes(), self.resumption)
+        self._stream = CommonRows(stream, self.ranks, self.steps)
 
     def measure(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
         assert self.probe is not None
@@ -148,15 +156,16 @@ class Replaying(Observation):
             self._stop_if_failed()
             self._diverge(step, "length", "steps")
             self._stop_if_failed()
-        products = self._measurement.row(gradients, grad_scale)
-        self._row = self.evidence.loss.reshape(1), products, self.epoch, *self.evidence.take()
+        row = self._measurement.row(gradients, grad_scale, self.evidence.loss.reshape(1))
+        self._row = row, self.epoch, *self.evidence.take()
 
     def updated(self) -> None:
         assert self.probe is not None
         assert self._rows is not None
-        loss, products, epoch, digests, host = self._row
+        row, epoch, digests, host = self._row
         host_groups, device_groups = group_values(self.probe.optimizer)
-        self._rows.append(torch.cat([loss, *device_groups, products]), digests, [epoch, *host_groups], host)
+        floats = torch.cat([row[:1], *device_groups, row[1:]])
+        self._rows.append(floats, digests, [epoch, *host_groups], host)
         self._stop_if_failed()
         # The script may load other weights when training is over: only now are they the final iterate.
         if self.steps == self._record.num_steps:
@@ -180,11 +189,20 @@ class Replaying(Observation):
             self._diverge(self.steps, "length", "steps")
         if self.failure is None and held.difference is None and not held.final_equal:
             self._diverge(self.steps, "weights", "final weights")
+        if self.failure is None:
+            self._agree()
         if self._segment and self.failure is None:
             self._prove()
         elif self.failure is None or isinstance(self.failure, ReplayDiverged):
             self._seal()
         self._stop_if_failed()
+
+    def _agree(self) -> None:
+        """Commit the rows that were held back, if every process has found its part of the run to be the recorded one."""
+        equal = self._comparison.difference is None
+        self.ranks.say("equal", equal)
+        if self._stream is not None and self.ranks.first and all(self.ranks.said("equal")):
+            self._stream.commit_all()
 
     def fail(self) -> None:
         """The script has failed: if the replay had diverged that is why, else the parts stay, incomplete."""
@@ -303,7 +321,7 @@ class Replaying(Observation):
 
     def _weights_equal_final(self) -> bool:
         assert self.probe is not None
-        return all(_same_bits(p, self._final[name]) for name, p in self.probe.parameters.items())
+        return all(_same_bits(local(p), self._final[name]) for name, p in self.probe.parameters.items())
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

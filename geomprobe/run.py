@@ -17,6 +17,7 @@ from geomprobe.trace.schema import RECORD_FILE, STREAM_DIR, TRACE_FILE
 CHECKPOINTS_DIR = "checkpoints"
 LOCK = "lock"
 PROOF_PREFIX = "proof-"
+RANK_PREFIX = "rank-"
 
 Kind = Literal["record", "trace"]
 
@@ -111,6 +112,15 @@ class Run:
         """Wait until no other process asks whether all segments are there."""
         with self._held(f"{LOCK}-sealing", fcntl.LOCK_EX):
             yield
+
+    def of_rank(self, rank: int) -> Run:
+        """The run as one of several processes writes it: each has a folder of its own under ``stream/``."""
+        if rank == 0:
+            return self
+        own = Run(self.path)
+        own.stream = self.stream / f"{RANK_PREFIX}{rank:04d}"
+        own.stream.mkdir(parents=True, exist_ok=True)
+        return own
 
     def part(self, kind: Kind, first_step: int) -> Path:
         """Where a pass streams its rows from ``first_step`` on."""

@@ -109,6 +109,16 @@ def planned(run: Run, kind: Kind) -> bool:
     return _plan(run, kind).exists()
 
 
+def _of_ranks(run: Run, plan: Mapping[str, Any]) -> dict[int, tuple[list[Path], dict[str, Path]]]:
+    """The parts, and the shards of references, that the other processes of a run have left."""
+    found = {}
+    for rank in range(1, plan["manifest"].get("ranks", {}).get("world_size", 1)):
+        own = run.of_rank(rank)
+        files = {name: own.stored_reference(name) for name in plan["references"]}
+        found[rank] = own.parts("record"), {name: path for name, path in files.items() if path.exists()}
+    return found
+
+
 def _plan(run: Run, kind: Kind) -> Path:
     return run.stream / f"{SEALING_PREFIX}{kind}.json"
 
@@ -136,6 +146,7 @@ def _carry_out(run: Run, kind: Kind) -> None:
             manifest=manifest,
             num_parameters=num_parameters,
             references=references,
+            ranks=_of_ranks(run, plan),
             num_steps=plan["num_steps"],
             timeout_s=_PATIENCE_S,
         )

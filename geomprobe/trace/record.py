@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from types import TracebackType
@@ -104,11 +105,12 @@ class Record:
         self.close()
 
 
-def open_record(path: str | os.PathLike[str]) -> Record:
+def open_record(path: str | os.PathLike[str], rank: int = 0) -> Record:
     """Open a recording: ``record.h5`` where it is sealed, else the rows that it has committed so far.
 
     Args:
         path: a run folder, or a file. The writer may be alive, dead or done.
+        rank: of a sealed run of several processes, whose fingerprints, and whose shards of the references.
 
     Raises:
         RunError: there is no recording; the message says what there is instead.
@@ -123,22 +125,23 @@ def open_record(path: str | os.PathLike[str]) -> Record:
     ...     record.status, record.steps["loss"].tolist(), record.fingerprints("loss", 0, 1).tolist()
     ('incomplete', [2.5], [[77]])
     """
-    return read_settled(Path(path), schema.RECORD_SCHEMA, _open)
+    return read_settled(Path(path), schema.RECORD_SCHEMA, functools.partial(_open, rank=rank))
 
 
-def _open(source: Source) -> Record:
-    return Record(source, _Streaming(source) if source.file is None else _Sealed(source.file))
+def _open(source: Source, rank: int) -> Record:
+    return Record(source, _Streaming(source) if source.file is None else _Sealed(source.file, rank))
 
 
 class _Sealed:
     """A sealed ``record.h5``, held open: a replay asks for its rows block by block."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, rank: int) -> None:
         self._path = path
         with damage_named("the header", path):
             self._file: Any = h5py.File(path, "r")
+            self._own: Any = self._file[f"{schema.RANKS}/{rank}"] if rank else self._file
             self._groups = set(self._file)
-            self._prints = set(self._file[schema.FINGERPRINTS])
+            self._prints = set(self._own[schema.FINGERPRINTS])
             self.num_steps = int(self._file.attrs["num_steps"])
 
     def names(self, component: str) -> list[str]:
@@ -146,14 +149,14 @@ class _Sealed:
             return []
         path = f"{schema.FINGERPRINTS}/{component}_names"
         with damage_named(path, self._path):
-            return list(self._file[path].asstr()[:])
+            return list(self._own[path].asstr()[:])
 
     def fingerprints(self, component: str, start: int, stop: int) -> NDArray[np.int64]:
         if component not in self._prints:
             return np.empty((max(0, stop - start), 0), np.int64)
         path = f"{schema.FINGERPRINTS}/{component}"
         with damage_named(path, self._path):
-            found: NDArray[np.int64] = self._file[path][start:stop]
+            found: NDArray[np.int64] = self._own[path][start:stop]
             return found
 
     def steps(self) -> dict[str, Array]:
@@ -170,7 +173,8 @@ class _Sealed:
     def reference(self, name: str) -> Reference:
         path = f"references/{schema.escape(name)}"
         with damage_named(path, self._path):
-            return read_reference(self._file[path])
+            # Replicated weights are kept once, by rank 0.
+            return read_reference(self._own[path] if path in self._own else self._file[path])
 
     def close(self) -> None:
         self._file.close()

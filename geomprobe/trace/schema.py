@@ -18,6 +18,7 @@ RECORD_FILE = "record.h5"
 TRACE_FILE = "trace.h5"
 STREAM_DIR = "stream"
 REFERENCE_PREFIX = "reference-"
+RANKS = "ranks"
 REFERENCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 SEALING_PREFIX = "sealing-"
 

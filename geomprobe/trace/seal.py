@@ -89,6 +89,7 @@ def seal_record(
     num_parameters: int,
     manifest: Mapping[str, Any],
     references: Mapping[str, Path],
+    ranks: Mapping[int, tuple[Sequence[Path], Mapping[str, Path]]] | None = None,
     num_steps: int | None = None,
     timeout_s: float = TIMEOUT_S,
 ) -> None:
@@ -102,6 +103,7 @@ def seal_record(
         num_parameters: how many scalar parameters the weights have.
         manifest: the environment, kept as JSON.
         references: by name, the file that `write_reference` made.
+        ranks: of a run of several processes, the parts and references of each but the first.
         num_steps: seal this many steps; all there are when None.
         timeout_s: how long reading one block of a part may take.
 
@@ -138,6 +140,24 @@ def seal_record(
         _attach_steps(file, [f"steps/{name}" for name in columns])
         for name, path in references.items():
             copy_reference(path, file, name)
+        for rank, (own_parts, own_references) in (ranks or {}).items():
+            group = file.create_group(f"{schema.RANKS}/{rank}")
+            _seal_rank(group, own_parts, own_references, steps, size, timeout_s)
+
+
+def _seal_rank(
+    group: Any, parts: Sequence[Path], references: Mapping[str, Path], steps: int, size: int, timeout_s: float
+) -> None:
+    """The fingerprints of one rank, and its shards of the references where they are sharded."""
+    joined = _joined(parts, schema.RECORD_SCHEMA, steps, timeout_s)
+    if _stop(joined) != steps:
+        raise RunError(f"{parts[0]} and its like hold {_stop(joined)} steps, and rank 0 has {steps}")
+    prints = _create_fingerprints(group, joined[0].part, steps)
+    for rows, block in _blocks(joined, size, timeout_s):
+        for name, dataset in prints.items():
+            dataset[rows] = block[name]
+    for name, path in references.items():
+        copy_reference(path, group, name)
 
 
 def _joined(parts: Sequence[Path], kind: str, stop: int | None, timeout_s: float) -> list[Span]:
