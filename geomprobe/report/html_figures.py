@@ -63,10 +63,7 @@ def reference_figures(trace: Trace) -> Markup:
     if not names:
         return Markup()
     grouped = groups(trace)
-    entries = [
-        (f"reference-{i}", f"{name}, mean of each {_group(grouped)}")
-        for i, name in enumerate(trace.references)
-    ]
+    entries = [(f"reference-{i}", name) for i, name in enumerate(trace.references)]
     return Markup(_key(entries) + _grid([_against_all(trace, grouped, name) for name in names]))
 
 
@@ -78,8 +75,14 @@ def occupancy_curve(trace: Trace) -> Markup:
         f"Occupancy of near-corridors: the share of measured steps below each relative residual, "
         f"{percent(curve.share[0])} below {low}, {percent(curve.share[-1])} below {high}."
     )
+
+    def draw() -> Figure:
+        drawing = occupancy_figure([trace])
+        drawing.axes[0].set_ylabel("share of steps")
+        return drawing
+
     caption = tag("figcaption", tag("strong", "occupancy"), ": share of measured steps below each threshold")
-    return tag("figure", _drawn(trace, "occupancy", lambda: occupancy_figure([trace]), alt), caption)
+    return tag("figure", _drawn(trace, "occupancy", draw, alt), caption)
 
 
 def percent(share: float) -> str:
@@ -127,7 +130,8 @@ def _against_all(trace: Trace, grouped: Groups, name: str) -> Markup:
 
     ends = " ".join(f"{each}: {_ends(grouped, curve)}" for each, curve in curves.items())
     alt = f"{name} against each reference, by {grouped.axis}. {ends}"
-    caption = tag("figcaption", tag("strong", name), " against each reference")
+    meaning = f" against each reference, mean of each {_group(grouped)}"
+    caption = tag("figcaption", tag("strong", name), meaning)
     return tag("figure", _drawn(trace, f"{name}-references", draw, alt), caption)
 
 
