@@ -68,8 +68,13 @@ def reference_figures(trace: Trace) -> Markup:
 
 
 def occupancy_curve(trace: Trace) -> Markup:
-    """The figure of how much of training was below each relative residual; Hg must have been taken."""
+    """The figure of how much of training was below each relative residual, for a trace that has any.
+
+    Empty where all of them are one number, which makes no curve.
+    """
     curve = occupancy(trace)
+    if np.allclose(curve.thresholds, curve.thresholds[0], rtol=1e-6, atol=0):
+        return Markup()
     low, high = number(curve.thresholds[0]), number(curve.thresholds[-1])
     alt = (
         f"Occupancy of near-corridors: the share of measured steps below each relative residual, "

@@ -332,6 +332,16 @@ def test_without_hg_there_is_no_occupancy_and_a_word_on_why(tmp_path, history):
     assert any(text.startswith("Not measured: hg_norm, g_hg") for text in page.text("p"))
 
 
+@pytest.mark.parametrize("residual", [0.3, 1e-5])
+def test_a_single_relative_residual_makes_no_curve(tmp_path, history, residual):
+    run = write_run(tmp_path / "a", history)
+    with_hg(run / "trace.h5", np.where(np.arange(60) == 7, residual, np.nan))
+    _, page = report(run, tmp_path)
+    assert "relative_residual" in dict(page.figures())
+    assert "occupancy" not in dict(page.figures())
+    assert "0.5100.0 %" in page.text("tr")
+
+
 def test_what_is_not_finite_is_left_out_of_figures(tmp_path, history):
     run = write_run(tmp_path / "a", history)
     with h5py.File(run / "trace.h5", "r+") as file:
