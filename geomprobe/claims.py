@@ -51,7 +51,7 @@ def _anew(target: Run, force: bool) -> Iterator[Claim | None]:
 def _going_on(target: Run, recorded: Record) -> Iterator[Claim | None]:
     """Hold a run for a replay that goes on where it was cut off."""
     with target.going_on():
-        if target.trace.exists() and not drop_unfinished(target.trace, open_trace(target.path)):
+        if _is_done(target):
             yield None
             return
         parts = committed(target, "trace")
@@ -108,7 +108,15 @@ def ready_for_segments(run: Run, *, force: bool = False, resume: bool = False) -
         with run.replaying(force):
             return True
     with run.going_on():
-        return not run.trace.exists() or drop_unfinished(run.trace, open_trace(run.path))
+        return not _is_done(run)
+
+
+def _is_done(run: Run) -> bool:
+    """Whether there is a trace that was not cut short; then what a kill left of its parts goes."""
+    if not run.trace.exists() or drop_unfinished(run.trace, open_trace(run.path)):
+        return False
+    run.clear_stream()
+    return True
 
 
 def finished_record(run: Run, rank: int = 0) -> Record:

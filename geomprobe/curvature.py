@@ -27,6 +27,7 @@ from geomprobe.double_backward import (
     hessian_vector_product,
     untouched,
 )
+from geomprobe.dtensors import is_dtensor
 from geomprobe.errors import UsageError
 from geomprobe.global_loss import global_loss
 from geomprobe.preflight import Anatomy, CurvatureUnavailable, Obstacle, coarsest_epsilon, dissect
@@ -195,12 +196,13 @@ class Curvature:
             lr: the step along it, not 0.
 
         Returns:
-            The change, or None where a micro-batch came without a closure that evaluates its loss again.
+            The change, or None where a micro-batch came without a closure that evaluates its loss again, or
+            that loss is a DTensor.
 
         Raises:
             ClosureMismatch: a closure returned another loss than its micro-batch's.
         """
-        missing = sum(part.closure is None for part in self._parts)
+        missing = sum(part.closure is None or is_dtensor(part.loss) for part in self._parts)
         if self._layout.largest([missing], self._device)[0]:
             return None
         gap = torch.zeros((), dtype=torch.float64, device=self._device)

@@ -5,12 +5,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from command_server import SCRIPTS, Command, Server
 from resumable import STEPS, Bench, recording
 
+from geomprobe import checkpoint
 from geomprobe.trace.reader import open_trace
 from geomprobe.trace.record import open_record
 
@@ -184,6 +186,8 @@ def test_a_disk_that_fills_up_ends_the_pass_with_words_and_it_goes_on_once_there
 
 def test_a_checkpoint_that_cannot_be_written_is_named_and_those_before_it_count(bench, path):
     going = bench.waiting(recording(path, "named", "--resume"), MIDDLE)
+    while checkpoint.saved(path / "checkpoints")[-1] < 60:
+        time.sleep(0.01)
     (path / "checkpoints").rename(path / "kept")
     (path / "checkpoints").touch()
     bench.go_on()

@@ -25,7 +25,7 @@ def facts(summary: Summary) -> dict[str, str]:
         "optimizer": _optimizer(manifest.get("optimizer") or {}),
         "model": _model(manifest.get("model") or {}),
         "parameters": f"{_of_either(summary, 'num_parameters'):,}",
-        "references": ", ".join(_of_either(summary, "references")),
+        "references": ", ".join(_references(summary)),
         "measured": _measured(summary["trace"] or {}),
         "software": ", ".join(f"{name} {v}" for name, v in (manifest.get("software") or {}).items() if v),
         "fingerprints": _fingerprints(summary["record"] or {}),
@@ -40,6 +40,14 @@ def _script(script: Mapping[str, Any]) -> str:
 
 def _of_either(summary: Summary, key: str) -> Any:
     return next(each[key] for each in (summary["record"], summary["trace"]) if each and key in each)
+
+
+def _references(summary: Summary) -> list[str]:
+    """Those of the recording, and those that only the replay had, from files."""
+    kept = [
+        name for each in (summary["record"], summary["trace"]) for name in (each or {}).get("references", [])
+    ]
+    return list(dict.fromkeys(kept))
 
 
 def _optimizer(optimizer: Mapping[str, Any]) -> str:

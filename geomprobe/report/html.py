@@ -146,7 +146,7 @@ def _corridors(trace: Trace) -> Markup:
         return Markup(tag("p", note) + column_figures(trace, _CORRIDORS)) if trace.num_steps else Markup()
     curve = occupancy(trace, THRESHOLDS)
     rows = [[number(t), percent(share)] for t, share in zip(curve.thresholds, curve.share, strict=True)]
-    shares = table("Share of measured steps by relative residual", ["below", "share"], rows, numbers=1)
+    shares = table("Share of measured steps by relative residual", ["below", "share"], rows, right=[1])
     return Markup(column_figures(trace, _CORRIDORS, occupancy_curve(trace)) + shares)
 
 
@@ -157,13 +157,8 @@ def _numbers(summary: Summary) -> Markup:
     )
     keys = ("first", "last", "minimum", "maximum", "mean")
     rows = [
-        [
-            c["name"],
-            describe(f"steps/{c['name']}").long_name,
-            typeset(c["units"]),
-            *(_number(c[key]) for key in keys),
-        ]
-        + [str(c["missing"])]
+        [c["name"], *(_number(c[key]) for key in keys), str(c["missing"]), typeset(c["units"])]
+        + [describe(f"steps/{c['name']}").long_name]
         for c in columns
         if c["measured"]
     ]
@@ -171,8 +166,8 @@ def _numbers(summary: Summary) -> Markup:
     note = tag("p", f"Not measured: {empty}") if empty else Markup()
     if not rows:
         return note
-    header = ["column", "meaning", "units", "first", "last", "min", "max", "mean", "NaN"]
-    return Markup(table("Over the finite values of each column", header, rows, numbers=6) + note)
+    header = ["column", "first", "last", "min", "max", "mean", "NaN", "units", "meaning"]
+    return Markup(table("Over the finite values of each column", header, rows, right=range(1, 7)) + note)
 
 
 def _number(value: float | None) -> str:
@@ -193,7 +188,7 @@ def _files(files: Mapping[str, int]) -> Markup:
     if not files:
         return Markup()
     rows = [[name, size(count)] for name, count in files.items()]
-    return table("Files of the run", ["file", "size"], rows, numbers=1)
+    return table("Files of the run", ["file", "size"], rows, right=[1])
 
 
 def _manifests(summary: Summary) -> Markup:
@@ -216,6 +211,8 @@ def _footer(summary: Summary) -> Markup:
     by = f"Recorded with geomprobe {version}. " if version else ""
     return tag(
         "p",
-        f"{by}G is the gradient before the step, d = w − w* the offset to the final iterate, HG the Hessian's product "
-        "with the gradient. NWT and CG are the papers that the columns are from.",
+        f"{by}G is the gradient before a step, d = w − w* the offset to the reference (the final weights, unless "
+        "another is named), HG the Hessian's product with the gradient, E the loss. NWT: No Wrong Turns: The Simple "
+        "Geometry of Neural Networks Optimization Paths (Guille-Escuret et al.). CG: Corridor Geometry in "
+        "Gradient-Based Optimization (Dherin and Rosca).",
     )

@@ -63,23 +63,31 @@ def reference_figures(trace: Trace) -> Markup:
     if not names:
         return Markup()
     grouped = groups(trace)
-    entries = [
-        (f"reference-{i}", f"{name}, mean of each {_group(grouped)}")
-        for i, name in enumerate(trace.references)
-    ]
+    entries = [(f"reference-{i}", name) for i, name in enumerate(trace.references)]
     return Markup(_key(entries) + _grid([_against_all(trace, grouped, name) for name in names]))
 
 
 def occupancy_curve(trace: Trace) -> Markup:
-    """The figure of how much of training was below each relative residual; Hg must have been taken."""
+    """The figure of how much of training was below each relative residual, for a trace that has any.
+
+    Empty where all of them are one number, which makes no curve.
+    """
     curve = occupancy(trace)
+    if np.allclose(curve.thresholds, curve.thresholds[0], rtol=1e-6, atol=0):
+        return Markup()
     low, high = number(curve.thresholds[0]), number(curve.thresholds[-1])
     alt = (
         f"Occupancy of near-corridors: the share of measured steps below each relative residual, "
         f"{percent(curve.share[0])} below {low}, {percent(curve.share[-1])} below {high}."
     )
+
+    def draw() -> Figure:
+        drawing = occupancy_figure([trace])
+        drawing.axes[0].set_ylabel("share of steps")
+        return drawing
+
     caption = tag("figcaption", tag("strong", "occupancy"), ": share of measured steps below each threshold")
-    return tag("figure", _drawn(trace, "occupancy", lambda: occupancy_figure([trace]), alt), caption)
+    return tag("figure", _drawn(trace, "occupancy", draw, alt), caption)
 
 
 def percent(share: float) -> str:
@@ -127,7 +135,8 @@ def _against_all(trace: Trace, grouped: Groups, name: str) -> Markup:
 
     ends = " ".join(f"{each}: {_ends(grouped, curve)}" for each, curve in curves.items())
     alt = f"{name} against each reference, by {grouped.axis}. {ends}"
-    caption = tag("figcaption", tag("strong", name), " against each reference")
+    meaning = f" against each reference, mean of each {_group(grouped)}"
+    caption = tag("figcaption", tag("strong", name), meaning)
     return tag("figure", _drawn(trace, f"{name}-references", draw, alt), caption)
 
 

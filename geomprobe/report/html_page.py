@@ -52,15 +52,14 @@ def section(name: str, title: str, *children: str) -> Markup:
     return tag("section", head, body, id=name, aria_labelledby=f"{name}-h")
 
 
-def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], numbers: int) -> Markup:
-    """A table whose first cell of a row names it, and whose last ``numbers`` columns hold numbers.
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int]) -> Markup:
+    """A table whose first cell of a row names it, and whose columns numbered in ``right`` hold numbers.
 
     It scrolls by itself where the page is narrower.
 
-    >>> "<th scope=\\"row\\">rsi</th><td class=\\"n\\">3</td>" in table("t", ["name", "rows"], [["rsi", "3"]], 1)
+    >>> "<th scope=\\"row\\">rsi</th><td class=\\"n\\">3</td>" in table("t", ["name", "rows"], [["rsi", "3"]], [1])
     True
     """
-    right = range(len(header) - numbers, len(header))
 
     def cell(i: int, text: str) -> Markup:
         if i == 0:

@@ -52,13 +52,15 @@ figcaption strong {{ color: var(--ink); }}
   font-size: .9rem; color: var(--soft); overflow-wrap: anywhere; }}
 .key svg {{ width: 1.75rem; height: .75rem; margin-right: .5rem; vertical-align: -.05rem; }}
 .wide {{ overflow-x: auto; margin: .75rem 0; }}
-.wide + .wide {{ margin-top: 1.5rem; }}
-table {{ border-collapse: collapse; min-width: min(100%, 20rem); font-size: .9rem; font-variant-numeric: tabular-nums; }}
+.figures + .wide {{ margin-top: 1.75rem; }}
+table {{
+  border-collapse: collapse; min-width: min(100%, 20rem); font-size: .9rem; font-variant-numeric: tabular-nums;
+}}
 caption {{ text-align: left; color: var(--soft); padding-bottom: .4rem; }}
-th, td {{ text-align: left; padding: .3rem .75rem .3rem 0; border-bottom: 1px solid var(--edge); vertical-align: top; }}
-thead th {{ font-weight: 600; white-space: nowrap; border-bottom: 2px solid var(--edge); }}
-tbody th {{ font-weight: 500; position: sticky; left: 0; background: var(--page); white-space: nowrap; }}
-.n {{ text-align: right; white-space: nowrap; }}
+th, td {{ text-align: left; padding: .3rem 1rem .3rem 0; border-bottom: 1px solid var(--edge); white-space: nowrap; }}
+thead th {{ font-weight: 600; border-bottom: 2px solid var(--edge); }}
+tbody th {{ font-weight: 500; position: sticky; left: 0; background: var(--page); }}
+.n {{ text-align: right; }}
 pre, code {{ font: .875rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace; }}
 pre {{ margin: .5rem 0; padding: .75rem 1rem; background: var(--raised); border-radius: .4rem;
   white-space: pre-wrap; overflow-wrap: anywhere; }}
@@ -82,7 +84,7 @@ footer {{
   th, td {{ padding-right: .4rem; }}
   tbody th {{ position: static; }}
   h2 {{ break-after: avoid; }}
-  tr, .verdict {{ break-inside: avoid; }}
+  tr, .verdict, section > pre {{ break-inside: avoid; }}
   .verdict, pre {{ background: none; border: 1px solid var(--edge); }}
   .verdict {{ border-left: .4rem solid var(--mark); }}
 }}

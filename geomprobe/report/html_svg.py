@@ -22,8 +22,8 @@ ALARM = "#b00020"
 _INK, _GRID = "#010101", "#b0b0b0"
 _OF_THE_PAGE: Mapping[str, str] = {
     _INK: "currentColor",
-    _GRID: "var(--edge)",
-    "#b3b3b3": "var(--edge)",  # the line at 0
+    _GRID: "var(--soft)",
+    "#b2b2b2": "var(--edge)",  # the line at 0
     "#737373": "var(--soft)",  # the null model
     ALARM: "var(--alarm)",
     **{color: f"var(--line-{i})" for i, color in enumerate(LINES, 1)},

@@ -70,12 +70,13 @@ def replicated_dtensors() -> dict[str, Any]:
     layout = Layout.of(*named(spread))
     curvature = Curvature(parameters, spread, layout)
     loss = spread(distribute_tensor(x, mesh, [Shard(0)])).square().mean()
-    curvature.backward(loss)
+    curvature.backward(loss, closure=lambda: spread(distribute_tensor(x, mesh, [Shard(0)])).square().mean())
     came = {type(placement).__name__ for p in parameters for placement in p.grad.placements}
     stars = [torch.ones_like(p) for p in plain.parameters()]
     products = InnerProducts(parameters, {"final": stars}, owned=layout.owned)
     measured = layout.sum(products.measure([p.grad for p in parameters]))
     gradients = [p.grad.full_tensor() for p in parameters]
+    step = curvature.over_step(gradients, 0.1)
     hg = curvature.product(gradients)
     expected = plain(x).square().mean()
     graph = graph_of(expected, list(plain.parameters()))
@@ -85,6 +86,7 @@ def replicated_dtensors() -> dict[str, Any]:
         "loss": (float(whole(loss)), float(expected)),
         "products": (measured, InnerProducts(list(plain.parameters()), {"final": stars}).measure(g)),
         "hg": (flat(hg), flat(hessian_vector_product([graph], list(plain.parameters()), g))),
+        "step": step,
         "plain": all(type(h) is Tensor for h in hg),
     }
 

@@ -78,6 +78,7 @@ def test_replicated_dtensors_with_partial_gradients_are_measured_whole(found: li
         numbers = rank["replicated_dtensors"]
         assert numbers["came"] == {"Partial"}
         assert numbers["plain"]
+        assert numbers["step"] is None
         for name in ("loss", "products", "hg"):
             torch.testing.assert_close(*numbers[name], rtol=1e-10, atol=1e-12)
 
