@@ -119,15 +119,19 @@ def _is_done(run: Run) -> bool:
     return True
 
 
-def finished_record(run: Run, rank: int = 0) -> Record:
-    """The sealed record of a run, ready to be replayed by one of its processes.
+def finished_record(run: Run, finish: bool = True) -> Record:
+    """The sealed record of a run, ready to be replayed.
+
+    Args:
+        run: the run.
+        finish: first finish a sealing that was cut off.
 
     Raises:
         RunError: the recording is missing, unfinished or failed.
     """
-    if rank == 0:
+    if finish:
         sealing.finish(run)
-    recorded = open_record(run.path, rank)
+    recorded = open_record(run.path)
     if recorded.status == "complete":
         return recorded
     status, steps = recorded.status, recorded.num_steps

@@ -39,6 +39,6 @@ class CommonRows:
             self._stream.close()
 
     def _commit(self, until: int | None) -> None:
-        assert self._stream is not None
-        while self._held and (until is None or self._held[0][0] <= until):
+        assert self._stream is not None or not self._held
+        while self._stream is not None and self._held and (until is None or self._held[0][0] <= until):
             self._stream.append(self._held.pop(0)[1])

@@ -32,6 +32,7 @@ class Comparison:
         record: the recording.
         run: the run's folder, for messages.
         start: the step that the replay begins at; those before it were found equal earlier.
+        rank: which of several processes this is; None where there is one.
 
     Attributes:
         compared: steps compared.
@@ -40,8 +41,8 @@ class Comparison:
         final_equal: whether the weights were the final iterate, bit for bit, after the last step.
     """
 
-    def __init__(self, record: Record, run: Path, start: int) -> None:
-        self._record, self._run = record, run
+    def __init__(self, record: Record, run: Path, start: int, rank: int | None = None) -> None:
+        self._record, self._run, self._rank = record, run, rank
         self.compared = self.equal = start
         self.difference: tuple[int, Difference] | None = None
         self.final_equal = False
@@ -108,8 +109,9 @@ class Comparison:
             what = f"differed from its recording at step {step} of {total}: first the {difference.component} "
             what += f"({difference.tensor})"
         also = f", then {', '.join(difference.also)}" if difference.also else ""
+        where = "" if self._rank is None else f" on rank {self._rank}"
         return ReplayDiverged(
-            f"The replay of {run} {what}{also}. All {self.equal} steps before it were equal. "
+            f"The replay of {run}{where} {what}{also}. All {self.equal} steps before it were equal. "
             f"Likely, {_LIKELY[difference.component]}. `geomprobe inspect {run}` shows what was measured up to "
             f"there; `geomprobe replay {run} --force --uncertified` goes on past it and marks every later row.",
             step=step,

@@ -80,8 +80,8 @@ class Observation(ABC):
         self.layout = Layout.of(probe.model, probe.parameters)
         if self.layout.world_size > self.ranks.size:
             raise UnsupportedTraining(
-                f"the script has made a group of {self.layout.world_size} processes, and geomprobe was started in each of "
-                "them by itself. Start them all by torchrun: torchrun --nproc-per-node N -m geomprobe record ..."
+                f"the script has made a group of {self.layout.world_size} processes, and geomprobe was started "
+                "in each of them by itself. Start them together: torchrun --nproc-per-node N -m geomprobe record"
             )
         self.evidence.bind(probe)
 

@@ -107,7 +107,7 @@ def record(
         if not target.record.exists() or drop_unfinished(target.record, open_record(target.path)):
             parts = committed(target, "record")
             if not parts:
-                _record(train, target, draw_seed() if seed is None else seed, strict, script, options)
+                _record(train, target, draw_seed() if seed is None else seed, strict, script, options, ranks)
             else:
                 _go_on_recording(train, target, parts, seed, script)
     return open_record(target.path)
@@ -124,7 +124,7 @@ def _go_on_recording(
         )
     going_on = resumption(target, begun, parts, reached, reached)
     options = Options.of(begun["recording"])
-    _record(train, target, begun["seed"], begun["strict"], script, options, going_on=going_on)
+    _record(train, target, begun["seed"], begun["strict"], script, options, Ranks(), going_on)
 
 
 def _record(
@@ -134,16 +134,14 @@ def _record(
     strict: bool,
     script: Mapping[str, Any],
     options: Options,
-    ranks: Ranks | None = None,
+    ranks: Ranks,
     going_on: Resumption | None = None,
 ) -> None:
     with _running(seed, strict):
-        manifest = start_manifest(seed=seed, strict=strict, script=script)
+        manifest = start_manifest(seed=seed, strict=strict, script=script) | ranks.described()
         if going_on is not None:
             require_same_start(going_on.manifest, manifest, target.path, "go on")
             manifest = going_on.manifest
-        if ranks is not None and not ranks.alone:
-            manifest["ranks"] = {"world_size": ranks.size}
         recording = Recording(target, manifest, options, ranks, going_on)
         with _observed(recording):
             train()
@@ -159,6 +157,7 @@ def replay(
     finite_step: bool = False,
     sharpness_every: int = 0,
     per_parameter: bool = False,
+    per_rank: bool = False,
     compiled: bool = False,
     references: Mapping[str, RunPath] | None = None,
     uncertified: bool = False,
@@ -179,6 +178,7 @@ def replay(
             and its gradient on the same minibatch after a whole step. Needs ``probe.backward(loss, closure=...)``.
         sharpness_every: take the Hessian's top eigenvalue at each N-th measured step; 0 for never.
         per_parameter: keep the inner products of each parameter tensor too.
+        per_rank: under DDP, keep those of each rank's own gradient too, before the ranks' are averaged.
         compiled: compile the inner products (seconds at the start, faster steps).
         references: further weights to measure against, by name: files with a state_dict or safetensors.
         uncertified: go on where the replay differs, marking every later row.
@@ -220,24 +220,25 @@ def replay(
         finite_step=finite_step,
         sharpness_every=sharpness_every,
         per_parameter=per_parameter,
+        per_rank=per_rank,
         compiled=compiled,
     )
     ranks = here()
     if not ranks.alone:
         _require_supported(resume=resume, segment=segment, uncertified=uncertified, references=references)
-    with ranks.watched(), contextlib.closing(finished_record(target, ranks.rank)) as recorded:
-        _require_same_ranks(recorded, ranks)
+    with ranks.watched(), contextlib.closing(_own_record(target, ranks)) as recorded:
         seed, strict = recorded.manifest["seed"], recorded.manifest["strict"]
         with _running(seed, strict):
-            manifest = start_manifest(seed=seed, strict=strict, script=script)
+            manifest = start_manifest(seed=seed, strict=strict, script=script) | ranks.described()
             if not uncertified:
                 require_same_start(recorded.manifest, manifest, target.path, "replay")
             manifest["sources"] = recorded.manifest.get("sources", {})
             with _led(ranks, claim(target, recorded, force, resume, segment)) as claimed:
                 if claimed is not None:
+                    begin, end = claimed
                     files = {name: Path(path).absolute() for name, path in (references or {}).items()}
                     replaying = Replaying(
-                        target, recorded, manifest, measure, uncertified, *claimed, files, ranks
+                        target, recorded, manifest, measure, uncertified, begin, end, files, ranks
                     )
                     with contextlib.suppress(SegmentEnded), _observed(replaying):
                         train()
@@ -314,13 +315,19 @@ def _require_supported(**given: Any) -> None:
         )
 
 
-def _require_same_ranks(recorded: Record, ranks: Ranks) -> None:
+def _own_record(target: Run, ranks: Ranks) -> Record:
+    """What this process has recorded, where there were as many."""
+    recorded = finished_record(target, ranks.first)
     then = recorded.manifest.get("ranks", {}).get("world_size", 1)
+    if then == ranks.size and ranks.first:
+        return recorded
+    recorded.close()
     if then != ranks.size:
         raise EnvironmentMismatch(
             f"{recorded.path} was recorded by {then} process{'es' if then > 1 else ''}, and here are {ranks.size}: the "
             f"ranks' batches, and the order of sums over them, would be others. Nothing was replayed. Start {then}."
         )
+    return open_record(target.path, ranks.rank)
 
 
 @contextlib.contextmanager

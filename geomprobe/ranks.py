@@ -58,6 +58,14 @@ class Ranks:
         """Whether it is the only one."""
         return self.size == 1
 
+    def described(self) -> dict[str, Any]:
+        """For the manifest: nothing where there is one process.
+
+        >>> Ranks().described(), Ranks(1, 4).described()
+        ({}, {'ranks': {'world_size': 4}})
+        """
+        return {} if self.alone else {"ranks": {"world_size": self.size}}
+
     def said_by_first(self, name: str, value: Any = None) -> Any:
         """A value of rank 0's, on every rank.
 
@@ -106,7 +114,7 @@ class Ranks:
         Raises:
             ElsewhereStopped: one has.
         """
-        if self._failed is not None:
+        if self._failed is not None and self._failed["rank"] != self.rank:
             rank, text, code = (self._failed[key] for key in ("rank", "text", "code"))
             raise ElsewhereStopped(f"rank {self.rank} stops because rank {rank} did: {text}", code)
 
@@ -120,6 +128,9 @@ class Ranks:
         watch.start()
         try:
             yield
+            self.say("over", True)
+            if self.first:  # the store may live in this process
+                self.said("over")
         except Exception as error:
             if not isinstance(error, ElsewhereStopped):
                 self.fail(error)
@@ -151,8 +162,8 @@ class Ranks:
             self.stop_if_another_failed()
             who = name.rpartition("/")[2] if "/" in name else "0"
             raise RunError(
-                f"rank {self.rank} waited {PATIENCE_S:g} s for {name!r} of rank {who}, which did not come: {error}. Did that "
-                "process die, or was it started with other arguments? Start all of them anew."
+                f"rank {self.rank} waited {PATIENCE_S:g} s for {name!r} of rank {who}, which did not come: {error}. "
+                "Did that process die, or was it started with other arguments? Start all of them anew."
             ) from error
         return found
 
@@ -163,10 +174,10 @@ def here() -> Ranks:
     Raises:
         RunError: the store that they share cannot be reached.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = int(os.environ.get("WORLD_SIZE") or 1)
     if size == 1:
         return Ranks()
-    from torch.distributed import PrefixStore
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
     from torch.distributed.rendezvous import rendezvous
 
     global _passes

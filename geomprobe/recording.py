@@ -229,8 +229,8 @@ class Recording(Observation):
         for rank, count in enumerate(steps, 1):
             if count != self.steps:
                 raise UnsupportedTraining(
-                    f"rank 0 took {self.steps} steps and rank {rank} took {count}: they are not one training. Give every "
-                    "process the same number of batches."
+                    f"rank 0 took {self.steps} steps and rank {rank} took {count}: they are not one training. Give "
+                    "every process the same number of batches."
                 )
 
     def _keep_final(self) -> None:

@@ -80,7 +80,8 @@ class Replaying(Observation):
         options = {**asdict(measure), "files": self._references.digests}
         self.manifest["measure"] = {**measure.described(), "options": options}
         # A replay goes on only over rows that were found equal before they were committed.
-        self._comparison = Comparison(record, run.path, resumption.step if resumption is not None else 0)
+        start = resumption.step if resumption is not None else 0
+        self._comparison = Comparison(record, run.path, start, None if self.ranks.alone else self.ranks.rank)
         self._stream: CommonRows | None = None
         self._rows: Rows | None = None
 
@@ -196,12 +197,14 @@ class Replaying(Observation):
         elif self.failure is None or isinstance(self.failure, ReplayDiverged):
             self._seal()
         self._stop_if_failed()
+        self.ranks.said_by_first("sealed", True)
 
     def _agree(self) -> None:
-        """Commit the rows that were held back, if every process has found its part of the run to be the recorded one."""
-        equal = self._comparison.difference is None
-        self.ranks.say("equal", equal)
-        if self._stream is not None and self.ranks.first and all(self.ranks.said("equal")):
+        """Commit the rows that were held back, once every process has found its part to be the recorded one."""
+        self.ranks.say("equal", True)  # a process that has not stops, and ends the others
+        if self.ranks.first:
+            self.ranks.said("equal")
+        if self._stream is not None:
             self._stream.commit_all()
 
     def fail(self) -> None:
@@ -224,7 +227,7 @@ class Replaying(Observation):
         if self._stream is None:
             return
         self._stream.close()
-        if self._segment:
+        if self._segment or not self.ranks.first:
             return
         self._stream = None
         status, steps = "complete", None

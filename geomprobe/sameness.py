@@ -16,7 +16,7 @@ _NOTHING = {"replay": "nothing was replayed", "go on": "nothing was done"}
 # Sections of the manifest whose every entry must be equal for a replay to be the same run.
 # "host" and "measure" are there to read; they change no bits of the training.
 BINDING_SECTIONS = ("seed", "strict", "script", "sources", "software", "hardware", "environment", "flags")
-FIRST_STEP_SECTIONS = ("flags", "optimizer", "model", "loader")
+FIRST_STEP_SECTIONS = ("flags", "optimizer", "model", "loader", "ranks")
 
 
 def require_same_start(

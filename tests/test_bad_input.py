@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 import geomprobe
+from geomprobe import passes
 from geomprobe.errors import EnvironmentMismatch, RunError, UnsupportedTraining, UsageError
+from geomprobe.ranks import Ranks
 from geomprobe.trace.reader import open_trace
 from geomprobe.trace.record import open_record
 
@@ -645,10 +647,11 @@ def test_a_trace_of_another_model_is_refused(recorded, monkeypatch):
     refused(RunError, lambda: open_trace(recorded), "was recorded, but not replayed yet")
 
 
-def test_a_run_of_several_processes_is_refused_and_an_earlier_one_kept(run, monkeypatch):
+def test_what_several_processes_cannot_do_yet_is_refused_and_an_earlier_run_kept(run, monkeypatch):
     geomprobe.record(plain, run, seed=0).close()
+    monkeypatch.setattr(passes, "here", lambda: Ranks(0, 4))
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UsageError, match=r"WORLD_SIZE is 4.*one process only"):
-        geomprobe.record(plain, run, seed=0, force=True)
+    with pytest.raises(UsageError, match=r"resume: not in a run of several processes \(WORLD_SIZE is 4\)"):
+        geomprobe.record(plain, run, seed=0, resume=True)
     with open_record(run) as kept:
         assert kept.num_steps == STEPS

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Alternating, Case, Watch, mlp, train
+from cases import CASES, Alternating, Case, Watch, train
 from same_file import assert_same
-from torch import nn
-from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 import geomprobe
-from geomprobe import checkpoint
-from geomprobe.errors import ReplayDiverged, RunError, Stopped, UsageError
-from geomprobe.probe import observing
 
 SEED = 3
 

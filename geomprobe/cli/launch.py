@@ -107,6 +107,15 @@ def runner(script: Mapping[str, Any]) -> Callable[[], None]:
     return run
 
 
+def first_rank() -> bool:
+    """Whether this is the process that reports, of those that torchrun started.
+
+    >>> first_rank()
+    True
+    """
+    return os.environ.get("RANK", "0") == "0"
+
+
 def restart_with(variables: Mapping[str, str]) -> None:
     """Start this very command again with ``variables`` set, where one of them is not set yet.
 

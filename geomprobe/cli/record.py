@@ -122,10 +122,11 @@ def run(arguments: argparse.Namespace) -> int:
             average=arguments.average,
             script=script,
         ) as recorded:
-            print(_account(recorded, arguments.output))
+            if launch.first_rank():
+                print(_account(recorded, arguments.output))
+                print(f"Next: geomprobe replay {arguments.output}", file=sys.stderr)
     except launch.ScriptFailed as failure:
         raise launch.ScriptFailed(f"{failure} {_left_behind(folder, arguments.output)}") from failure
-    print(f"Next: geomprobe replay {arguments.output}", file=sys.stderr)
     return 0
 
 

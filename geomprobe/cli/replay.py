@@ -70,6 +70,11 @@ def _add_measures(parser: argparse.ArgumentParser) -> None:
         "--per-parameter", action="store_true", help="keep the inner products of each parameter tensor too"
     )
     parser.add_argument(
+        "--per-rank",
+        action="store_true",
+        help="under DDP, keep those of each rank's own gradient too, before the ranks' are averaged",
+    )
+    parser.add_argument(
         "--compile",
         action="store_true",
         help="compile the inner products: seconds at the start, faster steps",
@@ -112,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     _require_sense(arguments)
     run = Run(arguments.folder)
-    if "trace" in sealing.finish(run):
+    if launch.first_rank() and "trace" in sealing.finish(run):
         print(
             f"Wrote {arguments.folder}/{TRACE_FILE}: its replay was over, and only its sealing was cut off."
         )
@@ -121,7 +126,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.resume and run.trace.exists() and open_trace(run.path).status == "complete":
         print(f"Nothing to do: {arguments.folder}/{TRACE_FILE} is complete.")
         return 0
-    with closing(claims.finished_record(run)) as recorded:
+    with closing(claims.finished_record(run, launch.first_rank())) as recorded:
         manifest = recorded.manifest
         present = launch.present(manifest["script"], arguments.folder)
         launch.restart_with(_at_start_up(manifest))
@@ -162,6 +167,7 @@ def _replayed(arguments: argparse.Namespace, script: Mapping[str, Any]) -> Trace
             finite_step=arguments.finite_step,
             sharpness_every=arguments.sharpness_every,
             per_parameter=arguments.per_parameter,
+            per_rank=arguments.per_rank,
             compiled=arguments.compile,
             references=dict(arguments.reference),
             uncertified=arguments.uncertified,
@@ -176,7 +182,9 @@ def _replayed(arguments: argparse.Namespace, script: Mapping[str, Any]) -> Trace
 
 
 def _tell(trace: Trace, run: str) -> int:
-    """Say what a replay has come to."""
+    """Say what a replay has come to; of several processes, one does."""
+    if not launch.first_rank():
+        return 0
     held = trace.certificate
     if trace.status == "incomplete":
         print(f"Wrote {trace.num_steps} steps of {run}/{TRACE_FILE}; other segments of it are still to come.")

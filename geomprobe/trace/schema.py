@@ -270,6 +270,8 @@ def _columns_at(path: str) -> tuple[Column, ...]:
             return GROUP_COLUMNS
         case ["inner_products", _] | ["parameters", _, _]:
             return INNER_PRODUCTS
+        case ["ranks", rank, _] if rank.isdecimal():
+            return INNER_PRODUCTS
         case ["references", _, _]:
             return REFERENCE_COLUMNS
         case ["references", _, "inner_products", _]:
