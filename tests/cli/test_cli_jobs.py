@@ -84,6 +84,15 @@ def test_sigterm_stops_every_segment_and_they_go_on(bench, recorded):
     bench.assert_whole(recorded, "trace.h5")
 
 
+def test_sigterm_before_the_segments_have_begun_is_no_failure(bench, recorded):
+    stopped = jobs(bench, recorded)
+    assert "3 segments, of steps 0 to 39, 40 to 79, 80 to 119" in stopped.stderr.readline()
+    stopped.send_signal(signal.SIGTERM)
+    _, err = stopped.communicate()
+    assert stopped.returncode == 75, err
+    assert "stopped as asked; --resume goes on from here" in err
+
+
 def test_a_killed_segment_is_named_and_run_again_alone(bench, recorded):
     failed = jobs(bench, recorded, AT=str(FAULTY), DO="SIGKILL")
     _, err = failed.communicate()
