@@ -127,4 +127,4 @@ class Bench:
 
 def recording(path, sort="named", *options):
     """The command that records a sort of training."""
-    return "record", *options, "--seed", "0", "-o", path, "train.py", "--sort", sort
+    return "record", "--seed", "0", *options, "-o", path, "train.py", "--sort", sort

@@ -56,7 +56,7 @@ def replay(arguments: argparse.Namespace, recorded: Record) -> None:
     shares = [_share(recorded.manifest, i, len(ranges)) for i in range(len(ranges))]
     codes = _run(commands, shares)
     failed = {i: code for i, code in enumerate(codes, 1) if code}
-    if Stopped.exit_code in failed.values():
+    if {Stopped.exit_code, -signal.SIGTERM} & set(failed.values()):  # the latter before its replay had begun
         raise Stopped
     if failed:
         raise SegmentsFailed(_account(failed, ranges, arguments), _worst(failed))
@@ -115,20 +115,25 @@ def _share(manifest: Mapping[str, Any], place: int, count: int) -> dict[str, str
 
 
 def _run(commands: Sequence[Sequence[str]], environments: Sequence[Mapping[str, str]]) -> list[int]:
-    processes = [
-        subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for command, environment in zip(commands, environments, strict=True)
-    ]
+    processes: list[subprocess.Popen[str]] = []
+    asked: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
         for process in processes:
             process.send_signal(number)
 
     # Ctrl-C in a terminal reaches the children by itself.
     before = signal.signal(signal.SIGTERM, pass_on)
     try:
+        for command, environment in zip(commands, environments, strict=True):
+            processes.append(
+                subprocess.Popen(
+                    command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                )
+            )
+        if asked:  # some of them may have started after that
+            pass_on(signal.SIGTERM, None)
         readers = [
             threading.Thread(target=_show, args=(process.stdout, f"[{i}/{len(processes)}]"))
             for i, process in enumerate(processes, 1)
