@@ -21,7 +21,7 @@ from importlib import import_module
 import geomprobe
 from geomprobe.errors import GeomprobeError, Stopped
 
-VERBS = ("record", "replay", "watch", "inspect", "verify", "plot", "diff", "export")
+VERBS = ("record", "replay", "watch", "inspect", "verify", "plot", "report", "diff", "export")
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells count it
 _BROKEN_PIPE = 141  # 128 + SIGPIPE

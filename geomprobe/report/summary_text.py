@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from geomprobe.report.facts import facts
 from geomprobe.report.summary import Summary
 from geomprobe.report.table import number, size, table
 from geomprobe.trace.schema import RECORD_FILE, SEALING_PREFIX, STREAM_DIR, TRACE_FILE
@@ -72,54 +72,7 @@ def _certificate(trace: Summary) -> list[str]:
 
 
 def _run(summary: Summary) -> str:
-    manifest = summary["manifest"]
-    script = manifest.get("script") or {}
-    flag = "-m " if script.get("kind") == "module" else ""
-    facts = {
-        "script": f"{flag}{' '.join([script.get('path', ''), *script.get('argv', [])])}".strip(),
-        "seed": manifest.get("seed"),
-        "strict": manifest.get("strict"),
-        "optimizer": _optimizer(manifest.get("optimizer") or {}),
-        "model": _model(manifest.get("model") or {}),
-        "parameters": f"{_of_either(summary, 'num_parameters'):,}",
-        "references": ", ".join(_of_either(summary, "references")),
-        "measured": _measured(summary["trace"] or {}),
-        "software": ", ".join(f"{name} {v}" for name, v in (manifest.get("software") or {}).items() if v),
-        "fingerprints": _fingerprints(summary["record"] or {}),
-    }
-    lines = [f"  {name:<12} {fact}" for name, fact in facts.items() if fact not in (None, "")]
-    return "\n".join(["run", *lines])
-
-
-def _of_either(summary: Summary, key: str) -> Any:
-    return next(each[key] for each in (summary["record"], summary["trace"]) if each and key in each)
-
-
-def _optimizer(optimizer: Mapping[str, Any]) -> str:
-    shown = ("lr", "momentum", "betas", "weight_decay")
-    groups = [
-        ", ".join(f"{key} {json.dumps(group[key])}" for key in shown if group.get(key) not in (None, 0))
-        for group in optimizer.get("groups", [])
-    ]
-    return f"{optimizer.get('class', '')} {'; '.join(groups)}".strip()
-
-
-def _model(model: Mapping[str, Any]) -> str:
-    dtype = model.get("dtype", "")
-    return f"{model.get('class') or ''} {'+'.join(dtype) if isinstance(dtype, list) else dtype}".strip()
-
-
-def _measured(trace: Summary) -> str:
-    if "measure" not in trace:
-        return ""
-    every = trace["measure"].get("every", 1)
-    rows = "each step" if every == 1 else f"each {every}th step"
-    tensors = len(trace["per_parameter"])
-    return f"{rows}, and per parameter ({tensors} tensors)" if tensors else rows
-
-
-def _fingerprints(record: Summary) -> str:
-    return ", ".join(f"{name} {count}" for name, count in record.get("fingerprints", {}).items())
+    return "\n".join(["run", *(f"  {name:<12} {fact}" for name, fact in facts(summary).items())])
 
 
 def _columns(summary: Summary) -> str:
