@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -18,6 +19,7 @@ from geomprobe.errors import GeomprobeError, RunError
 
 PATIENCE_S = 600.0  # how long one process waits for another where nothing is computed
 _POLL_S = 1.0
+_ASK_S = 0.02
 _GRACE_S = 10.0  # for a process to stop by itself, when another has failed
 
 _passes = 0  # of this process; every process of a launch goes through the same ones
@@ -156,16 +158,24 @@ class Ranks:
         os._exit(self._failed["code"])
 
     def _wait(self, name: str) -> bytes:
-        try:
-            found: bytes = self._store.get(name)
-        except Exception as error:  # torch raises DistStoreError, RuntimeError or ValueError by version
+        # By asking again and again: a get that waits would keep the watch from the store.
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            try:
+                if self._store.check([name]):
+                    found: bytes = self._store.get(name)
+                    return found
+            except Exception as error:  # of torch's own kinds, which differ by version
+                raise RunError(
+                    f"rank {self.rank} stops: the store that the ranks share is gone: {error}"
+                ) from error
+            time.sleep(_ASK_S)
             self.stop_if_another_failed()
-            who = name.rpartition("/")[2] if "/" in name else "0"
-            raise RunError(
-                f"rank {self.rank} waited {PATIENCE_S:g} s for {name!r} of rank {who}, which did not come: {error}. "
-                "Did that process die, or was it started with other arguments? Start all of them anew."
-            ) from error
-        return found
+        who = name.rpartition("/")[2] if "/" in name else "0"
+        raise RunError(
+            f"rank {self.rank} waited {PATIENCE_S:g} s for {name!r} of rank {who}, which did not come. Did that "
+            "process die, or was it started with other arguments? Start all of them anew."
+        )
 
 
 def here() -> Ranks:

@@ -227,7 +227,7 @@ def _datasets(file: Any) -> Iterator[str]:
     yield from (f"steps/{column.name}" for column in known if column.name in steps)
     if "inner_products" in groups:
         yield from _members("inner_products", file["inner_products"])
-    for parent in groups & {"groups", "references", "parameters"}:
+    for parent in groups & {"groups", "references", "parameters", schema.RANKS}:
         for name in file[parent]:
             if (parent, name) != ("references", schema.FINAL):
                 yield from _members(f"{parent}/{name}", file[parent][name])

@@ -94,7 +94,7 @@ def _rank(
     try:
         result = job(*arguments)
     except geomprobe.GeomprobeError as error:
-        torch.save(error, folder / f"result.{rank}")
+        torch.save((type(error).__name__, str(error)), folder / f"result.{rank}")
         os._exit(error.exit_code)
     except Exception:
         torch.save(traceback.format_exc(), folder / f"result.{rank}")
