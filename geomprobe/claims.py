@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from geomprobe import checkpoint, sealing
-from geomprobe.errors import RunError, UsageError
+from geomprobe.errors import EnvironmentMismatch, RunError, UsageError
+from geomprobe.ranks import Ranks
 from geomprobe.resuming import Resumption, resumption, segments
 from geomprobe.run import Run
 from geomprobe.streaming import committed, frontier
 from geomprobe.trace.reader import Trace, open_trace
 from geomprobe.trace.record import Record, open_record
 
-Claim = tuple[
-    Resumption | None, int | None
-]  # where a replay begins, and where it ends if that is not at the end
+# Where a replay begins, and where it ends if that is not at the end.
+Claim = tuple[Resumption | None, int | None]
 
 
 def claim(
@@ -144,6 +146,55 @@ def finished_record(run: Run, finish: bool = True) -> Record:
         f"{run.path} cannot be replayed: {reason}. `geomprobe inspect {run.path}` shows what is there; record it "
         "again with `geomprobe record --force`."
     )
+
+
+@contextlib.contextmanager
+def led(ranks: Ranks, claim: contextlib.AbstractContextManager[Any]) -> Iterator[Any]:
+    """Let rank 0 hold a run for all, and the others wait until it does.
+
+    Raises (on entering):
+        RunError: rank 0 could not, or did not in time.
+    """
+    if not ranks.first:
+        yield ranks.said_by_first("held")
+        return
+    with claim as held:
+        # A claim in a launch of several processes is for the whole run, so there is nothing in it to tell.
+        ranks.said_by_first("held", held)
+        yield held
+
+
+def require_supported(**given: Any) -> None:
+    """Refuse by name what runs of several processes cannot do yet.
+
+    Raises:
+        UsageError: something of that was asked for.
+    """
+    if asked := [name for name, value in given.items() if value]:
+        raise UsageError(
+            f"{', '.join(asked)}: not in a run of several processes (WORLD_SIZE is {os.environ['WORLD_SIZE']}) in this "
+            "version. Nothing was started; leave it out."
+        )
+
+
+def own_record(target: Run, ranks: Ranks) -> Record:
+    """What this process has recorded, in a run of as many.
+
+    Raises:
+        EnvironmentMismatch: it was recorded by another number of processes.
+        RunError: the recording is missing, unfinished or failed.
+    """
+    recorded = finished_record(target, ranks.first)
+    then = recorded.manifest.get("ranks", {}).get("world_size", 1)
+    if then == ranks.size and ranks.first:
+        return recorded
+    recorded.close()
+    if then != ranks.size:
+        raise EnvironmentMismatch(
+            f"{recorded.path} was recorded by {then} process{'es' if then > 1 else ''}, and here are {ranks.size}: the "
+            f"ranks' batches, and the order of sums over them, would be others. Nothing was replayed. Start {then}."
+        )
+    return open_record(target.path, ranks.rank)
 
 
 def drop_unfinished(path: Path, found: Record | Trace) -> bool:

@@ -35,8 +35,7 @@ class Observation(ABC):
     Attributes:
         probe: the attached probe, or None before there is one.
         manifest: what is known of the environment; the first step completes it.
-        failure: what stopped the pass. It is raised again at the next event, since a script may have
-            swallowed it, and once more when the script ends.
+        failure: what stopped the pass; raised again at each event and at the end, for scripts that swallow it.
         resumption: where the pass goes on; None at the start of the run.
         restart: brings the training there.
         stop_asked: whether the pass is to stop where it can go on later.
@@ -78,11 +77,7 @@ class Observation(ABC):
             )
         self.probe = probe
         self.layout = Layout.of(probe.model, probe.parameters)
-        if self.layout.world_size > self.ranks.size:
-            raise UnsupportedTraining(
-                f"the script has made a group of {self.layout.world_size} processes, and geomprobe was started "
-                "in each of them by itself. Start them together: torchrun --nproc-per-node N -m geomprobe record"
-            )
+        self.ranks.require_all(self.layout.world_size)
         self.evidence.bind(probe)
 
     def begin(self) -> None:

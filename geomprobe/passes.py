@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from geomprobe import sealing
-from geomprobe.claims import claim, drop_unfinished, finished_record
+from geomprobe.claims import claim, drop_unfinished, led, own_record, require_supported
 from geomprobe.determinism import draw_seed, seed_everything, start_manifest, strict_mode, untouched_rng
-from geomprobe.errors import EnvironmentMismatch, Stopped, UnsupportedTraining, UsageError
+from geomprobe.errors import Stopped, UnsupportedTraining, UsageError
 from geomprobe.interception import listening
 from geomprobe.keeping import Keeping
 from geomprobe.measuring import Measure
@@ -96,9 +96,9 @@ def record(
     options = Options(tuple(reference_steps), tuple(ema), average, keeping)
     ranks = here()
     if not ranks.alone:
-        _require_supported(resume=resume)
+        require_supported(resume=resume)
     if not resume:
-        with ranks.watched(), _led(ranks, target.recording(force)):
+        with ranks.watched(), led(ranks, target.recording(force)):
             seed = ranks.said_by_first("seed", draw_seed() if seed is None else seed)
             _record(train, target, seed, strict, script, options, ranks)
         return open_record(target.path)
@@ -196,44 +196,27 @@ def replay(
         EnvironmentMismatch: the environment differs in a way that changes bits; nothing was replayed.
         ReplayDiverged: the replay was not the same run; what was measured before is kept.
     """
-    if every < 1:
-        raise UsageError(f"every={every}: measure each N-th step with N at least 1")
     target = Run(run)
     script = _function_script(train) if script is None else script
-    if min(curvature_every or 0, sharpness_every) < 0:
-        raise UsageError(
-            f"curvature_every={curvature_every}, sharpness_every={sharpness_every}: name each N-th step, or 0 for never"
-        )
-    if finite_step and curvature_every == 0:
-        raise UsageError(
-            "finite_step is measured where Hg is, and curvature_every=0 leaves Hg out: drop one of them"
-        )
     if uncertified and (resume or segment is not None):
         raise UsageError(
             "an uncertified replay cannot go on from checkpoints, which are of the run that it differs from: "
             "run it whole"
         )
-    measure = Measure(
-        every=every,
-        curvature_every=1 if curvature_every is None else curvature_every,
-        curvature_required=curvature_every is not None or sharpness_every > 0,
-        finite_step=finite_step,
-        sharpness_every=sharpness_every,
-        per_parameter=per_parameter,
-        per_rank=per_rank,
-        compiled=compiled,
+    measure = _measure(
+        every, curvature_every, finite_step, sharpness_every, per_parameter, per_rank, compiled
     )
     ranks = here()
     if not ranks.alone:
-        _require_supported(resume=resume, segment=segment, uncertified=uncertified, references=references)
-    with ranks.watched(), contextlib.closing(_own_record(target, ranks)) as recorded:
+        require_supported(resume=resume, segment=segment, uncertified=uncertified, references=references)
+    with ranks.watched(), contextlib.closing(own_record(target, ranks)) as recorded:
         seed, strict = recorded.manifest["seed"], recorded.manifest["strict"]
         with _running(seed, strict):
             manifest = start_manifest(seed=seed, strict=strict, script=script) | ranks.described()
             if not uncertified:
                 require_same_start(recorded.manifest, manifest, target.path, "replay")
             manifest["sources"] = recorded.manifest.get("sources", {})
-            with _led(ranks, claim(target, recorded, force, resume, segment)) as claimed:
+            with led(ranks, claim(target, recorded, force, resume, segment)) as claimed:
                 if claimed is not None:
                     begin, end = claimed
                     files = {name: Path(path).absolute() for name, path in (references or {}).items()}
@@ -246,6 +229,38 @@ def replay(
                 if segment is not None:
                     sealing.seal_whole(target, recorded.num_steps)
     return open_trace(target.path)
+
+
+def _measure(
+    every: int,
+    curvature_every: int | None,
+    finite_step: bool,
+    sharpness_every: int,
+    per_parameter: bool,
+    per_rank: bool,
+    compiled: bool,
+) -> Measure:
+    """What is measured, held to make sense."""
+    if every < 1:
+        raise UsageError(f"every={every}: measure each N-th step with N at least 1")
+    if min(curvature_every or 0, sharpness_every) < 0:
+        raise UsageError(
+            f"curvature_every={curvature_every}, sharpness_every={sharpness_every}: name each N-th step, or 0 for never"
+        )
+    if finite_step and curvature_every == 0:
+        raise UsageError(
+            "finite_step is measured where Hg is, and curvature_every=0 leaves Hg out: drop one of them"
+        )
+    return Measure(
+        every=every,
+        curvature_every=1 if curvature_every is None else curvature_every,
+        curvature_required=curvature_every is not None or sharpness_every > 0,
+        finite_step=finite_step,
+        sharpness_every=sharpness_every,
+        per_parameter=per_parameter,
+        per_rank=per_rank,
+        compiled=compiled,
+    )
 
 
 def two_pass(train: Train, run: RunPath, *, seed: int | None = None, force: bool = False) -> Trace:
@@ -292,42 +307,6 @@ def _require_startable(seed: int) -> None:
         raise UsageError("A pass is running in this process already; a pass cannot run inside another.")
     if not 0 <= seed < 2**32:
         raise UsageError(f"seed {seed} is outside 0 .. {2**32 - 1}, the range that NumPy accepts.")
-
-
-@contextlib.contextmanager
-def _led(ranks: Ranks, claim: contextlib.AbstractContextManager[Any]) -> Iterator[Any]:
-    """Let rank 0 hold a run for all, and the others wait until it does."""
-    if not ranks.first:
-        yield ranks.said_by_first("held")
-        return
-    with claim as held:
-        # A claim in a launch of several processes is for the whole run, so there is nothing in it to tell.
-        ranks.said_by_first("held", held)
-        yield held
-
-
-def _require_supported(**given: Any) -> None:
-    """Refuse by name what runs of several processes cannot do yet."""
-    if asked := [name for name, value in given.items() if value]:
-        raise UsageError(
-            f"{', '.join(asked)}: not in a run of several processes (WORLD_SIZE is {os.environ['WORLD_SIZE']}) in this "
-            "version. Nothing was started; leave it out."
-        )
-
-
-def _own_record(target: Run, ranks: Ranks) -> Record:
-    """What this process has recorded, where there were as many."""
-    recorded = finished_record(target, ranks.first)
-    then = recorded.manifest.get("ranks", {}).get("world_size", 1)
-    if then == ranks.size and ranks.first:
-        return recorded
-    recorded.close()
-    if then != ranks.size:
-        raise EnvironmentMismatch(
-            f"{recorded.path} was recorded by {then} process{'es' if then > 1 else ''}, and here are {ranks.size}: the "
-            f"ranks' batches, and the order of sums over them, would be others. Nothing was replayed. Start {then}."
-        )
-    return open_record(target.path, ranks.rank)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
-from geomprobe.errors import GeomprobeError, RunError
+from geomprobe.errors import GeomprobeError, RunError, UsageError
 
 PATIENCE_S = 600.0  # how long one process waits for another where nothing is computed
 _POLL_S = 1.0
@@ -67,6 +67,20 @@ class Ranks:
         ({}, {'ranks': {'world_size': 4}})
         """
         return {} if self.alone else {"ranks": {"world_size": self.size}}
+
+    def require_all(self, world_size: int) -> None:
+        """Hold the group of processes that the script has made to be no larger than the launch.
+
+        Raises:
+            UsageError: it is.
+
+        >>> Ranks().require_all(1)
+        """
+        if world_size > self.size:
+            raise UsageError(
+                f"the script has made a group of {world_size} processes, and geomprobe was started in each of them by "
+                "itself. Start them together: torchrun --nproc-per-node N -m geomprobe record ..."
+            )
 
     def said_by_first(self, name: str, value: Any = None) -> Any:
         """A value of rank 0's, on every rank.

@@ -79,6 +79,10 @@ def _add_measures(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compile the inner products: seconds at the start, faster steps",
     )
+
+
+def _add_ways(parser: argparse.ArgumentParser) -> None:
+    """How the replay is gone about."""
     parser.add_argument(
         "--reference",
         type=_reference,
@@ -87,10 +91,6 @@ def _add_measures(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=PATH",
         help="also measure against the weights in a file: a state_dict, or safetensors (may be repeated)",
     )
-
-
-def _add_ways(parser: argparse.ArgumentParser) -> None:
-    """How the replay is gone about."""
     parser.add_argument("--uncertified", action="store_true", help="go on where the replay differs")
     there = parser.add_mutually_exclusive_group()
     there.add_argument("--force", action="store_true", help="replace an earlier trace")
