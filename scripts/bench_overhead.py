@@ -42,7 +42,7 @@ from geomprobe.determinism import seed_everything, start_manifest, strict_mode
 from geomprobe.interception import listening
 from geomprobe.observation import Observation
 from geomprobe.probe import observe
-from geomprobe.recording import Recording
+from geomprobe.recording import Options, Recording
 from geomprobe.replaying import Measure, Replaying
 from geomprobe.run import Run
 from geomprobe.trace.record import open_record
@@ -134,7 +134,7 @@ def lanes(
         if name == "recording":
             run = Run(folder / "recording")
             run.stream.mkdir(parents=True)
-            made[name] = train_probed(data), Recording(run, manifest)
+            made[name] = train_probed(data), Recording(run, manifest, Options())
         elif name in ("replaying", "compiled"):
             run = finished_run(folder / name, data)
             run.stream.mkdir(parents=True)
