@@ -210,7 +210,7 @@ def test_other_arguments_of_the_script_are_refused(bench, killed):
 
 
 def test_a_loop_of_fewer_epochs_than_the_checkpoint_is_refused(bench, killed):
-    said(bench.record(killed, EPOCHS="3"), 1, "the checkpoint is of epoch 6", "loop has 3 epochs")
+    said(bench.record(killed, EPOCHS="3"), 1, "the checkpoint is of epoch", "loop has 3 epochs")
     goes_on(bench, killed, "record.h5")
 
 

@@ -87,6 +87,7 @@ def test_sigterm_stops_every_segment_and_they_go_on(bench, recorded):
 def test_sigterm_before_the_segments_have_begun_is_no_failure(bench, recorded):
     stopped = jobs(bench, recorded)
     assert "3 segments, of steps 0 to 39, 40 to 79, 80 to 119" in stopped.stderr.readline()
+    time.sleep(0.5)  # they start at once, and import for longer than that
     stopped.send_signal(signal.SIGTERM)
     _, err = stopped.communicate()
     assert stopped.returncode == 75, err
