@@ -77,6 +77,8 @@ def _segment(target: Run, recorded: Record, segment: tuple[int, int]) -> Iterato
                 f"{target.trace} is of a replay that ended {status}: no segment was replayed. `geomprobe replay "
                 f"{target.path} --resume` goes on with one that diverged; --force begins anew."
             )
+        with target.writing(shared=True), target.sealing():
+            target.clear_stream()  # of what a kill left
         yield None
         return
     first, stop = pieces[number - 1]
