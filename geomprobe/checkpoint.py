@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import warnings
@@ -20,6 +21,8 @@ from geomprobe.errors import RunError
 
 FACTS = "geomprobe.json"
 
+_BYTES = "tensors"  # the entry for all tensors' bytes, one after the other
+_LAYOUT = "layout"  # and for their names, types and shapes, pickled
 _REST = "rest"  # the entry for everything that is no tensor, pickled
 _PREFIX = "step-"
 
@@ -70,7 +73,7 @@ def write(
     shutil.rmtree(aside, ignore_errors=True)
     _quiet()
     try:
-        save({**tensors, _REST: rest}, checkpoint_id=aside, no_dist=True)
+        save({**_joined(tensors), _REST: rest}, checkpoint_id=aside, no_dist=True)
         _describe(aside, facts)
         shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)
@@ -109,7 +112,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], bytes]:
         load(state, checkpoint_id=path, no_dist=True)
     except (OSError, CheckpointException) as error:
         raise RunError(f"checkpoint {path} cannot be read: {error}") from error
-    return state, state.pop(_REST)
+    rest = state.pop(_REST)
+    return _parted(state), rest
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -220,6 +224,23 @@ def packed(rest: Any) -> bytes:
 def unpacked(rest: bytes) -> Any:
     """What `packed` was given."""
     return torch.load(io.BytesIO(rest), weights_only=False)
+
+
+def _joined(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """All tensors as the bytes of one, since saving costs as much for each tensor as for a hundred thousand numbers."""
+    layout = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    raw = [tensor.detach().reshape(-1).view(torch.uint8) for tensor in tensors.values()]
+    return {_BYTES: torch.cat(raw) if raw else torch.empty(0, dtype=torch.uint8), _LAYOUT: packed(layout)}
+
+
+def _parted(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What was `_joined`."""
+    found, end = {}, 0
+    for name, dtype, shape in unpacked(state[_LAYOUT]):
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        # A copy, since a view of another type has to begin where its type may.
+        found[name] = state[_BYTES][begin:end].clone().view(dtype).reshape(shape)
+    return found
 
 
 def _quiet() -> None:

@@ -21,6 +21,17 @@ RANK_PREFIX = "rank-"
 
 Kind = Literal["record", "trace"]
 
+_own: set[int] = set()  # descriptors of the locks that this process holds
+
+
+def _let_go() -> None:
+    while _own:
+        os.close(_own.pop())
+
+
+# A lock lasts until its last descriptor is closed, and a loader's workers outlive a process that is killed by seconds.
+os.register_at_fork(after_in_child=_let_go)
+
 
 class Run:
     """Paths of one run and the lock that keeps a second writer out.
@@ -185,6 +196,7 @@ class Run:
     @contextlib.contextmanager
     def _held(self, name: str, how: int) -> Iterator[None]:
         descriptor = self._acquire(name, how)
+        _own.add(descriptor)
         try:
             with contextlib.suppress(
                 OSError
@@ -193,11 +205,13 @@ class Run:
                 os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             yield
         finally:
-            with contextlib.suppress(OSError):  # it stays for those who hold it with us
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                (self.stream / name).unlink(missing_ok=True)
-                self.stream.rmdir()  # where nothing of an unfinished pass stays
-            os.close(descriptor)
+            if descriptor in _own:  # or this is a process that the script has forked
+                with contextlib.suppress(OSError):  # it stays for those who hold it with us
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    (self.stream / name).unlink(missing_ok=True)
+                    self.stream.rmdir()  # where nothing of an unfinished pass stays
+                _own.remove(descriptor)
+                os.close(descriptor)
 
     def _acquire(self, name: str, how: int) -> int:
         # The system drops the lock when its holder dies, however it dies, so a lock is never stale.

@@ -19,15 +19,16 @@ Where a run cannot be repeated exactly, --uncertified goes on past the differenc
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Mapping
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from geomprobe.cli import launch
-from geomprobe.errors import UsageError
+from geomprobe.errors import RunError, UsageError
 from geomprobe.trace.reader import Trace, open_trace
+from geomprobe.trace.record import open_record
 from geomprobe.trace.schema import TRACE_FILE
 
 
@@ -111,6 +112,7 @@ def _add_ways(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Replay, and say what was written and whether it held."""
+    _restart_early(arguments.folder)
     from geomprobe import claims, sealing
     from geomprobe.cli import parallel
     from geomprobe.run import Run
@@ -126,7 +128,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.resume and run.trace.exists() and open_trace(run.path).status == "complete":
         print(f"Nothing to do: {arguments.folder}/{TRACE_FILE} is complete.")
         return 0
-    with closing(claims.finished_record(run, launch.first_rank())) as recorded:
+    with contextlib.closing(claims.finished_record(run, launch.first_rank())) as recorded:
         manifest = recorded.manifest
         present = launch.present(manifest["script"], arguments.folder)
         launch.restart_with(_at_start_up(manifest))
@@ -140,6 +142,13 @@ def run(arguments: argparse.Namespace) -> int:
             parallel.replay(arguments, recorded)
             return _tell(open_trace(arguments.folder), arguments.folder)
     return _tell(_replayed(arguments, present), arguments.folder)
+
+
+def _restart_early(folder: str) -> None:
+    """Start again as the recording was started, before torch is imported for nothing."""
+    with contextlib.suppress(RunError), open_record(folder) as recorded:
+        if recorded.status == "complete":
+            launch.restart_with(_at_start_up(recorded.manifest))
 
 
 def _require_sense(arguments: argparse.Namespace) -> None:
