@@ -214,11 +214,11 @@ def _header(path: Path) -> Header | None:
 
 def _mended(path: Path) -> Header | None:
     """The header of a part, which is cut before its first damaged row, if it has one."""
-    header = _header(path)
-    if header is None:
+    try:
+        with stream_part(path) as (header, blocks):
+            whole = sum(len(block["step"]) for block in blocks)
+    except PartNotBegun:
         return None
-    with stream_part(path) as (_, blocks):
-        whole = sum(len(block["step"]) for block in blocks)
     if whole == header.rows:
         return header
     aside = path.with_name(f".{path.name}.new")

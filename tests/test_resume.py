@@ -20,9 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 # One of each kind of state; the others differ from these in what is measured, not in what is kept.
 TELLING = {
     "Adam with a tensor learning rate",
-    "accumulation",
     "scheduler",
-    "two groups",
     "dropout",
     "BatchNorm",
     "2 workers",

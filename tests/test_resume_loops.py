@@ -196,8 +196,19 @@ LOOPS = [
 ]
 
 
-@pytest.mark.parametrize("loops", LOOPS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("every", ["epoch", "2steps"])
+@pytest.mark.parametrize(
+    ("loops", "every"),
+    [
+        *(pytest.param(loops, "2steps", id=f"2steps-{loops.__name__}") for loops in LOOPS),
+        *(
+            pytest.param(
+                loops, "epoch", id=f"epoch-{loops.__name__}", marks=() if telling else pytest.mark.slow
+            )
+            for loops in LOOPS
+            for telling in [loops in (loader_of_each_epoch, two_stages, accumulation_across_epochs)]
+        ),
+    ],
+)
 def test_a_cut_run_goes_on_to_the_same_bits(tmp_path: Path, loops: Any, every: str) -> None:
     training, whole, run = Training(loops), tmp_path / "whole", tmp_path / "run"
     options = {"seed": 1, "checkpoint_every": every}

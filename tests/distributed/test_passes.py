@@ -19,7 +19,7 @@ COLUMNS = ("loss", "grad_norm", "distance", "rsi", "eb", "cosine", "lolr", "clr"
 
 
 @pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_run_of_several_processes_measures_what_one_process_would_on_the_global_batch(
     tmp_path: Path, kind: str, size: int
 ) -> None:
