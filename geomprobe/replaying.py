@@ -246,7 +246,14 @@ class Replaying(Observation):
     @functools.cached_property
     def _end(self) -> dict[str, Any]:
         """What the checkpoint that this segment ends at says of itself."""
-        facts = checkpoint.facts(checkpoint.folder(self._run.checkpoints, self._stop))
+        try:
+            facts = checkpoint.facts(checkpoint.folder(self._run.checkpoints, self._stop))
+        except RunError as error:
+            raise RunError(
+                f"{error}: this segment ends there, so its end cannot be compared. What was measured is kept. Remove "
+                "that checkpoint, so that the run is cut elsewhere, and go on: "
+                f"geomprobe replay {self._run.path} --resume"
+            ) from error
         return {**facts, "position": Position(*facts["position"])}
 
     def _end_segment(self) -> None:

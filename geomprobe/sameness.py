@@ -36,7 +36,10 @@ def require_same_start(
     before, now = recorded["script"], manifest["script"]
     changed = changed_sources(recorded.get("sources", {}), Path(now.get("root") or "."))
     if before["sha256"] != now["sha256"] and before["path"] == now["path"]:
-        changed.insert(0, now["path"])
+        changed = [
+            now["path"],
+            *(name for name in changed if Path(now["root"] or ".", name) != Path(now["path"])),
+        ]
     if changed and before.get("root") == now.get("root"):
         raise EnvironmentMismatch(
             f"{', '.join(changed)} changed since {run} was recorded, so to {doing} would make another run: "

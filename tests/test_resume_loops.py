@@ -426,3 +426,16 @@ def test_a_replay_goes_on_only_with_the_options_it_was_begun_with(tmp_path: Path
     with pytest.raises(RunError, match="was replayed with every = 1, and now it is 2"):
         geomprobe.replay(training, run, resume=True, every=2)
     assert geomprobe.replay(training, run, resume=True).status == "complete"
+
+
+def test_a_segment_whose_end_cannot_be_compared_says_so_and_the_run_goes_on_without_that_cut(
+    tmp_path: Path,
+) -> None:
+    training, run = Training(own_generator), tmp_path / "run"
+    geomprobe.record(training, run, seed=1).close()
+    facts = checkpoint.folder(run / "checkpoints", 10) / checkpoint.FACTS
+    facts.write_text(facts.read_text().replace("position", "positron"))
+    with pytest.raises(RunError, match=r"step-00000010 is damaged.*its end cannot be compared.*--resume"):
+        geomprobe.replay(training, run, segment=(1, 2))
+    checkpoint.remove(run / "checkpoints", 10)
+    assert geomprobe.replay(training, run, resume=True).status == "complete"

@@ -125,7 +125,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
         print(f"Next: geomprobe verify {arguments.folder}", file=sys.stderr)
         return 0
-    if arguments.resume and run.trace.exists() and open_trace(run.path).status == "complete":
+    over = arguments.resume and run.trace.exists() and not run.stream.exists()
+    if over and open_trace(run.path).status == "complete":
         print(f"Nothing to do: {arguments.folder}/{TRACE_FILE} is complete.")
         return 0
     with contextlib.closing(claims.finished_record(run, launch.first_rank())) as recorded:
