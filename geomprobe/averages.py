@@ -16,6 +16,20 @@ RUNNING = "average"
 _Update = Callable[[Any, Any, int], None]
 
 
+def require_decay(decay: float) -> None:
+    """Hold the decay of an exponential moving average to be one.
+
+    Raises:
+        UsageError: it is not between 0 and 1.
+
+    >>> require_decay(0.999)
+    """
+    if not 0 < decay < 1:
+        raise UsageError(
+            f"an exponential moving average has a decay between 0 and 1, such as 0.999; got {decay!r}"
+        )
+
+
 class Averages:
     """Exponential moving averages of the weights, and their running average, one step at a time.
 
@@ -54,10 +68,7 @@ class Averages:
         self, parameters: Mapping[str, Tensor], *, decays: Sequence[float] = (), running: bool = False
     ) -> None:
         for decay in decays:
-            if not 0 < decay < 1:
-                raise UsageError(
-                    f"an exponential moving average has a decay between 0 and 1, such as 0.999; got {decay!r}"
-                )
+            require_decay(decay)
         self._names = list(parameters)
         self._parameters = list(parameters.values())  # themselves: a script may give them other storage
         self._sources = [_float32_like(p) if p.element_size() < 4 else p for p in self._parameters]

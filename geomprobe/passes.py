@@ -20,6 +20,7 @@ from geomprobe.measuring import Measure
 from geomprobe.probe import observe, observing
 from geomprobe.ranks import Ranks, here
 from geomprobe.recording import Options, Recording
+from geomprobe.references import References
 from geomprobe.replaying import Replaying, SegmentEnded
 from geomprobe.resuming import Resumption, resumption
 from geomprobe.run import Run
@@ -216,12 +217,13 @@ def replay(
             if not uncertified:
                 require_same_start(recorded.manifest, manifest, target.path, "replay")
             manifest["sources"] = recorded.manifest.get("sources", {})
+            files = {name: Path(path).absolute() for name, path in (references or {}).items()}
+            weights = References(recorded, files)  # before an earlier trace is removed
             with led(ranks, claim(target, recorded, force, resume, segment)) as claimed:
                 if claimed is not None:
                     begin, end = claimed
-                    files = {name: Path(path).absolute() for name, path in (references or {}).items()}
                     replaying = Replaying(
-                        target, recorded, manifest, measure, uncertified, begin, end, files, ranks
+                        target, recorded, weights, manifest, measure, uncertified, begin, end, ranks
                     )
                     with contextlib.suppress(SegmentEnded), _observed(replaying):
                         train()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from geomprobe import checkpoint, sealing
-from geomprobe.averages import Averages
+from geomprobe.averages import Averages, require_decay
 from geomprobe.determinism import source_digests
 from geomprobe.dtensors import local
 from geomprobe.errors import Stopped, UnsupportedTraining, UsageError
@@ -47,6 +47,10 @@ class Options:
     ema: tuple[float, ...] = ()
     average: bool = False
     keeping: Keeping = field(default_factory=Keeping)
+
+    def __post_init__(self) -> None:
+        for decay in self.ema:
+            require_decay(decay)
 
     def described(self) -> dict[str, Any]:
         """For the manifest."""

@@ -13,7 +13,7 @@ from geomprobe.errors import EnvironmentMismatch, RunError, UsageError
 from geomprobe.external_weights import read_weights
 from geomprobe.tensors import from_numpy
 from geomprobe.trace.record import Record
-from geomprobe.trace.schema import REFERENCE_NAME
+from geomprobe.trace.schema import FINAL, REFERENCE_NAME
 
 Weights = dict[str, Tensor]
 
@@ -22,14 +22,14 @@ class References:
     """Reference weights by name, on the host until they are put beside the parameters.
 
     Args:
-        record: the recording; its references are read at once.
+        record: the recording.
         files: weights from elsewhere, by the name that their reference is to have.
 
     Attributes:
-        digests: SHA-256 of each file, by name; None where it cannot be read.
+        digests: SHA-256 of each file, by name.
 
     Raises:
-        RunError: a reference of the recording holds a value that is not finite.
+        RunError: a reference holds a value that is not finite, or a file holds other weights.
         UsageError: a file goes by the name of one of them, or by one that no reference can have.
     """
 
@@ -41,8 +41,10 @@ class References:
                     f"--reference {name}={path}: the recording has the references {there}, and another's name is made "
                     "of letters, digits, '.', '_' and '-'. Nothing was replayed."
                 )
-        self._record, self._files = record, dict(files)
+        self._record = record
         self._stored = {name: _finite(record, name) for name in record.references}
+        shapes = {name: tuple(tensor.shape) for name, tensor in self._stored[FINAL].items()}
+        self._elsewhere = {name: read_weights(path, shapes) for name, path in files.items()}
         self.digests = {name: file_digest(path) for name, path in files.items()}
 
     def beside(self, parameters: Mapping[str, Tensor]) -> dict[str, Weights]:
@@ -50,7 +52,6 @@ class References:
 
         Raises:
             EnvironmentMismatch: the recording's weights have other names or shapes.
-            RunError: those of a file have.
         """
         shapes = {name: tuple(p.shape) for name, p in parameters.items()}
         for reference, weights in self._stored.items():
@@ -61,8 +62,8 @@ class References:
                     f"{self._record.path} was recorded with {name} of shape {then.get(name)}, and here it has shape "
                     f"{shapes.get(name)}: there is no distance to its reference {reference!r}. Nothing was replayed."
                 )
-        stored, self._stored = self._stored, {}
-        stored |= {name: read_weights(path, shapes) for name, path in self._files.items()}
+        stored = self._stored | self._elsewhere
+        self._stored = self._elsewhere = {}
         return {
             reference: {name: _beside(p, weights[name]) for name, p in parameters.items()}
             for reference, weights in stored.items()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,30 +44,26 @@ class Replaying(Observation):
     Args:
         run: the run directory.
         record: its sealed record.
+        references: the weights to measure against.
         manifest: what is known of the environment before the script runs.
         measure: what to measure.
         uncertified: go on past the first difference, marking every later row.
         resumption: where to begin, if not at the start.
         segment: replay only from the step where the resumption begins to the one before this step; others do the rest,
             and whoever is last seals the trace.
-        files: weights from elsewhere to measure against, by the reference's name.
         ranks: the processes of the run; each has its own recording.
-
-    Raises:
-        RunError: a reference holds a value that is not finite.
-        UsageError: one of the files goes by the name of a reference of the recording.
     """
 
     def __init__(
         self,
         run: Run,
         record: Record,
+        references: References,
         manifest: dict[str, Any],
         measure: Measure,
         uncertified: bool = False,
         resumption: Resumption | None = None,
         segment: int | None = None,
-        files: Mapping[str, Path] | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         super().__init__(manifest, ranks, resumption)
@@ -76,7 +71,7 @@ class Replaying(Observation):
         self._stop = record.num_steps if segment is None else segment
         self._run, self._record, self._measure, self._uncertified = run, record, measure, uncertified
         self._measurement: Measurement | None = None
-        self._references = References(record, files or {})
+        self._references = references
         options = {**asdict(measure), "files": self._references.digests}
         self.manifest["measure"] = {**measure.described(), "options": options}
         # A replay goes on only over rows that were found equal before they were committed.

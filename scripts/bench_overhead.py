@@ -43,6 +43,7 @@ from geomprobe.interception import listening
 from geomprobe.observation import Observation
 from geomprobe.probe import observe
 from geomprobe.recording import Options, Recording
+from geomprobe.references import References
 from geomprobe.replaying import Measure, Replaying
 from geomprobe.run import Run
 from geomprobe.trace.record import open_record
@@ -138,11 +139,13 @@ def lanes(
         elif name in ("replaying", "compiled"):
             run = finished_run(folder / name, data)
             run.stream.mkdir(parents=True)
+            recorded = open_record(run.path)
             made[name] = (
                 train_probed(data),
                 Replaying(
                     run,
-                    open_record(run.path),
+                    recorded,
+                    References(recorded, {}),
                     manifest,
                     Measure(curvature_every=0, compiled=name == "compiled"),
                 ),

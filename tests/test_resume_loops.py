@@ -417,6 +417,26 @@ def test_a_reference_from_elsewhere_cannot_take_the_name_of_one_of_the_run(tmp_p
         geomprobe.replay(training, run, references={"final": tmp_path / "x.pt"})
 
 
+@pytest.mark.parametrize("name", ["final", "ones"])
+def test_an_earlier_trace_is_kept_where_a_reference_from_elsewhere_is_wrong(
+    tmp_path: Path, name: str
+) -> None:
+    training, run = Training(no_epochs), tmp_path / "run"
+    geomprobe.two_pass(training, run, seed=1)
+    before = (run / "trace.h5").read_bytes()
+    wrong = tmp_path / "wrong.pt"
+    torch.save({"weight": torch.ones(3)}, wrong)
+    with pytest.raises((UsageError, RunError)):
+        geomprobe.replay(training, run, force=True, references={name: wrong})
+    assert (run / "trace.h5").read_bytes() == before
+
+
+def test_an_average_that_is_none_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a decay between 0 and 1"):
+        geomprobe.record(Training(no_epochs), tmp_path / "run", ema=(1.5,))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_replay_goes_on_only_with_the_options_it_was_begun_with(tmp_path: Path) -> None:
     training, run = Training(own_generator), tmp_path / "run"
     geomprobe.record(training, run, seed=1).close()
