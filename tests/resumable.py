@@ -128,3 +128,12 @@ class Bench:
 def recording(path, sort="named", *options):
     """The command that records a sort of training."""
     return "record", "--seed", "0", *options, "-o", path, "train.py", "--sort", sort
+
+
+def said(result, code, *words):
+    """The command exited with a code and said words on standard error, without a traceback of its own."""
+    assert result.code == code, result
+    for word in words:
+        assert str(word) in result.err, result.err
+    assert "geomprobe/" not in result.err
+    return result

@@ -6,17 +6,16 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from command_server import SCRIPTS, Command, Server
-from resumable import STEPS, Bench, recording
+from resumable import STEPS, Bench, recording, said
+from shims import kill_shim
 
 from geomprobe import checkpoint
 from geomprobe.trace.reader import open_trace
 from geomprobe.trace.record import open_record
 
-SHIM = Path(__file__).parent / "trace" / "kill_shim.c"
 MIDDLE = 67  # in mid-epoch, and past the first block of rows
 SEGMENTS = 3
 
@@ -29,15 +28,6 @@ def bench(tmp_path_factory):
 @pytest.fixture
 def path(bench, tmp_path):
     return tmp_path / "run"
-
-
-def said(result, code, *words):
-    """The command exited with a code and said words on standard error, without a traceback of its own."""
-    assert result.code == code, result
-    for word in words:
-        assert str(word) in result.err, result.err
-    assert "geomprobe/" not in result.err
-    return result
 
 
 # Killed
@@ -53,11 +43,7 @@ def test_passes_killed_at_random_moments_end_in_the_files_of_undisturbed_ones(tr
 
 @pytest.fixture(scope="module")
 def shimmed(tmp_path_factory):
-    compiler = shutil.which("cc")
-    if compiler is None or not sys.platform.startswith("linux"):
-        pytest.skip("needs a C compiler and LD_PRELOAD")
-    shim = tmp_path_factory.mktemp("shim") / "kill_shim.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", shim, SHIM], check=True)
+    shim = kill_shim(tmp_path_factory.mktemp("shim"))
     with contextlib.closing(Server(preload=shim)) as server:
         yield server
 

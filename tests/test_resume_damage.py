@@ -5,7 +5,7 @@ import os
 import signal
 
 import pytest
-from resumable import Bench, recording
+from resumable import Bench, recording, said
 
 from geomprobe import checkpoint
 from geomprobe.trace.record import open_record
@@ -33,15 +33,6 @@ def killed(bench, path):
 @pytest.fixture
 def recorded(bench, path):
     return bench.recorded(path)
-
-
-def said(result, code, *words):
-    """The command exited with a code and said words on standard error, without a traceback of its own."""
-    assert result.code == code, result
-    for word in words:
-        assert str(word) in result.err, result.err
-    assert "geomprobe/" not in result.err
-    return result
 
 
 def goes_on(bench, path, name, sort="named"):

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from part_cases import assert_right, write_part
+from shims import kill_shim
 
 from geomprobe.errors import RunError
 from geomprobe.trace.part import PartNotBegun, read_part
@@ -67,11 +67,7 @@ def writers():
 
 @pytest.fixture(scope="module")
 def shimmed(tmp_path_factory):
-    compiler = shutil.which("cc")
-    if compiler is None or not sys.platform.startswith("linux"):
-        pytest.skip("needs a C compiler and LD_PRELOAD")
-    shim = tmp_path_factory.mktemp("shim") / "kill_shim.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", shim, HERE / "kill_shim.c"], check=True)
+    shim = kill_shim(tmp_path_factory.mktemp("shim"))
     with contextlib.closing(Writers(preload=shim)) as started:
         yield started
 
