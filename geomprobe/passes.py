@@ -111,6 +111,8 @@ def record(
                 _record(train, target, draw_seed() if seed is None else seed, strict, script, options, ranks)
             else:
                 _go_on_recording(train, target, parts, seed, script)
+        else:
+            target.clear_stream()  # of what a kill left
     return open_record(target.path)
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from geomprobe.errors import RunError, UsageError
 from geomprobe.trace.record import Record, open_record
-from geomprobe.trace.schema import RECORD_FILE
+from geomprobe.trace.schema import RECORD_FILE, STREAM_DIR
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -144,7 +144,9 @@ def _account(recorded: Record, run: str) -> str:
 
 
 def _complete(folder: Path) -> bool:
-    if not (folder / RECORD_FILE).exists():
+    if (
+        not (folder / RECORD_FILE).exists() or (folder / STREAM_DIR).exists()
+    ):  # a kill left something to clear
         return False
     with open_record(folder) as recorded:
         return recorded.status == "complete"
