@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import os
 import platform
 import random
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,20 @@ def source_digests(root: Path) -> dict[str, str]:
             continue
         found[str(path.relative_to(root))] = digest
     return dict(sorted(found.items()))
+
+
+def function_script(train: Callable[[], Any]) -> dict[str, Any]:
+    """Describe a function as what is run; its source counts where Python can find it.
+
+    >>> function_script(draw_seed)["path"]
+    'draw_seed'
+    """
+    try:
+        digest = hashlib.sha256(inspect.getsource(train).encode()).hexdigest()
+    except (OSError, TypeError):
+        digest = None
+    name = getattr(train, "__qualname__", type(train).__qualname__)
+    return {"kind": "function", "path": name, "argv": [], "cwd": None, "root": None, "sha256": digest}
 
 
 def start_manifest(*, seed: int, strict: bool, script: Mapping[str, Any]) -> dict[str, Any]:

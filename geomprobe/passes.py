@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from geomprobe import sealing
 from geomprobe.claims import claim, drop_unfinished, led, own_record, require_supported
-from geomprobe.determinism import draw_seed, seed_everything, start_manifest, strict_mode, untouched_rng
+from geomprobe.determinism import (
+    draw_seed,
+    function_script,
+    seed_everything,
+    start_manifest,
+    strict_mode,
+    untouched_rng,
+)
 from geomprobe.errors import Stopped, UnsupportedTraining, UsageError
 from geomprobe.interception import listening
 from geomprobe.keeping import Keeping
 from geomprobe.measuring import Measure
 from geomprobe.probe import observe, observing
-from geomprobe.ranks import Ranks, here
+from geomprobe.ranks import PATIENCE_S, Ranks, here
 from geomprobe.recording import Options, Recording
 from geomprobe.references import References
 from geomprobe.replaying import Replaying, SegmentEnded
@@ -48,6 +53,7 @@ def record(
     average: bool = False,
     checkpoint_every: str = "epoch",
     keep_checkpoints: int | None = 32,
+    patience: float = PATIENCE_S,
     script: Mapping[str, Any] | None = None,
 ) -> Record:
     """Pass 1: call ``train()``, and keep its final weights and what a replay needs in ``run``.
@@ -65,6 +71,7 @@ def record(
         average: also keep the running average of the weights, as the reference ``average``.
         checkpoint_every: ``"epoch"``, ``"500steps"``, ``"30min"`` or ``"never"``.
         keep_checkpoints: how many at most, spread evenly over the run; None for all.
+        patience: seconds that processes which stand still for one of them wait before all stop.
         script: what is run, for the manifest; described from ``train`` when None.
 
     Returns:
@@ -92,10 +99,10 @@ def record(
     """
     target = Run(run)
     _require_startable(0 if seed is None else seed)
-    script = _function_script(train) if script is None else script
+    script = function_script(train) if script is None else script
     keeping = Keeping(checkpoint_every, keep_checkpoints)
     options = Options(tuple(reference_steps), tuple(ema), average, keeping)
-    ranks = here()
+    ranks = here(patience)
     if not ranks.alone:
         require_supported(resume=resume)
     if not resume:
@@ -167,6 +174,7 @@ def replay(
     force: bool = False,
     resume: bool = False,
     segment: tuple[int, int] | None = None,
+    patience: float = PATIENCE_S,
     script: Mapping[str, Any] | None = None,
 ) -> Trace:
     """Pass 2: call ``train()`` again, compare every step with the recording, and measure it.
@@ -189,6 +197,7 @@ def replay(
         resume: go on with a replay that was cut off, with the same options; begin where there is none.
         segment: ``(i, k)``: replay only the i-th of k pieces, i from 1, beside other processes that replay the others.
             It goes on where it was cut off, and whichever ends last seals the trace.
+        patience: seconds that processes which stand still for one of them wait before all stop.
         script: what is run, to compare with the recording; described from ``train`` when None.
 
     Returns:
@@ -200,7 +209,7 @@ def replay(
         ReplayDiverged: the replay was not the same run; what was measured before is kept.
     """
     target = Run(run)
-    script = _function_script(train) if script is None else script
+    script = function_script(train) if script is None else script
     if uncertified and (resume or segment is not None):
         raise UsageError(
             "an uncertified replay cannot go on from checkpoints, which are of the run that it differs from: "
@@ -209,7 +218,7 @@ def replay(
     measure = _measure(
         every, curvature_every, finite_step, sharpness_every, per_parameter, per_rank, compiled
     )
-    ranks = here()
+    ranks = here(patience)
     if not ranks.alone:
         require_supported(resume=resume, segment=segment, uncertified=uncertified, references=references)
     with ranks.watched(), contextlib.closing(own_record(target, ranks)) as recorded:
@@ -337,13 +346,3 @@ def _observed(current: Recording | Replaying) -> Iterator[None]:
         raise
     finally:
         observe(before)
-
-
-def _function_script(train: Train) -> dict[str, Any]:
-    """Describe a function as what is run; its source counts where Python can find it."""
-    try:
-        digest = sha256(inspect.getsource(train).encode()).hexdigest()
-    except (OSError, TypeError):
-        digest = None
-    name = getattr(train, "__qualname__", type(train).__qualname__)
-    return {"kind": "function", "path": name, "argv": [], "cwd": None, "root": None, "sha256": digest}

@@ -17,7 +17,7 @@ from typing import Any
 
 from geomprobe.errors import GeomprobeError, RunError, UsageError
 
-PATIENCE_S = 600.0  # how long one process waits for another where nothing is computed
+PATIENCE_S = 1800.0  # as gloo's own; how long one process waits for another
 _POLL_S = 1.0
 _ASK_S = 0.02
 _GRACE_S = 10.0  # for a process to stop by itself, when another has failed
@@ -192,7 +192,7 @@ class Ranks:
         )
 
 
-def here() -> Ranks:
+def here(patience: float = PATIENCE_S) -> Ranks:
     """The processes of the launch that this one belongs to, as ``torchrun`` describes it in the environment.
 
     Raises:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import math
 import os
 import runpy
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from geomprobe.errors import GeomprobeError, UsageError
+from geomprobe.ranks import PATIENCE_S
 
 # Read by Python and cuBLAS at start-up only.
 START_UP = {"PYTHONHASHSEED": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
@@ -105,6 +108,28 @@ def runner(script: Mapping[str, Any]) -> Callable[[], None]:
             raise ScriptFailed(f"{script['path']} raised {type(error).__name__}: {error}") from error
 
     return run
+
+
+def add_patience(parser: argparse.ArgumentParser) -> None:
+    """Declare what both passes take for runs of several processes."""
+    parser.add_argument(
+        "--patience",
+        type=_seconds,
+        default=PATIENCE_S,
+        metavar="SECONDS",
+        help="of several processes, how long those that stand still for one of them wait before all stop "
+        f"(default: {PATIENCE_S:g})",
+    )
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return seconds
 
 
 def first_rank() -> bool:

@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from geomprobe.cli import launch
 from geomprobe.errors import RunError, UsageError
 from geomprobe.trace.record import Record, open_record
 from geomprobe.trace.schema import RECORD_FILE, STREAM_DIR
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="enforce deterministic algorithms (default: yes; --no-strict is stored in the manifest)",
     )
     _add_kept(parser)
+    launch.add_patience(parser)
     parser.add_argument(
         "-m",
         dest="module",
@@ -90,8 +92,6 @@ def _add_kept(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Record, and say what was written."""
-    from geomprobe.cli import launch
-
     command = arguments.module or arguments.script
     folder = Path(arguments.output).absolute()
     if arguments.resume and _complete(folder):
@@ -120,6 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
             reference_steps=arguments.reference_steps,
             ema=arguments.ema,
             average=arguments.average,
+            patience=arguments.patience,
             script=script,
         ) as recorded:
             if launch.first_rank():
@@ -154,8 +155,6 @@ def _complete(folder: Path) -> bool:
 
 def _begun(folder: Path, run: str) -> dict[str, Any]:
     """The script of a recording that is to go on, as it is now."""
-    from geomprobe.cli import launch
-
     try:
         with open_record(folder) as begun:
             return launch.present(begun.manifest["script"], run)

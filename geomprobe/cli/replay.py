@@ -108,6 +108,7 @@ def _add_ways(parser: argparse.ArgumentParser) -> None:
         metavar="I/K",
         help="replay only the I-th of K pieces, going on where it was cut off",
     )
+    launch.add_patience(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -184,6 +185,7 @@ def _replayed(arguments: argparse.Namespace, script: Mapping[str, Any]) -> Trace
             force=arguments.force,
             resume=arguments.resume,
             segment=arguments.segment,
+            patience=arguments.patience,
             script=script,
         )
     except launch.ScriptFailed as failure:
