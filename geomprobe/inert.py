@@ -14,6 +14,7 @@ class InertProbe:
     """What `attach` returns where nothing is recorded or replayed: the loop runs as if it were not there."""
 
     active = False
+    epoch: int | None = None
 
     def epochs(self, count: int) -> Iterable[int]:
         """``range(count)``: see `Probe.epochs`."""
@@ -22,6 +23,9 @@ class InertProbe:
     def batches(self, loader: Iterable[Item]) -> Iterable[Item]:
         """``loader`` itself: see `Probe.batches`."""
         return loader
+
+    def fetched(self, batch: Any) -> None:
+        """Nothing: see `Probe.fetched`."""
 
     def backward(self, loss: Tensor, closure: Callable[[], Tensor] | None = None, **options: Any) -> None:
         """``loss.backward(**options)``: see `Probe.backward`."""

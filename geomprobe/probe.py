@@ -142,8 +142,12 @@ class Probe:
 
     @property
     def epoch(self) -> int | None:
-        """The current epoch, or None while unknown."""
+        """The current epoch, or None while unknown. A framework that has the loop over epochs may set it."""
         return self.loops.epoch
+
+    @epoch.setter
+    def epoch(self, number: int) -> None:
+        self.loops.epoch = number
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -183,6 +187,15 @@ class Probe:
         finally:  # of a break, too
             if not self.loops.named and self.step > first_step:  # an evaluation loop is no epoch
                 self.loops.epoch += 1
+
+    def fetched(self, batch: Any) -> None:
+        """Fingerprint a batch that came by another way than :meth:`batches`: from a framework's loop.
+
+        Args:
+            batch: as for :meth:`batches`.
+        """
+        self._begin()
+        self._observer.fetched(batch)
 
     def backward(self, loss: Tensor, closure: Callable[[], Tensor] | None = None, **options: Any) -> None:
         """``loss.backward(**options)``, letting the pass see the loss.

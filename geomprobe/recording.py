@@ -300,9 +300,10 @@ class Recording(Observation):
         )
         rest["pending"] = self.evidence.pending
         rest["sweep"] = before
-        rest["loader"] = (
-            loader.state_dict() if loader is not None and hasattr(loader, "load_state_dict") else None
-        )
+        rest["loader"] = None
+        # accelerate's wrapper has the methods whether or not the loader in it does
+        if loader is not None and hasattr(getattr(loader, "base_dataloader", loader), "load_state_dict"):
+            rest["loader"] = loader.state_dict()
         averages = self._averages.state_dict() if self._averages is not None else None
         rest["recording"] = {
             "references": list(self._references),

@@ -1,16 +1,18 @@
 #!/bin/sh
-# Every check: style, types, tests and doctests. With --all the slow cases too. Further arguments go to pytest.
+# Every check: style, types, tests and doctests. With --all the slow cases too, and those that need a training framework,
+# in an environment of their own. Further arguments go to pytest.
 #
 #     sh scripts/test.sh
 #     sh scripts/test.sh --all
 extras=test
 . "$(dirname "$0")/setup.sh"
-only="not slow"
+only="not integrations and not slow" all=
 if [ "${1:-}" = --all ]; then
-    only="slow or not slow"
+    only="not integrations" all=yes
     shift
 fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-exec .venv/bin/python -m pytest -m "$only" "$@"
+.venv/bin/python -m pytest -m "$only" "$@"
+[ -z "$all" ] || sh scripts/test_integrations.sh
