@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -120,27 +121,62 @@ def _rate(trace: Trace) -> float | None:
 
 
 def labels(traces: Sequence[Trace]) -> list[str]:
-    """A short name for each run: its folder's, and the settings by which these runs differ."""
+    """A short name for each run: its folder's, and the settings and the script's options by which these runs differ."""
     paths = [trace.path.parent if trace.path.name == TRACE_FILE else trace.path for trace in traces]
     names = [path.stem if path.is_file() else path.absolute().name for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
-    settings = [_settings(trace.manifest) for trace in traces]
-    differ = [key for key in settings[0] if len({str(each[key]) for each in settings}) > 1]
-    return [
-        f"{name} ({', '.join(f'{key} {each[key]}' for key in differ)})" if differ else name
-        for name, each in zip(names, settings, strict=True)
-    ]
+    settings = _differing([_settings(trace.manifest) for trace in traces])
+    if len({Path(_script(trace).get("path", "")).name for trace in traces}) == 1:
+        asked = _differing([_arguments(_script(trace).get("argv", [])) for trace in traces])
+        # The settings are what the arguments came to; they stay silent only where they are equal.
+        settings = [{**given, **found} for given, found in zip(asked, settings, strict=True)]
+    told = [", ".join(f"{key} {value}".rstrip() for key, value in each.items()) for each in settings]
+    return [f"{name} ({text})" if text else name for name, text in zip(names, told, strict=True)]
 
 
-def _settings(manifest: dict[str, Any]) -> dict[str, Any]:
+def _differing(settings: list[dict[str, str]]) -> list[dict[str, str]]:
+    """What is not the same in all of them."""
+    keys = dict.fromkeys(key for each in settings for key in each)
+    kept = [key for key in keys if len({each.get(key) for each in settings}) > 1]
+    return [{key: each[key] for key in kept if key in each} for each in settings]
+
+
+def _settings(manifest: dict[str, Any]) -> dict[str, str]:
     optimizer = manifest.get("optimizer") or {}
     group = (optimizer.get("groups") or [{}])[0]
-    return {
-        "model": (manifest.get("model") or {}).get("class", "?"),
-        "optimizer": optimizer.get("class", "?"),
-        "lr": group.get("lr", "?"),
-        "momentum": group.get("momentum", "?"),
-        "weight decay": group.get("weight_decay", "?"),
-        "seed": manifest.get("seed", "?"),
+    found = {
+        "model": (manifest.get("model") or {}).get("class"),
+        "optimizer": optimizer.get("class"),
+        "lr": group.get("lr"),
+        "momentum": group.get("momentum"),
+        "weight decay": group.get("weight_decay"),
+        "seed": manifest.get("seed"),
     }
+    return {key: _short(str(value)) for key, value in found.items() if value is not None}
+
+
+def _script(trace: Trace) -> dict[str, Any]:
+    return trace.manifest.get("script") or {}
+
+
+def _arguments(argv: Sequence[str]) -> dict[str, str]:
+    """A command line's options by name, ``--batch-size 64`` being ``batch size``; a flag's value is empty."""
+    found: dict[str, str] = {}
+    name = None
+    for word in argv:
+        if word.startswith("--"):
+            name, _, value = word.removeprefix("--").partition("=")
+            name = name.replace("-", " ").replace("_", " ")
+            found[name] = _short(value)
+        elif name is not None:
+            found[name] = f"{found[name]} {_short(word)}".lstrip()
+    return found
+
+
+def _short(text: str) -> str:
+    """Six digits of a number are enough to tell runs apart."""
+    try:
+        return f"{float(text):g}"
+    except ValueError:
+        return text

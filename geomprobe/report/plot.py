@@ -27,6 +27,8 @@ _NAMES = {"rsi": "RSI", "eb": "EB", "cosine": "cosine γ", "lolr": "loLR", "clr"
 _LOGARITHMIC = ("rsi", "eb")
 _WIDE = 20
 """Ratio of largest to smallest value from which any other column is drawn on a logarithmic axis."""
+_LONG = 45
+"""Characters of a name beyond which the legend has one column: two would not fit beside each other."""
 
 
 def figure(
@@ -175,4 +177,7 @@ def _legend(drawing: Figure, panels: Sequence[Any]) -> None:
     for panel in panels:
         handles, names = panel.get_legend_handles_labels()
         entries.update(zip(names, handles, strict=True))
-    drawing.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=2, frameon=False)
+    columns = 1 if max(map(len, entries)) > _LONG else 2
+    drawing.legend(
+        list(entries.values()), list(entries), loc="outside lower center", ncols=columns, frameon=False
+    )

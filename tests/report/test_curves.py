@@ -1,5 +1,7 @@
 """What a figure draws: epoch statistics against loops, the null model against a simulated random walk."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from sealed_runs import certificate, train, write_run, write_trace
@@ -123,3 +125,38 @@ def test_a_trace_file_is_named_by_its_run_and_any_other_file_by_itself(tmp_path,
     run = write_run(tmp_path / "a", history)
     other = write_trace(tmp_path / "other.h5", history)
     assert labels([open_trace(run / "trace.h5"), open_trace(other)]) == ["a", "other"]
+
+
+def test_runs_of_one_script_are_told_apart_by_its_options_too(tmp_path, history):
+    runs = []
+    for name, argv in {
+        "a": ["--batch-size", "64", "--lr=0.05", "--data", "x", "y"],
+        "b": ["--batch_size", "16", "--no-augment", "--data", "x", "z", "--decay", "0.00014142135"],
+    }.items():
+        script = {**history.manifest["script"], "argv": argv}
+        runs.append(
+            write_run(tmp_path / name, replace(history, manifest={**history.manifest, "script": script}))
+        )
+    assert labels([open_trace(run) for run in runs]) == [
+        "a (batch size 64, lr 0.05, data x y)",
+        "b (batch size 16, data x z, no augment, decay 0.000141421)",
+    ]
+
+
+def test_an_option_that_is_a_setting_too_is_named_once_as_it_took_effect(tmp_path):
+    runs = []
+    for lr in ("0.05", "0.02"):
+        history = train(steps=60, lr=float(lr))
+        history.manifest["script"]["argv"] = ["--lr", f"{lr}0"]
+        runs.append(write_run(tmp_path / f"run{lr}", history))
+    assert labels([open_trace(run) for run in runs]) == ["run0.05 (lr 0.05)", "run0.02 (lr 0.02)"]
+
+
+def test_options_of_different_scripts_are_not_compared(tmp_path, history):
+    runs = []
+    for name in ("a", "b"):
+        script = {**history.manifest["script"], "path": f"{name}.py", "argv": ["--width", name]}
+        runs.append(
+            write_run(tmp_path / name, replace(history, manifest={**history.manifest, "script": script}))
+        )
+    assert labels([open_trace(run) for run in runs]) == ["a", "b"]

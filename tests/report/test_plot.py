@@ -1,6 +1,7 @@
 """The figure shows the right numbers under the right labels, and says what is not certified."""
 
 import sys
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -149,3 +150,18 @@ def test_an_unknown_format_and_a_missing_folder_are_refused(tmp_path, trace):
         save(drawing, tmp_path / "figure.xyz")
     with pytest.raises(RunError, match="No such file"):
         save(drawing, tmp_path / "nowhere" / "figure.png")
+
+
+def test_a_legend_of_long_names_has_one_column_and_fits_the_figure(tmp_path, history):
+    runs = []
+    for size in (64, 16):
+        argv = ["--batch-size", str(size), "--data", "a-folder/with-a-long-name/images"]
+        argv += ["--note", f"words-that-make-the-name-longer-{size}"]
+        manifest = {**history.manifest, "script": {**history.manifest["script"], "argv": argv}}
+        runs.append(write_run(tmp_path / f"run-{size}", replace(history, manifest=manifest)))
+    drawing = figure([open_trace(run) for run in runs], ["cosine"])
+    drawing.draw_without_rendering()
+    box = drawing.legends[0].get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= drawing.bbox.x1
+    assert "batch size 64" in drawing.legends[0].get_texts()[0].get_text()
