@@ -9,7 +9,6 @@ import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,42 +22,13 @@ from geomprobe.dtensors import local, local_gradient
 from geomprobe.errors import GeomprobeError
 from geomprobe.inner_products import InnerProducts
 from geomprobe.interception import unscaled
+from geomprobe.measures import Measure
 from geomprobe.own_gradients import RankProducts
 from geomprobe.probe import Probe
 from geomprobe.sharpness import top_eigenvalue
 from geomprobe.trace.schema import FINAL, parameter_column, product_column
 
 CURVATURE_PRODUCTS = ("g.Hg", "Hg.Hg")
-
-
-@dataclass(frozen=True)
-class Measure:
-    """What a replay measures.
-
-    Attributes:
-        every: measure each N-th step; every step is compared all the same.
-        curvature_every: take Hg at each N-th step, of those that are measured; 0 for never.
-        finite_step: where Hg is taken, evaluate the minibatch's loss after a whole step as well.
-        sharpness_every: take the Hessian's top eigenvalue at each N-th step, of those that are measured.
-        curvature_required: fail where Hg has no exact route, instead of leaving it out and saying so.
-        per_parameter: keep the inner products of each parameter tensor too.
-        per_rank: under DDP, keep those of each rank's own gradient too, before the ranks' are averaged (and
-            clipped): its minibatch is the rank's share of the step's.
-        compiled: compile the inner products, which pays off in long runs.
-    """
-
-    every: int = 1
-    curvature_every: int = 1
-    finite_step: bool = False
-    sharpness_every: int = 0
-    curvature_required: bool = False
-    per_parameter: bool = False
-    per_rank: bool = False
-    compiled: bool = False
-
-    def described(self) -> dict[str, Any]:
-        """For the manifest."""
-        return {"every": self.every, "per_parameter": self.per_parameter, "compiled": self.compiled}
 
 
 class Measurement:

@@ -21,7 +21,7 @@ from geomprobe.determinism import (
 from geomprobe.errors import Stopped, UnsupportedTraining, UsageError
 from geomprobe.interception import listening
 from geomprobe.keeping import Keeping
-from geomprobe.measuring import Measure
+from geomprobe.measures import Measure
 from geomprobe.probe import observe, observing
 from geomprobe.ranks import PATIENCE_S, Ranks, here
 from geomprobe.recording import Options, Recording
@@ -215,8 +215,14 @@ def replay(
             "an uncertified replay cannot go on from checkpoints, which are of the run that it differs from: "
             "run it whole"
         )
-    measure = _measure(
-        every, curvature_every, finite_step, sharpness_every, per_parameter, per_rank, compiled
+    measure = Measure.asked(
+        every=every,
+        curvature_every=curvature_every,
+        finite_step=finite_step,
+        sharpness_every=sharpness_every,
+        per_parameter=per_parameter,
+        per_rank=per_rank,
+        compiled=compiled,
     )
     ranks = here(patience)
     if not ranks.alone:
@@ -242,38 +248,6 @@ def replay(
                 if segment is not None:
                     sealing.seal_whole(target, recorded.num_steps)
     return open_trace(target.path)
-
-
-def _measure(
-    every: int,
-    curvature_every: int | None,
-    finite_step: bool,
-    sharpness_every: int,
-    per_parameter: bool,
-    per_rank: bool,
-    compiled: bool,
-) -> Measure:
-    """What is measured, held to make sense."""
-    if every < 1:
-        raise UsageError(f"every={every}: measure each N-th step with N at least 1")
-    if min(curvature_every or 0, sharpness_every) < 0:
-        raise UsageError(
-            f"curvature_every={curvature_every}, sharpness_every={sharpness_every}: name each N-th step, or 0 for never"
-        )
-    if finite_step and curvature_every == 0:
-        raise UsageError(
-            "finite_step is measured where Hg is, and curvature_every=0 leaves Hg out: drop one of them"
-        )
-    return Measure(
-        every=every,
-        curvature_every=1 if curvature_every is None else curvature_every,
-        curvature_required=curvature_every is not None or sharpness_every > 0,
-        finite_step=finite_step,
-        sharpness_every=sharpness_every,
-        per_parameter=per_parameter,
-        per_rank=per_rank,
-        compiled=compiled,
-    )
 
 
 def two_pass(train: Train, run: RunPath, *, seed: int | None = None, force: bool = False) -> Trace:

@@ -19,7 +19,8 @@ from geomprobe.dtensors import local
 from geomprobe.errors import EnvironmentMismatch, ReplayDiverged, RunError, Stopped
 from geomprobe.groups import group_columns, group_values
 from geomprobe.loops import Position
-from geomprobe.measuring import Measure, Measurement
+from geomprobe.measures import Measure
+from geomprobe.measuring import Measurement
 from geomprobe.observation import Closure, Observation
 from geomprobe.probe import Probe
 from geomprobe.ranks import Ranks

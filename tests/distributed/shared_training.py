@@ -17,7 +17,8 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from geomprobe.interception import tag_scaled
-from geomprobe.measuring import Measure, Measurement
+from geomprobe.measures import Measure
+from geomprobe.measuring import Measurement
 from geomprobe.parameters import measured_parameters
 
 STEPS, SAMPLES = 5, 24

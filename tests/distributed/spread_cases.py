@@ -26,7 +26,8 @@ from geomprobe.double_backward import graph_of, hessian_vector_product
 from geomprobe.dtensors import local, whole
 from geomprobe.errors import GeomprobeError
 from geomprobe.inner_products import InnerProducts
-from geomprobe.measuring import Measure, Measurement
+from geomprobe.measures import Measure
+from geomprobe.measuring import Measurement
 from geomprobe.parameters import measured_parameters
 
 
