@@ -1,0 +1,46 @@
+"""Experiments that neither paper has: CG's open question, and whether CLR generalizes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from figures_cg import share_of_corridors
+
+from papers import nwt
+from papers.entry import Elsewhere, Experiment
+from papers.runs import Option, Run
+
+
+def with_hg(run: Run, **changed: Option) -> Run:
+    """A run trained by plain SGD, for whose steps the relative residual is meant, and replayed with Hg."""
+    return replace(run, options={**run.options, "optimizer": "sgd", **changed}, hg=True)
+
+
+# A rate that all three share, and one that suits the perceptron and the ResNet, or the Transformer, better or worse.
+CORRIDORS = [
+    *(
+        (f"{name}, rate {{lr}}", [with_hg(nwt.cifar10(model=model, epochs=150), lr=rate)])
+        for name, model in (("MLP", "medium-mlp"), ("ResNet", "resnet18"))
+        for rate in (0.01, 0.1)
+    ),
+    # Without clipping, so that g is the gradient of the loss whose Hessian is taken.
+    *(("Transformer, rate {lr}", [with_hg(nwt.wikitext2(128), lr=rate, clip=1e9)]) for rate in (0.1, 1.0)),
+]
+
+EXPERIMENTS: list[Experiment | Elsewhere] = [
+    Experiment(
+        "share-of-corridors",
+        "CG leaves open when corridors occur in training. Drawn: left, the share of steps whose relative residual "
+        "rate · ‖Hg‖ / ‖g‖ is below each threshold; middle, that below 0.1 by epoch; right, ‖Hg‖ / ‖g‖ itself.",
+        CORRIDORS,
+        share_of_corridors,
+        nwt.TINY,
+    ),
+    Elsewhere(
+        "clr-generalization",
+        "Whether CLR generalizes as well as SGD at fixed rates, which CG's readers asked.",
+        ("experiment_clr.py",),
+        "clr_sgd.png",
+        "theory.md#clr-against-sgd",
+    ),
+]
