@@ -298,9 +298,10 @@ def _require_startable(seed: int) -> None:
 
 @contextlib.contextmanager
 def _observed(current: Recording | Replaying) -> Iterator[None]:
-    before = observe(current)
+    seen = current.ranks.following(current)
+    before = observe(seen)
     try:
-        with listening(current), stopping_when_asked(current):
+        with listening(seen), stopping_when_asked(current):
             yield
     except Exception as error:
         if current.stop_asked:  # the queue has told the loader's workers too, and they are gone

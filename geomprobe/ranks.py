@@ -9,24 +9,26 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
-from geomprobe.errors import GeomprobeError, RunError, UsageError
+from geomprobe.errors import GeomprobeError, ReplayDiverged, RunError, Stopped, UsageError
+from geomprobe.heartbeat import BEAT_S
+from geomprobe.vigil import Failure, Vigil, holds_store
+from geomprobe.whereabouts import Whereabouts, followed
+
+Observation = TypeVar("Observation")
 
 PATIENCE_S = 1800.0  # as gloo's own; how long one process waits for another
-_POLL_S = 1.0
 _ASK_S = 0.02
-_GRACE_S = 10.0  # for a process to stop by itself, when another has failed
 
 _passes = 0  # of this process; every process of a launch goes through the same ones
 
 
 class ElsewhereStopped(GeomprobeError):
-    """Another process of the run has failed, and this one stops with it."""
+    """Another process of the run has failed or is gone, and this one stops with it."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -44,11 +46,11 @@ class Ranks:
     (True, True)
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, store: Any = None) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, store: Any = None, patience: float = PATIENCE_S) -> None:
         self.rank, self.size = rank, size
-        self._store = store
-        self._failed: dict[str, Any] | None = None
-        self._over = threading.Event()
+        self._store, self._patience = store, patience
+        self._whereabouts = Whereabouts()
+        self._vigil: Vigil | None = None
 
     @property
     def first(self) -> bool:
@@ -90,7 +92,7 @@ class Ranks:
             value: rank 0's, which JSON can hold.
 
         Raises:
-            RunError: rank 0 did not say it in time.
+            ElsewhereStopped: rank 0 failed, or did not say it in time.
         """
         if not self.alone and self.first:
             self._store.set(name, json.dumps(value))
@@ -105,7 +107,7 @@ class Ranks:
         """What each other rank has told by that name, in their order; waits for those who have not yet.
 
         Raises:
-            RunError: one did not in time; the message names it.
+            ElsewhereStopped: one failed, or did not in time.
         """
         others = [rank for rank in range(self.size) if rank != self.rank]
         return [json.loads(self._wait(f"{name}/{rank}")) for rank in others]
@@ -116,23 +118,19 @@ class Ranks:
         numbers = [int(json.loads(self._store.get(key))) if self._store.check([key]) else 0 for key in others]
         return min(numbers, default=None)
 
-    def fail(self, error: BaseException) -> None:
-        """Tell the others that this process stops, and why."""
-        if self.alone or self._failed is not None:
-            return
-        text = f"{type(error).__name__}: {error}"
-        code = getattr(error, "exit_code", GeomprobeError.exit_code)
-        self._store.set("failed", json.dumps({"rank": self.rank, "text": text, "code": code}))
+    def following(self, observation: Observation) -> Observation:
+        """A pass, whose events tell the others, in the end, where this process stands."""
+        return observation if self.alone else followed(observation, self._whereabouts)
 
     def stop_if_another_failed(self) -> None:
-        """Raise what another process has stopped for.
+        """Raise what the processes have to stop for.
 
         Raises:
-            ElsewhereStopped: one has.
+            ElsewhereStopped: another has failed, or one has been found dead or holding the others up.
         """
-        if self._failed is not None and self._failed["rank"] != self.rank:
-            rank, text, code = (self._failed[key] for key in ("rank", "text", "code"))
-            raise ElsewhereStopped(f"rank {self.rank} stops because rank {rank} did: {text}", code)
+        failure = self._vigil.failure if self._vigil is not None else None
+        if failure is not None and failure.raised_by != self.rank:
+            raise ElsewhereStopped(failure.told(self.rank), failure.code)
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -140,60 +138,59 @@ class Ranks:
         if self.alone:
             yield
             return
-        watch = threading.Thread(target=self._watch, name="geomprobe-ranks", daemon=True)
-        watch.start()
+        vigil = Vigil(self._store, self.rank, self.size, self._patience, self._whereabouts)
+        self._vigil = vigil
+        vigil.start()
         try:
             yield
             self.say("over", True)
             if self.first:  # the store may live in this process
                 self.said("over")
-        except Exception as error:
+        except (Exception, Stopped) as error:
             if not isinstance(error, ElsewhereStopped):
-                self.fail(error)
+                self._blame(vigil, error)
             raise
         finally:
-            self._over.set()
-            watch.join()
+            vigil.stop()
 
-    def _watch(self) -> None:
-        while not self._over.wait(_POLL_S):
-            with contextlib.suppress(Exception):  # the store goes with the process that holds it
-                if self._store.check(["failed"]):
-                    self._failed = json.loads(self._store.get("failed"))
-            if self._failed is not None and self._failed["rank"] != self.rank:
-                break
-        if self._failed is None or self._over.wait(_GRACE_S):
-            return
-        # The main thread waits inside a collective that will not end; what is committed is safe.
-        print(
-            f"geomprobe: rank {self.rank} ends: rank {self._failed['rank']} stopped: {self._failed['text']}",
-            flush=True,
-        )
-        os._exit(self._failed["code"])
+    def _blame(self, vigil: Vigil, error: BaseException) -> None:
+        """Stop for what another process did, if that is why this one fails; else let the others stop for this."""
+        failure, broken = vigil.failure, _from_broken_exchange(error)
+        if failure is None and broken:
+            failure = vigil.found_after_break()
+        if failure is None and isinstance(error, Exception):
+            code = getattr(error, "exit_code", GeomprobeError.exit_code)
+            vigil.tell(Failure(f"{type(error).__name__}: {error}", code, self.rank))
+        if self.first and holds_store():
+            time.sleep(2 * BEAT_S)  # so that the others hear of it
+        if failure is not None and (broken or isinstance(error, Stopped)):
+            raise ElsewhereStopped(failure.told(self.rank), failure.code) from error
 
     def _wait(self, name: str) -> bytes:
-        # By asking again and again: a get that waits would keep the watch from the store.
-        deadline = time.monotonic() + PATIENCE_S
-        while time.monotonic() < deadline:
-            try:
-                if self._store.check([name]):
-                    found: bytes = self._store.get(name)
-                    return found
-            except Exception as error:  # of torch's own kinds, which differ by version
-                raise RunError(
-                    f"rank {self.rank} stops: the store that the ranks share is gone: {error}"
-                ) from error
+        # By asking again and again: a get that waits would keep the vigil from the store.
+        while not self._store.check([name]):
             time.sleep(_ASK_S)
             self.stop_if_another_failed()
-        who = name.rpartition("/")[2] if "/" in name else "0"
-        raise RunError(
-            f"rank {self.rank} waited {PATIENCE_S:g} s for {name!r} of rank {who}, which did not come. Did that "
-            "process die, or was it started with other arguments? Start all of them anew."
-        )
+        found: bytes = self._store.get(name)
+        return found
+
+
+def _from_broken_exchange(error: BaseException | None) -> bool:
+    """Whether an error comes of an exchange that broke, as it does where another process is gone."""
+    from torch.distributed import DistError
+
+    while error is not None and not isinstance(error, ReplayDiverged):
+        if isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def here(patience: float = PATIENCE_S) -> Ranks:
     """The processes of the launch that this one belongs to, as ``torchrun`` describes it in the environment.
+
+    Args:
+        patience: seconds that all of them may stand still.
 
     Raises:
         RunError: the store that they share cannot be reached.
@@ -207,12 +204,12 @@ def here(patience: float = PATIENCE_S) -> Ranks:
     global _passes
     _passes += 1
     try:
-        store, rank, size = next(iter(rendezvous("env://", timeout=timedelta(seconds=PATIENCE_S))))
+        store, rank, size = next(iter(rendezvous("env://", timeout=timedelta(seconds=patience))))
     except (ValueError, RuntimeError) as error:
         raise RunError(
             f"WORLD_SIZE is {size}, but the processes cannot find one another: {error}. Start them with torchrun."
         ) from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     shared = PrefixStore(f"geomprobe/{attempt}/{_passes}", store)
-    shared.set_timeout(timedelta(seconds=PATIENCE_S))
-    return Ranks(rank, size, shared)
+    shared.set_timeout(timedelta(seconds=patience))
+    return Ranks(rank, size, shared, patience)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -48,8 +49,8 @@ class Training:
             for x, y in probe.batches(loader):
                 if (rank, step) == self.options.get("fault"):
                     torch.rand(1)
-                if (rank, step) == self.options.get("death"):
-                    os._exit(9)
+                if (rank, step) == self.options.get("place"):
+                    self.options["trouble"]()
                 dtype = next(model.parameters()).dtype
                 loss = (model(x.to(dtype)) - y.to(dtype)).square().mean()
                 optimizer.zero_grad()
@@ -71,18 +72,28 @@ def start(size: int, job: Callable[..., Any], folder: Path, *arguments: Any) -> 
     ]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join(LIMIT_S)
-    hung = [process.is_alive() for process in processes]
+    deadline = time.monotonic() + LIMIT_S
+    while any(map(_runs, processes)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    hung = [_runs(process) for process in processes]
     for process in processes:
         process.kill()
     assert not any(hung)
     found = []
     for rank, process in enumerate(processes):
+        process.join()
         path = folder / f"result.{rank}"
         found.append((process.exitcode, torch.load(path, weights_only=False) if path.exists() else None))
         path.unlink(missing_ok=True)
     return found
+
+
+def _runs(process: Any) -> bool:
+    """Whether a process lives, and is not held by SIGSTOP."""
+    return (
+        process.is_alive()
+        and Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T"
+    )
 
 
 def _rank(

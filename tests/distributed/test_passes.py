@@ -9,7 +9,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from launches import STEPS, Training, both_passes, recorded, replayed, start
+from launches import STEPS, Training, both_passes, replayed, start
 
 import geomprobe
 from geomprobe import open_trace
@@ -69,14 +69,6 @@ def test_a_rank_that_differs_is_named_with_its_step_and_stops_them_all(tmp_path:
     assert (code, kind) == (3, "ReplayDiverged")
     assert f"on rank {rank} differed from its recording at step 7 of 12: first the rng" in text
     assert not (run / "trace.h5").exists() or open_trace(run).status == "diverged"
-
-
-def test_a_rank_that_dies_ends_the_others_and_what_was_recorded_stays_readable(tmp_path: Path) -> None:
-    codes = start(2, recorded, tmp_path, Training("DDP", death=(1, 5)), tmp_path / "run")
-    assert codes[1][0] == 9
-    assert codes[0][0] not in (0, None)
-    left = geomprobe.trace.record.open_record(tmp_path / "run")
-    assert left.status == "incomplete"
 
 
 def test_another_number_of_processes_is_refused_with_the_reason(tmp_path: Path) -> None:
