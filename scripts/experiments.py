@@ -20,7 +20,7 @@ from pathlib import Path
 
 from papers.catalog import EXPERIMENTS
 from papers.entry import SCALES, Elsewhere, Experiment
-from papers.gallery import page
+from papers.gallery import figure_of, page
 from papers.runs import SCRIPTS, RunFailed, certified, make_all
 from theory_style import save
 
@@ -82,11 +82,11 @@ def rebuild_gallery(arguments: argparse.Namespace) -> int:
     """Every experiment in turn; the page is written after each, so that a stopped gallery is there in part."""
     folder = arguments.page.parent
     failures = []
-    for name, experiment in EXPERIMENTS.items():
-        elsewhere = isinstance(experiment, Elsewhere)
-        figure = folder / (experiment.figure if elsewhere else f"{name}.png")
+    for experiment in EXPERIMENTS.values():
+        figure = folder / figure_of(experiment)
+        there = isinstance(experiment, Elsewhere) and figure.exists()
         try:
-            if not (elsewhere and figure.exists()):  # long to make, and kept by pages of their own
+            if not there:  # those from elsewhere take long to make, and belong to pages of their own
                 run(experiment, figure, arguments)
         except RunFailed as failure:
             failures.append(str(failure))

@@ -118,7 +118,8 @@ def seeds_together(folders: Sequence[Path]) -> Lines:
     alike: dict[tuple[str, ...], list[Path]] = defaultdict(list)
     for folder, trace in traces.items():
         script = trace.manifest["script"]
-        alike[(script["path"], *script["argv"])].append(folder)
+        command = (script["path"], *script["argv"])
+        alike[command].append(folder)
     names = labels([traces[seeds[0]] for seeds in alike.values()])
     return dict(zip(names, alike.values(), strict=True))
 

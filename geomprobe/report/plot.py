@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,10 @@ _WIDE = 20
 """Ratio of largest to smallest value from which any other column is drawn on a logarithmic axis."""
 _LONG = 45
 """Characters of a name beyond which the legend has one column: two would not fit beside each other."""
+_WIDEST = 80
+"""Characters of a name's line: more would not fit the figure's width."""
+_LINE = 0.22
+"""Inches of a legend's line, by which the figure grows so that the panels do not shrink."""
 
 
 def figure(
@@ -178,6 +183,7 @@ def _legend(drawing: Figure, panels: Sequence[Any]) -> None:
         handles, names = panel.get_legend_handles_labels()
         entries.update(zip(names, handles, strict=True))
     columns = 1 if max(map(len, entries)) > _LONG else 2
-    drawing.legend(
-        list(entries.values()), list(entries), loc="outside lower center", ncols=columns, frameon=False
-    )
+    names = [textwrap.fill(name, _WIDEST, subsequent_indent="    ") for name in entries]
+    lines = -(-sum(name.count("\n") + 1 for name in names) // columns)
+    drawing.set_figheight(drawing.get_figheight() + _LINE * max(0, lines - 2))
+    drawing.legend(list(entries.values()), names, loc="outside lower center", ncols=columns, frameon=False)

@@ -152,16 +152,19 @@ def test_an_unknown_format_and_a_missing_folder_are_refused(tmp_path, trace):
         save(drawing, tmp_path / "nowhere" / "figure.png")
 
 
-def test_a_legend_of_long_names_has_one_column_and_fits_the_figure(tmp_path, history):
+@pytest.mark.parametrize("words", [40, 130])
+def test_a_legend_of_long_names_has_one_column_and_fits_the_figure(tmp_path, history, words):
     runs = []
-    for size in (64, 16):
-        argv = ["--batch-size", str(size), "--data", "a-folder/with-a-long-name/images"]
-        argv += ["--note", f"words-that-make-the-name-longer-{size}"]
+    for size in (64, 16, 32, 8):
+        argv = ["--batch-size", str(size), "--note", f"{'long ' * (words // 5)}{size}"]
         manifest = {**history.manifest, "script": {**history.manifest["script"], "argv": argv}}
         runs.append(write_run(tmp_path / f"run-{size}", replace(history, manifest=manifest)))
-    drawing = figure([open_trace(run) for run in runs], ["cosine"])
-    drawing.draw_without_rendering()
+    traces = [open_trace(run) for run in runs]
+    drawing, alone = figure(traces, ["cosine"]), figure(traces[:1], ["cosine"])
+    for each in (drawing, alone):
+        each.draw_without_rendering()
     box = drawing.legends[0].get_window_extent()
     assert box.x0 >= 0
     assert box.x1 <= drawing.bbox.x1
     assert "batch size 64" in drawing.legends[0].get_texts()[0].get_text()
+    assert drawing.axes[0].bbox.height == pytest.approx(alone.axes[0].bbox.height, rel=0.15)
