@@ -12,7 +12,7 @@ from torch import Tensor
 
 from geomprobe.dtensors import local
 from geomprobe.fingerprint import Digests, fold, host_digest, leaves, rng_digests
-from geomprobe.interception import unscaled
+from geomprobe.gradient_calls import unscaled
 from geomprobe.probe import Probe
 
 _LARGE = 2**20  # bytes: a batch above this on the host is not digested there if the model reads it on a GPU

@@ -1,4 +1,4 @@
-"""What a trace keeps of each parameter group: its learning rate, weight decay and momentum."""
+"""What is said of an optimizer, and what a trace keeps of each of its parameter groups."""
 
 from __future__ import annotations
 
@@ -8,6 +8,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from geomprobe.trace.schema import GROUP_COLUMNS, group_column
+
+
+def described(optimizer: Optimizer) -> str:
+    """An optimizer, for a message.
+
+    >>> import torch
+    >>> described(torch.optim.SGD([torch.zeros(2)], lr=0.1))
+    'SGD with 1 tensor (2 values)'
+    """
+    tensors = [p for group in optimizer.param_groups for p in group["params"]]
+    values = sum(t.numel() for t in tensors)
+    return f"{type(optimizer).__name__} with {_count(len(tensors), 'tensor')} ({_count(values, 'value')})"
 
 
 def group_columns(optimizer: Optimizer) -> tuple[list[str], list[str]]:
@@ -30,6 +42,10 @@ def group_values(optimizer: Optimizer) -> tuple[list[float], list[Tensor]]:
     entries = _entries(optimizer)
     on_device = [value.detach().double().reshape(1) for _, _, value in entries if _on_device(value)]
     return [float(value) for _, _, value in entries if not _on_device(value)], on_device
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _entries(optimizer: Optimizer) -> list[tuple[int, str, Any]]:

@@ -18,16 +18,14 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
 
+from geomprobe import gradient_calls
 from geomprobe.step_calls import Args, Kwargs
 
-SCALE = "_geomprobe_scale"  # on a scaled loss: (the loss, the scale)
 
-
-class Listener(Protocol):
+class Listener(gradient_calls.Listener, Protocol):
     """What a pass does with what is seen."""
 
     def backward_called(self, losses: Sequence[Tensor], run: Callable[[], None], plain: bool) -> None: ...
-    def loss_scaled(self, factor: Tensor) -> None: ...
     def gradients_dropped(self) -> None: ...
     def loader_made(self, loader: DataLoader[Any]) -> None: ...
     def loader_iterated(self, loader: DataLoader[Any], iterator: Iterator[Any]) -> None: ...
@@ -43,13 +41,11 @@ class Listener(Protocol):
 @contextlib.contextmanager
 def listening(listener: Listener) -> Iterator[None]:
     """Report to ``listener`` while inside."""
-    from torch.amp.grad_scaler import GradScaler
     from torch.utils.data.dataloader import _BaseDataLoaderIter
 
     with contextlib.ExitStack() as stack:
         for owner, name, wrap in (
             (torch.autograd, "backward", _backward),
-            (GradScaler, "scale", _scale),
             (Optimizer, "zero_grad", _zero_grad),
             (DataLoader, "__init__", _make),
             (DataLoader, "__iter__", _iterate),
@@ -62,28 +58,8 @@ def listening(listener: Listener) -> Iterator[None]:
         stack.callback(hook.remove)
         modules = _OutermostModules(listener.module_entered)
         stack.callback(modules.stop)
+        stack.enter_context(gradient_calls.listening_to_gradients(listener))
         yield
-
-
-def unscaled(loss: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A loss as the model gave it, and the factor a GradScaler put on it (None without one).
-
-    >>> unscaled(torch.tensor(2.0))
-    (tensor(2.), None)
-    """
-    original: tuple[Tensor, Tensor | None] = getattr(loss, SCALE, (loss, None))
-    return original
-
-
-def tag_scaled(loss: Tensor, factor: Tensor) -> None:
-    """Mark a loss that was computed from a scaled one, such as its part under accumulation.
-
-    >>> loss = torch.tensor(8.0)
-    >>> tag_scaled(loss, torch.tensor(4.0)); unscaled(loss)
-    (tensor(2.), tensor(4.))
-    """
-    if not hasattr(loss, SCALE):
-        setattr(loss, SCALE, (loss.detach() / factor, factor))
 
 
 def _backward(original: Callable[..., None], listener: Listener) -> Callable[..., None]:
@@ -94,19 +70,6 @@ def _backward(original: Callable[..., None], listener: Listener) -> Callable[...
         listener.backward_called(losses, functools.partial(original, tensors, *args, **kwargs), plain)
 
     return backward
-
-
-def _scale(original: Callable[..., Any], listener: Listener) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def scale(self: Any, outputs: Any) -> Any:
-        scaled = original(self, outputs)
-        if isinstance(outputs, Tensor) and scaled is not outputs:
-            factor = original(self, torch.ones((), device=outputs.device))
-            setattr(scaled, SCALE, (outputs.detach(), factor))
-            listener.loss_scaled(factor)
-        return scaled
-
-    return scale
 
 
 def _zero_grad(original: Callable[..., None], listener: Listener) -> Callable[..., None]:

@@ -20,8 +20,8 @@ from geomprobe.determinism import RNGState, capture_rng
 from geomprobe.distributed import Layout
 from geomprobe.dtensors import local, local_gradient
 from geomprobe.errors import GeomprobeError
+from geomprobe.gradient_calls import unscaled
 from geomprobe.inner_products import InnerProducts
-from geomprobe.interception import unscaled
 from geomprobe.measures import Measure
 from geomprobe.own_gradients import RankProducts
 from geomprobe.probe import Probe

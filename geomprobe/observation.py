@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 from geomprobe.distributed import Layout
 from geomprobe.errors import UnsupportedTraining, UsageError
 from geomprobe.evidence import Evidence
-from geomprobe.interception import tag_scaled
+from geomprobe.gradient_calls import tag_scaled
+from geomprobe.groups import described
 from geomprobe.loops import Position
 from geomprobe.probe import Probe
 from geomprobe.ranks import Ranks
@@ -25,6 +26,7 @@ from geomprobe.restart import Restart
 from geomprobe.resuming import Resumption
 from geomprobe.sources import Sources
 from geomprobe.step_calls import Args, Kwargs, given_closure, nested_step, replace_closure
+from geomprobe.updates import Updates
 
 Closure = Callable[[], Tensor]
 
@@ -36,6 +38,7 @@ class Observation(ABC):
         probe: the attached probe, or None before there is one.
         manifest: what is known of the environment; the first step completes it.
         failure: what stopped the pass; raised again at each event and at the end, for scripts that swallow it.
+        updates: the steps that the script attempts.
         resumption: where the pass goes on; None at the start of the run.
         restart: brings the training there.
         stop_asked: whether the pass is to stop where it can go on later.
@@ -52,6 +55,7 @@ class Observation(ABC):
         self.stop_asked = False
         self._begun = self._opened = False
         self.evidence = Evidence()
+        self.updates = Updates()
         self.probe: Probe | None = None
         self.failure: BaseException | None = None
         self._updates = 0  # begun, whether or not the optimizer finished them
@@ -72,13 +76,14 @@ class Observation(ABC):
     def attached(self, probe: Probe) -> None:
         if self.probe is not None:
             raise UsageError(
-                f"attach was called twice in one run: first on {_described(self.probe.optimizer)}, then on "
-                f"{_described(probe.optimizer)}. One run measures one optimizer; record them as two runs."
+                f"attach was called twice in one run: first on {described(self.probe.optimizer)}, then on "
+                f"{described(probe.optimizer)}. One run measures one optimizer; record them as two runs."
             )
         self.probe = probe
         self.layout = Layout.of(probe.model, probe.parameters)
         self.ranks.require_all(self.layout.world_size)
         self.evidence.bind(probe)
+        self.updates.bind(probe)
 
     def begin(self) -> None:
         """Training is about to start: weights, buffers and RNG are still the initial ones."""
@@ -98,6 +103,7 @@ class Observation(ABC):
                 assert self.probe is not None
                 rest = self.restart.put_back(self.probe, self.evidence)
                 self._updates = self.probe.step
+                self.updates.load_state_dict(rest["updates"])
                 self.restored(rest)
 
     def fetching(self) -> None:
@@ -170,6 +176,7 @@ class Observation(ABC):
     def loss_scaled(self, factor: Tensor) -> None:
         """A GradScaler has scaled a loss; the next backward pass is of it, or of what was made of it."""
         self._factor = factor
+        self.updates.loss_scaled(factor)
 
     def gradients_dropped(self) -> None:
         self.evidence.gradients_dropped()
@@ -331,20 +338,8 @@ class Observation(ABC):
         if explicit and not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
             return  # it trains something else, beside what the script asked to measure
         raise UnsupportedTraining(
-            f"Two optimizers step in this run: {_described(self.probe.optimizer)} and {_described(optimizer)} "
+            f"Two optimizers step in this run: {described(self.probe.optimizer)} and {described(optimizer)} "
             f"(at step {self.probe.step}). A trace is of one optimizer's path. Put all parameters into one "
             "optimizer's groups, or, where the second trains another model, call geomprobe.attach(model, "
             "optimizer) on the one to measure."
         )
-
-
-def _described(optimizer: Optimizer) -> str:
-    tensors = [p for group in optimizer.param_groups for p in group["params"]]
-    return (
-        f"{type(optimizer).__name__} with {_count(len(tensors), 'tensor')} "
-        f"({_count(sum(t.numel() for t in tensors), 'value')})"
-    )
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

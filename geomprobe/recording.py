@@ -300,6 +300,7 @@ class Recording(Observation):
         )
         rest["pending"] = self.evidence.pending
         rest["sweep"] = before
+        rest["updates"] = self.updates.state_dict()
         rest["loader"] = None
         # accelerate's wrapper has the methods whether or not the loader in it does
         if loader is not None and hasattr(getattr(loader, "base_dataloader", loader), "load_state_dict"):
@@ -319,6 +320,7 @@ class Recording(Observation):
     def _seal(self, status: str) -> None:
         self._close_stream()
         references = list(self._references) if status == "complete" else []
+        self.manifest["updates"] = self.updates.described(self.steps)
         sealing.seal(self._run, "record", status=status, manifest=self.manifest, references=references)
         self.ranks.said_by_first("sealed", status)
 

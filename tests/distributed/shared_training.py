@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from geomprobe.interception import tag_scaled
+from geomprobe.gradient_calls import tag_scaled
 from geomprobe.measures import Measure
 from geomprobe.measuring import Measurement
 from geomprobe.parameters import measured_parameters
