@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from geomprobe.across_ranks import across_ranks
 from geomprobe.distributed import Layout
 from geomprobe.errors import UnsupportedTraining, UsageError
 from geomprobe.evidence import Evidence
@@ -136,9 +137,8 @@ class Observation(ABC):
             self.probe.require_same_parameters()
             if not self._opened:
                 self._opened = True
-                self.manifest |= self.restart.manifest(self.probe, self._sources.loader)
-                if not self.ranks.alone:
-                    self.manifest["ranks"] |= self.layout.described()
+                across = across_ranks(self.probe.model, self.probe.parameters, self.layout, self.ranks)
+                self.manifest |= self.restart.manifest(self.probe, self._sources.loader, across)
                 self.open()
             if (reason := self._sources.stepped(self.probe.epoch)) is not None:
                 self.cannot_go_on(reason)

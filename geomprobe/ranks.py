@@ -112,6 +112,19 @@ class Ranks:
         others = [rank for rank in range(self.size) if rank != self.rank]
         return [json.loads(self._wait(f"{name}/{rank}")) for rank in others]
 
+    def said_by_all(self, name: str, value: Any) -> list[Any]:
+        """What each rank has told by that name, in their order, this one by this call; waits for all of them.
+
+        Raises:
+            ElsewhereStopped: one failed, or did not in time.
+
+        >>> Ranks().said_by_all("host", "a")
+        ['a']
+        """
+        self.say(name, value)
+        others = self.said(name)
+        return [*others[: self.rank], value, *others[self.rank :]]
+
     def least_said(self, name: str) -> int | None:
         """The least number that another rank has told by that name, 0 for one that has not; None without others."""
         others = [f"{name}/{rank}" for rank in range(self.size) if rank != self.rank]

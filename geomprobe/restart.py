@@ -79,18 +79,25 @@ class Restart:
                 )
         return rest
 
-    def manifest(self, probe: Probe, loader: DataLoader[Any] | None) -> dict[str, Any]:
+    def manifest(
+        self, probe: Probe, loader: DataLoader[Any] | None, across: dict[str, Any]
+    ) -> dict[str, Any]:
         """What is known of the training at its first update here, as the run's first update had it.
+
+        Args:
+            probe: on the training.
+            loader: the one that gave the update's batch, if one did.
+            across: sections on how it lies across processes.
 
         Raises:
             EnvironmentMismatch: it is another training than the one that the checkpoint is of.
         """
-        found = training_manifest(probe.model, probe.optimizer, probe.parameters, loader)
+        found = training_manifest(probe.model, probe.optimizer, probe.parameters, loader) | across
         if self._resumption is None or self._resumption.checkpoint is None:
             return found
         # The learning rate moves on, and the loader that gives the first batch may be another one.
         before, what = self._resumption.manifest, self._resumption.checkpoint
-        require_same(before, found, ("flags", "model"), what, "go on")
+        require_same(before, found, ("flags", "model", "ranks"), what, "go on")
         require_same_kind(before["optimizer"], found["optimizer"], what)
         return {name: before[name] for name in FIRST_STEP_SECTIONS if name in before}
 

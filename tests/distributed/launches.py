@@ -36,7 +36,8 @@ class Training:
         model = model.double() if self.options.get("double") else model
         if size > 1:
             torch.distributed.init_process_group("gloo")
-            model = DistributedDataParallel(model) if self.kind == "DDP" else fully_shard(model)
+            wrap = DistributedDataParallel if self.kind == "DDP" else fully_shard
+            model = wrap(model, **self.options.get("wrapped", {}))
         rank = torch.distributed.get_rank() if size > 1 else 0
         optimizer = self.options.get("optimizer", torch.optim.Adam)(model.parameters(), lr=0.05)
         sampler = DistributedSampler(data, size, rank, shuffle=False)
