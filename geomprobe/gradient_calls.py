@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad
 
+from geomprobe.hearing import where_heard
 from geomprobe.updates import Updates
 
 _SCALE = "_geomprobe_scale"  # on a scaled loss: (the loss, the scale)
@@ -38,7 +39,7 @@ def listening_to_gradients(listener: Listener) -> Iterator[None]:
             for owner in scaler.__mro__[: scaler.__mro__.index(GradScaler) + 1]:
                 for name, wrap in _OF_SCALER.items() if owner not in wrapped else ():
                     if (original := vars(owner).get(name)) is not None:
-                        setattr(owner, name, wrap(original, listener))
+                        setattr(owner, name, where_heard(original, wrap(original, listener)))
                         stack.callback(setattr, owner, name, original)
                 wrapped.add(owner)
 
@@ -56,7 +57,7 @@ def listening_to_gradients(listener: Listener) -> Iterator[None]:
             for cell in _inner(function):
                 clip = cell.cell_contents
                 stack.callback(setattr, cell, "cell_contents", clip)
-                cell.cell_contents = _clip(clip, name, listener)
+                cell.cell_contents = where_heard(clip, _clip(clip, name, listener))
         yield
 
 

@@ -23,6 +23,7 @@ class Measure:
         per_parameter: keep the inner products of each parameter tensor too.
         per_rank: under DDP, keep those of each rank's own gradient too, before the ranks' are averaged (and
             clipped): its minibatch is the rank's share of the step's.
+        before_clipping: keep those of the gradient before the script clipped it, too.
         compiled: compile the inner products, which pays off in long runs.
     """
 
@@ -35,6 +36,7 @@ class Measure:
     curvature_required: bool = False
     per_parameter: bool = False
     per_rank: bool = False
+    before_clipping: bool = False
     compiled: bool = False
 
     @classmethod
