@@ -32,7 +32,7 @@ class Training:
     def __call__(self) -> None:
         size = int(os.environ.get("WORLD_SIZE", "1"))
         data = TensorDataset(torch.randn(SAMPLES, 3), torch.randn(SAMPLES, 1))
-        model: nn.Module = nn.Sequential(nn.Linear(3, 7), nn.Tanh(), nn.Linear(7, 1))
+        model: nn.Module = self.options.get("model", _perceptron)()
         model = model.double() if self.options.get("double") else model
         if size > 1:
             torch.distributed.init_process_group("gloo")
@@ -60,6 +60,10 @@ class Training:
                 step += 1
         if size > 1:
             torch.distributed.destroy_process_group()
+
+
+def _perceptron() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 7), nn.Tanh(), nn.Linear(7, 1))
 
 
 def start(size: int, job: Callable[..., Any], folder: Path, *arguments: Any) -> list[tuple[int | None, Any]]:

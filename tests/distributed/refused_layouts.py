@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import _apply_optimizer_in_backward
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -69,8 +70,7 @@ def ddp_over_some() -> tuple[nn.Module, dict[str, Tensor]]:
 
 def stepping_in_backward() -> tuple[nn.Module, dict[str, Tensor]]:
     module = nn.Linear(2, 2)
-    for parameter in module.parameters():
-        parameter._in_backward_optimizers = [torch.optim.SGD([parameter])]  # as torch's own helper marks it
+    _apply_optimizer_in_backward(torch.optim.SGD, module.parameters(), {"lr": 0.1})
     return named(DistributedDataParallel(module))
 
 

@@ -19,7 +19,7 @@ from geomprobe.heartbeat import SILENCE_S, Beat, Judge
 from geomprobe.trace.record import open_record
 from geomprobe.whereabouts import Followed, Place, Whereabouts
 
-PATIENCE_S = 4.0
+PATIENCE_S = 3.0
 
 
 def killed() -> None:
@@ -46,7 +46,7 @@ def watched(run: Path, training: Training, doing: str) -> None:
     """One pass of a training, with what it says on standard error kept beside the run."""
     log = os.open(run.parent / f"stderr.{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 2)
-    heartbeat.BROKEN_S, vigil._GRACE_S = 3.0, 5.0
+    heartbeat.BROKEN_S, vigil._GRACE_S = 3.0, 2.0
     if doing == "record":
         geomprobe.record(training, run, seed=0, patience=PATIENCE_S).close()
     else:
