@@ -12,7 +12,7 @@ import traceback
 from typing import Any, NamedTuple
 
 from geomprobe.errors import GeomprobeError
-from geomprobe.heartbeat import BEAT_S, SILENCE_S, Beat, Judge
+from geomprobe.heartbeat import BEAT_S, BROKEN_S, SILENCE_S, Beat, Judge
 from geomprobe.whereabouts import Place, Whereabouts, main_frame
 
 _GRACE_S = 10.0  # for a process to stop by itself, when another has failed
@@ -90,7 +90,7 @@ class Vigil:
     def found_after_break(self) -> Failure | None:
         """An exchange of the training has broken: what for, if it is not this process's own doing."""
         self._judge.exchange_broken = True
-        deadline = time.monotonic() + _GRACE_S
+        deadline = time.monotonic() + BROKEN_S + 5 * BEAT_S
         while self.failure is None and time.monotonic() < deadline:
             time.sleep(BEAT_S / 10)
         return self.failure
