@@ -192,7 +192,7 @@ def hessian_vector_product(
     products: dict[Tensor, Tensor] = {}
     if pairs and wanted:
         edges, weights = zip(*pairs, strict=True)
-        with untouched(module), _silent(wanted), _explaining():
+        with untouched(module), silent(wanted), _explaining():
             found = torch.autograd.grad(edges, wanted, weights, retain_graph=keep_graphs, allow_unused=True)
         products = {p: h for p, h in zip(wanted, found, strict=True) if h is not None}
     return [_finished(products.get(parameter), parameter, scale) for parameter in parameters]
@@ -236,7 +236,7 @@ def _gradients(
     loss: Tensor, parameters: Sequence[Tensor], anatomy: Anatomy, module: nn.Module | None
 ) -> list[Tensor | None]:
     wanted = [parameter for parameter in parameters if parameter.requires_grad]
-    with untouched(module), _silent(wanted), severed_functions(anatomy.functions) as cut, _explaining():
+    with untouched(module), silent(wanted), severed_functions(anatomy.functions) as cut, _explaining():
         found = torch.autograd.grad(loss, wanted, _root(loss), create_graph=True, allow_unused=True)
     if cut:
         raise CurvatureUnavailable(cut[0])
@@ -305,8 +305,15 @@ def _first_hooks(hooks: Iterable[tuple[Tensor, LeafHook]]) -> Iterator[None]:
 
 
 @contextmanager
-def _silent(leaves: Sequence[Tensor]) -> Iterator[None]:
-    """Keep the leaves' own hooks from running: a hook that clips gradients would clip Hg as well."""
+def silent(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """Keep the leaves' own hooks from running: a hook that clips gradients would clip Hg as well.
+
+    >>> w = torch.ones(1, requires_grad=True)
+    >>> _ = w.register_hook(lambda g: 0 * g)
+    >>> with silent([w]):
+    ...     torch.autograd.grad(3 * w, w)
+    (tensor([3.]),)
+    """
     hooks = [leaf._backward_hooks for leaf in leaves if leaf._backward_hooks]
     kept = [dict(registered) for registered in hooks]
     for registered in hooks:

@@ -37,6 +37,12 @@ class InertProbe:
     def sharpness_of(self, closure: Callable[[], Tensor]) -> None:
         """Nothing: see `Probe.sharpness_of`."""
 
+    def held_out(self, loss: Callable[..., Tensor], loader: Any = None) -> None:
+        """Nothing: see `Probe.held_out`."""
+
+    def full_gradient_of(self, loss: Callable[..., Tensor], loader: Any = None) -> None:
+        """Nothing: see `Probe.full_gradient_of`."""
+
     def remove(self) -> None:
         """Nothing: see `Probe.remove`."""
 

@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
 
 from geomprobe import gradient_calls
+from geomprobe.hearing import hears, where_heard
 from geomprobe.step_calls import Args, Kwargs
 
 
@@ -52,7 +53,7 @@ def listening(listener: Listener) -> Iterator[None]:
             (_BaseDataLoaderIter, "__next__", _next),
         ):
             original = getattr(owner, name)
-            setattr(owner, name, wrap(original, listener))
+            setattr(owner, name, where_heard(original, wrap(original, listener)))
             stack.callback(setattr, owner, name, original)
         hook = register_optimizer_step_pre_hook(listener.optimizer_stepping)
         stack.callback(hook.remove)
@@ -139,7 +140,7 @@ class _OutermostModules:
 
     def _enter(self, module: nn.Module, inputs: Any) -> None:
         evaluating = not torch.is_grad_enabled()  # which is not part of a step
-        if self._depth == 0 and not evaluating and not self._report(module, inputs):
+        if self._depth == 0 and not evaluating and hears() and not self._report(module, inputs):
             self.stop()
         self._depth += 1
 

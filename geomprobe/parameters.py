@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 
@@ -49,3 +51,41 @@ def measured_parameters(model: nn.Module | None, optimizer: Optimizer) -> dict[s
             f"{type(optimizer).__name__} holds no parameters: there is nothing to measure."
         )
     return found
+
+
+class Membership:
+    """Which parameters an optimizer holds, and of which shapes: fixed for the time of a pass.
+
+    Args:
+        parameters: the measured ones by name.
+        optimizer: the optimizer.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:
+        self._parameters, self._optimizer = parameters, optimizer
+        self._sizes, self._shapes = self._now()
+
+    def require(self, step: int) -> None:
+        """Hold the optimizer's parameters to those that it had at the start.
+
+        Raises:
+            UnsupportedTraining: parameters were added, removed or resized before ``step``.
+        """
+        sizes, shapes = self._now()
+        if sizes == self._sizes and shapes == self._shapes:
+            return
+        if sizes != self._sizes:
+            what = f"the optimizer's parameter groups held {self._sizes} tensors and now hold {sizes}"
+        else:
+            pairs = zip(self._parameters, self._shapes, shapes, strict=True)
+            name, before, now = next(row for row in pairs if row[1] != row[2])
+            what = f"{name} had shape {before} and now has {now}"
+        raise UnsupportedTraining(
+            f"The parameters changed before step {step}: {what}. The distance to the final weights is "
+            "only defined for a fixed set of parameters. Create all of them before the first step (freezing "
+            "one by requires_grad_(False) or grad = None is fine), or record the stages as separate runs."
+        )
+
+    def _now(self) -> tuple[list[int], list[tuple[int, ...]]]:
+        sizes = [len(group["params"]) for group in self._optimizer.param_groups]
+        return sizes, [tuple(p.shape) for p in self._parameters.values()]

@@ -166,6 +166,8 @@ def replay(
     curvature_every: int | None = None,
     finite_step: bool = False,
     sharpness_every: int = 0,
+    held_out_every: int = 0,
+    full_gradient_every: int = 0,
     per_parameter: bool = False,
     per_rank: bool = False,
     compiled: bool = False,
@@ -188,6 +190,10 @@ def replay(
         finite_step: where Hg is taken, also measure ``secant_residual`` and ``linear_decrease_gap``: the loss
             and its gradient on the same minibatch after a whole step. Needs ``probe.backward(loss, closure=...)``.
         sharpness_every: take the Hessian's top eigenvalue at each N-th measured step; 0 for never.
+        held_out_every: measure the gradient of a minibatch that the update does not use, named by `Probe.held_out`, at
+            each N-th step; 0 for never.
+        full_gradient_every: measure the gradient over all samples, named by `Probe.full_gradient_of`, before the first
+            step and at the end of each N-th epoch; 0 for never. It stands in the row of the step that follows.
         per_parameter: keep the inner products of each parameter tensor too.
         per_rank: under DDP, keep those of each rank's own gradient too, before the ranks' are averaged.
         compiled: compile the inner products (seconds at the start, faster steps).
@@ -220,6 +226,8 @@ def replay(
         curvature_every=curvature_every,
         finite_step=finite_step,
         sharpness_every=sharpness_every,
+        held_out_every=held_out_every,
+        full_gradient_every=full_gradient_every,
         per_parameter=per_parameter,
         per_rank=per_rank,
         compiled=compiled,

@@ -7,20 +7,29 @@ pass implements; where no pass is running, `attach` returns a probe that only do
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 
 from geomprobe.errors import UnsupportedTraining, UsageError
+from geomprobe.hearing import hears
 from geomprobe.inert import InertProbe
 from geomprobe.loops import Loops, Watcher
-from geomprobe.parameters import measured_parameters
+from geomprobe.parameters import Membership, measured_parameters
 from geomprobe.step_calls import Args, Kwargs, given_closure, nested_step, replace_closure
 
 Item = TypeVar("Item")
+
+
+class Oracle(NamedTuple):
+    """A loss whose gradient a script wants measured beside the step's own; see `Probe.held_out`."""
+
+    loss: Callable[..., Tensor]
+    loader: DataLoader[Any] | None
 
 
 class Observer(Watcher, Protocol):
@@ -104,6 +113,7 @@ class Probe:
         parameters: the measured parameters by name: those of the optimizer, each once.
         step: number of updates so far.
         loops: the script's loops over epochs and batches.
+        oracles: the gradients that the script names beside the step's own.
         explicit: whether the script asked for it by `attach`.
     """
 
@@ -122,8 +132,8 @@ class Probe:
         self.optimizer = optimizer
         self.stateful = dict(stateful)
         self.parameters = measured_parameters(model, optimizer)
-        self._shapes = [tuple(p.shape) for p in self.parameters.values()]
-        self._group_sizes = [len(group["params"]) for group in optimizer.param_groups]
+        self._membership = Membership(self.parameters, optimizer)
+        self.oracles: dict[str, Oracle] = {}
         self.step = 0
         self.loops = Loops(observer)
         self._observer = observer
@@ -226,6 +236,24 @@ class Probe:
         """
         self._observer.sharpness_of(closure)
 
+    def held_out(self, loss: Callable[..., Tensor], loader: DataLoader[Any] | None = None) -> None:
+        """Name the minibatches of ``replay --held-out-every``, which the updates do not use.
+
+        Args:
+            loss: of a batch, its mean over the samples; without ``loader`` it takes nothing, and draws its own.
+            loader: each time a batch is drawn anew from its data set, by a random stream that belongs to the step.
+        """
+        self.oracles["held_out"] = Oracle(loss, loader)
+
+    def full_gradient_of(self, loss: Callable[..., Tensor], loader: DataLoader[Any] | None = None) -> None:
+        """Name the loss of ``replay --full-gradient-every``.
+
+        Args:
+            loss: of a batch, its mean over the samples; without ``loader`` it takes nothing and is the whole loss.
+            loader: all samples of its data set, in batches of its size.
+        """
+        self.oracles["full_gradient"] = Oracle(loss, loader)
+
     def remove(self) -> None:
         """Take the hooks off; the pass ends with the steps seen so far."""
         for handle in self._handles:
@@ -248,7 +276,7 @@ class Probe:
             self._observer.begin()
 
     def _entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.is_grad_enabled():  # evaluation is not part of the step
+        if torch.is_grad_enabled() and hears():  # evaluation is not part of the step
             self._begin()
             self._observer.entered((args, kwargs) if kwargs else args)
 
@@ -311,21 +339,7 @@ class Probe:
         Raises:
             UnsupportedTraining: parameters were added, removed or resized.
         """
-        sizes = [len(group["params"]) for group in self.optimizer.param_groups]
-        shapes = [tuple(p.shape) for p in self.parameters.values()]
-        if sizes == self._group_sizes and shapes == self._shapes:
-            return
-        if sizes != self._group_sizes:
-            what = f"the optimizer's parameter groups held {self._group_sizes} tensors and now hold {sizes}"
-        else:
-            pairs = zip(self.parameters, self._shapes, shapes, strict=True)
-            name, before, now = next(row for row in pairs if row[1] != row[2])
-            what = f"{name} had shape {before} and now has {now}"
-        raise UnsupportedTraining(
-            f"The parameters changed before step {self.step}: {what}. The distance to the final weights is "
-            "only defined for a fixed set of parameters. Create all of them before the first step (freezing "
-            "one by requires_grad_(False) or grad = None is fine), or record the stages as separate runs."
-        )
+        self._membership.require(self.step)
 
 
 def _length(loader: Iterable[Any]) -> int | None:

@@ -59,7 +59,7 @@ def side_graph(
     >>> hessian_vector_product([graph], [w], [torch.ones(2)])
     [tensor([ 6., 12.])]
     """
-    with _aside(module, parameters), torch.enable_grad():
+    with aside(module, parameters), torch.enable_grad():
         again = _evaluated(closure, parameters, loss, rng, tolerance)
         return graph_of(again if scale is None else again * scale, parameters)
 
@@ -136,7 +136,7 @@ def finite_step(
     ([tensor([2., 2.])], 0.5)
     """
     wanted = [parameter for parameter in parameters if parameter.requires_grad]
-    with _aside(module, parameters), torch.enable_grad():
+    with aside(module, parameters), torch.enable_grad():
         before = _evaluated(closure, parameters, loss, rng, tolerance)
         here = torch.autograd.grad(before, wanted, materialize_grads=True)
         with _moved(parameters, direction, -lr):
@@ -203,10 +203,20 @@ def _rewind(rng: RNGState | None) -> None:
 
 
 @contextmanager
-def _aside(module: nn.Module | None, parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Keep RNG, buffers and every ``.grad``; inside, the gradients are None, so a closure can zero or fill them."""
+def aside(module: nn.Module | None, parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Keep RNG, buffers, training modes and every ``.grad``.
+
+    Inside, the gradients are None, so a closure can zero or fill them.
+
+    >>> model = nn.Linear(1, 1)
+    >>> with aside(model, list(model.parameters())):
+    ...     model.eval()(torch.ones(1)).backward()
+    >>> model.training, model.weight.grad
+    (True, None)
+    """
     members = {*parameters, *(module.parameters() if module is not None else ())}
     gradients = [(member, member.grad) for member in members]
+    modes = [(part, part.training) for part in (module.modules() if module is not None else ())]
     with untouched(module):
         try:
             for member, _ in gradients:
@@ -215,6 +225,8 @@ def _aside(module: nn.Module | None, parameters: Sequence[Tensor]) -> Iterator[N
         finally:
             for member, gradient in gradients:
                 member.grad = gradient
+            for part, training in modes:
+                part.training = training
 
 
 @contextmanager

@@ -18,10 +18,12 @@ from geomprobe.comparing import Comparison
 from geomprobe.dtensors import local
 from geomprobe.errors import EnvironmentMismatch, ReplayDiverged, RunError, Stopped
 from geomprobe.groups import group_columns, group_values
+from geomprobe.hearing import unheard
 from geomprobe.loops import Position
 from geomprobe.measures import Measure
 from geomprobe.measuring import Measurement
 from geomprobe.observation import Closure, Observation
+from geomprobe.oracles import Oracles
 from geomprobe.probe import Probe
 from geomprobe.ranks import Ranks
 from geomprobe.references import References
@@ -89,6 +91,7 @@ class Replaying(Observation):
     def attached(self, probe: Probe) -> None:
         super().attached(probe)
         self._measurement = Measurement(probe, self._measure, self.layout)
+        self._oracles = Oracles(probe, self._measure, self.layout)
 
     def boundary(self, position: Position) -> None:
         if self.steps == self._stop < self._record.num_steps and position == self._end["position"]:
@@ -131,8 +134,9 @@ class Replaying(Observation):
         self._final = references[FINAL]
         assert self._measurement is not None
         self._measurement.open(references)
+        self._oracles.open(self._final, self._record.steps["epoch"], self.manifest["seed"])
         host_groups, device_groups = group_columns(self.probe.optimizer)
-        device = ["steps/loss", *device_groups, *self._measurement.columns]
+        device = ["steps/loss", *device_groups, *self._measurement.columns, *self._oracles.columns]
         columns = ["steps/epoch", *host_groups, *device]
         columns += ["steps/same"] if self._uncertified else []
         prints = self.evidence.device_columns
@@ -153,7 +157,9 @@ class Replaying(Observation):
             self._stop_if_failed()
             self._diverge(step, "length", "steps")
             self._stop_if_failed()
-        row = self._measurement.row(gradients, grad_scale, self.evidence.loss.reshape(1))
+        with unheard():
+            row = self._measurement.row(gradients, grad_scale, self.evidence.loss.reshape(1))
+            row = torch.cat([row, self._oracles.row().to(row.device)])
         self._row = row, self.epoch, *self.evidence.take()
 
     def updated(self) -> None:

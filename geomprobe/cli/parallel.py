@@ -92,7 +92,8 @@ def _command(arguments: argparse.Namespace, number: int) -> list[str]:
             if arguments.curvature_every
             else ["--no-curvature"]
         )
-    command += ["--sharpness-every", str(arguments.sharpness_every)]
+    for name in ("sharpness_every", "held_out_every", "full_gradient_every"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
     for name, path in arguments.reference:
         command += ["--reference", f"{name}={path}"]
     flags = ("finite_step", "per_parameter", "compile", "debug")

@@ -68,6 +68,20 @@ def _add_measures(parser: argparse.ArgumentParser) -> None:
         help="take the top eigenvalue of the Hessian at each N-th step (Lanczos: tens of products each)",
     )
     parser.add_argument(
+        "--held-out-every",
+        type=int,
+        default=0,
+        metavar="N",
+        help="measure a minibatch that the update does not use at each N-th step (needs probe.held_out)",
+    )
+    parser.add_argument(
+        "--full-gradient-every",
+        type=int,
+        default=0,
+        metavar="N",
+        help="measure the gradient over all samples at the end of each N-th epoch (needs probe.full_gradient_of)",
+    )
+    parser.add_argument(
         "--per-parameter", action="store_true", help="keep the inner products of each parameter tensor too"
     )
     parser.add_argument(
@@ -177,6 +191,8 @@ def _replayed(arguments: argparse.Namespace, script: Mapping[str, Any]) -> Trace
             curvature_every=arguments.curvature_every,
             finite_step=arguments.finite_step,
             sharpness_every=arguments.sharpness_every,
+            held_out_every=arguments.held_out_every,
+            full_gradient_every=arguments.full_gradient_every,
             per_parameter=arguments.per_parameter,
             per_rank=arguments.per_rank,
             compiled=arguments.compile,

@@ -60,8 +60,8 @@ def export(trace: Trace, form: str, path: Path, *, force: bool = False) -> list[
 
 
 def _columns(trace: Trace) -> Columns:
-    """By name: ``step``, as whole numbers, then the rest of ``/steps``, then each other reference's columns."""
-    names = [name for name in trace.columns if name != "step"]
+    """By name: ``step``, as whole numbers, the rest of ``/steps``, other gradients' and other references' columns."""
+    names = [name for name in (*trace.columns, *trace.oracle_columns) if name != "step"]
     for reference in trace.references[1:]:
         paths = (f"references/{schema.escape(reference)}/{each.name}" for each in schema.REFERENCE_COLUMNS)
         names += [path for path in paths if path in trace]

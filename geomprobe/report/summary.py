@@ -100,7 +100,7 @@ def _trace(path: Path) -> Summary:
         "per_parameter": trace.parameters,
         "measure": trace.manifest.get("measure") or {},
         "certificate": trace.certificate,
-        "columns": [_column(name, trace[name]) for name in trace.columns],
+        "columns": [_column(name, trace[name]) for name in (*trace.columns, *trace.oracle_columns)],
         "manifest": trace.manifest,
     }
 
@@ -120,7 +120,7 @@ def _column(name: str, values: NDArray[np.float64]) -> Summary:
         "mean": finite.mean() if len(finite) else np.nan,
     }
     stated = {key: float(value) if np.isfinite(value) else None for key, value in numbers.items()}
-    described = {"name": name, "units": describe(f"steps/{name}").units}
+    described = {"name": name, "units": describe(name if "/" in name else f"steps/{name}").units}
     return {**described, **stated, "missing": int(np.isnan(values).sum()), "measured": len(finite)}
 
 

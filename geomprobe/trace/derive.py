@@ -54,6 +54,8 @@ def sealed_columns(raw: Iterable[str]) -> list[str]:
     paths += [f"inner_products/{column.name}" for column in schema.INNER_PRODUCTS]
     for name in dict.fromkeys(path.split("/")[1] for path in streamed if path.startswith("references/")):
         paths += [f"references/{name}/{column.name}" for column in schema.REFERENCE_COLUMNS]
+    for name in dict.fromkeys(path.split("/")[0] for path in streamed):
+        paths += [f"{name}/{column.name}" for column in schema.ORACLES.get(name, ())]
     return list(dict.fromkeys([*paths, *streamed]))
 
 
@@ -103,11 +105,14 @@ class Derived(Mapping[str, Array]):
             return self._step
         if name in _REFERENCE:
             products = "inner_products" if group == "steps" else f"{group}/inner_products"
+            of_gradient = products if group in schema.ORACLES else "inner_products"
             g_g, g_d, d_d = (
                 self._measured(column)
-                for column in ("inner_products/g.g", f"{products}/g.d", f"{products}/d.d")
+                for column in (f"{of_gradient}/g.g", f"{products}/g.d", f"{products}/d.d")
             )
             return _REFERENCE[name](g_g, g_d, d_d)
+        if group in schema.ORACLES and name == "grad_norm":
+            return geometry.grad_norm(self._measured(f"{group}/inner_products/g.g"))
         if group == "steps" and name in _STEPS:
             return _STEPS[name](self._measured)
         return self._measured(path)

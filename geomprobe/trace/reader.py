@@ -77,6 +77,12 @@ class Trace:
         return [path.removeprefix("steps/") for path in self._columns if path.startswith("steps/")]
 
     @property
+    def oracle_columns(self) -> list[str]:
+        """Paths of the columns of gradients beside the step's own, of those that were asked for."""
+        paths = (f"{group}/{column.name}" for group, columns in schema.ORACLES.items() for column in columns)
+        return [path for path in paths if path in self]
+
+    @property
     def references(self) -> list[str]:
         """Names of the references, the final iterate first."""
         return [schema.FINAL, *self._second("references")]
@@ -227,6 +233,8 @@ def _datasets(file: Any) -> Iterator[str]:
     yield from (f"steps/{column.name}" for column in known if column.name in steps)
     if "inner_products" in groups:
         yield from _members("inner_products", file["inner_products"])
+    for oracle in (name for name in schema.ORACLES if name in groups):
+        yield from _members(oracle, file[oracle])
     for parent in groups & {"groups", "references", "parameters", schema.RANKS}:
         for name in file[parent]:
             if (parent, name) != ("references", schema.FINAL):

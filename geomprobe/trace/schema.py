@@ -135,6 +135,28 @@ GROUP_COLUMNS = (
     Column("momentum", "momentum of the parameter group", "1", "beta", "optimizer"),
 )
 
+ORACLE_PRODUCTS = tuple(column for column in INNER_PRODUCTS if column.name in ("g.g", "w.g", "g.d", "d.d"))
+"""Of a gradient that is measured beside the step's own, G in their formulas."""
+
+_NOT_USED = "a minibatch that the update does not use"
+_OF_ALL = "all samples, at the end of an epoch"
+
+
+def _oracle_columns(of: str, source: str, *names: str) -> tuple[Column, ...]:
+    names = (*names, "grad_norm", "grad_dot_offset", "rsi", "eb", "cosine", "lolr")
+    return tuple(
+        Column(column.name, f"{column.long_name}, of {of}", column.units, column.formula, source)
+        for column in STEP_COLUMNS
+        if column.name in names
+    )
+
+
+ORACLES = {
+    "held_out": _oracle_columns(_NOT_USED, "NWT section 3, without the correlation of section 6", "loss"),
+    "full_gradient": _oracle_columns(_OF_ALL, "NWT section 3, of the training loss", "loss"),
+}
+"""Groups of gradients that are measured beside the step's own, where they were asked for."""
+
 RECORD_COLUMNS = STEP_COLUMNS[:4]
 RAW_STEP_COLUMNS = (*STEP_COLUMNS[1:3], *OPTIONAL_STEP_COLUMNS)
 
@@ -241,6 +263,8 @@ def check_raw(path: str) -> None:
     """
     column = describe(path)
     derived = path.startswith("steps/") and column not in RAW_STEP_COLUMNS
+    group, _, name = path.partition("/")
+    derived |= group in ORACLES and name != "loss" and not name.startswith("inner_products/")
     if derived or (path.startswith("references/") and "/inner_products/" not in path):
         raise UnknownColumn(f"{path!r} is derived from the inner products; stream those instead")
 
@@ -268,6 +292,10 @@ def _columns_at(path: str) -> tuple[Column, ...]:
             return (*STEP_COLUMNS, *OPTIONAL_STEP_COLUMNS)
         case ["groups", index, _] if index.isdecimal():
             return GROUP_COLUMNS
+        case [group, _] if group in ORACLES:
+            return ORACLES[group]
+        case [group, "inner_products", _] if group in ORACLES:
+            return ORACLE_PRODUCTS
         case ["inner_products", _] | ["parameters", _, _]:
             return INNER_PRODUCTS
         case ["ranks", rank, _] if rank.isdecimal():
