@@ -11,6 +11,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,24 @@ _BYTES = "tensors"  # the entry for all tensors' bytes, one after the other
 _LAYOUT = "layout"  # and for their names, types and shapes, pickled
 _REST = "rest"  # the entry for everything that is no tensor, pickled
 _PREFIX = "step-"
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Tensors that several processes' checkpoints of one step have in common.
+
+    Attributes:
+        names: of these tensors.
+        digest: SHA-256 of them.
+        at: the checkpoint that holds them; None for this one.
+    """
+
+    names: tuple[str, ...]
+    digest: str
+    at: Path | None = None
+
+
+Parted = Callable[[Path, Mapping[str, Tensor]], tuple[Mapping[str, Tensor], Alike | None]]
 
 
 def folder(checkpoints: Path, step: int) -> Path:
@@ -48,7 +67,12 @@ def saved(checkpoints: Path) -> list[int]:
 
 
 def write(
-    checkpoints: Path, step: int, tensors: Mapping[str, Tensor], rest: bytes, facts: Mapping[str, Any]
+    checkpoints: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    rest: bytes,
+    facts: Mapping[str, Any],
+    alike: Alike | None = None,
 ) -> Path:
     """Write a state aside, sync it, and rename it, so that a folder that has its name is whole.
 
@@ -58,6 +82,7 @@ def write(
         tensors: by name.
         rest: everything else, pickled.
         facts: what is to be known of the state without loading it; JSON.
+        alike: tensors that another checkpoint has in common with this one, or holds for it.
 
     Returns:
         The new folder.
@@ -74,7 +99,7 @@ def write(
     _quiet()
     try:
         save({**_joined(tensors), _REST: rest}, checkpoint_id=aside, no_dist=True)
-        _describe(aside, facts)
+        _describe(aside, facts, _told(alike, checkpoints))
         shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)
         _sync(checkpoints)
@@ -113,7 +138,11 @@ def read(path: Path) -> tuple[dict[str, Tensor], bytes]:
     except (OSError, CheckpointException) as error:
         raise RunError(f"checkpoint {path} cannot be read: {error}") from error
     rest = state.pop(_REST)
-    return _parted(state), rest
+    alike = _description(path)["alike"]
+    if alike["at"] is None:
+        return _parted(state), rest
+    elsewhere, _ = read(path.parent / alike["at"])
+    return {**{name: elsewhere[name] for name in alike["names"]}, **_parted(state)}, rest
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -133,6 +162,11 @@ def verify(path: Path) -> dict[str, Any]:
             raise RunError(f"checkpoint {path} is damaged: {name}: {error.strerror}") from error
         if found != digest:
             raise RunError(f"checkpoint {path} is damaged: {name} is not what was written")
+    alike = described["alike"]
+    if alike["at"] is not None:
+        other = path.parent / alike["at"]
+        if _description(other)["alike"]["digest"] != alike["digest"]:
+            raise RunError(f"checkpoint {path} is damaged: {other.resolve()} does not hold what it left out")
     return described["facts"]
 
 
@@ -151,10 +185,13 @@ class Writer:
     Args:
         checkpoints: the run's folder of checkpoints.
         written: called with the steps on disk after each checkpoint; gives those to remove.
+        parted: called with a checkpoint's folder and its tensors; gives those to keep, and what others have of them.
     """
 
-    def __init__(self, checkpoints: Path, written: Callable[[list[int]], list[int]]) -> None:
-        self._checkpoints, self._thin = checkpoints, written
+    def __init__(
+        self, checkpoints: Path, written: Callable[[list[int]], list[int]], parted: Parted | None = None
+    ) -> None:
+        self._checkpoints, self._thin, self._parted = checkpoints, written, parted
         self._pool = ThreadPoolExecutor(1, "geomprobe-checkpoint")
         self._pending: Future[None] | None = None
 
@@ -190,7 +227,10 @@ class Writer:
             self._pool.shutdown()
 
     def _write(self, step: int, tensors: Mapping[str, Tensor], rest: bytes, facts: Mapping[str, Any]) -> None:
-        write(self._checkpoints, step, tensors, rest, facts)
+        alike = None
+        if self._parted is not None:
+            tensors, alike = self._parted(folder(self._checkpoints, step), tensors)
+        write(self._checkpoints, step, tensors, rest, facts, alike)
         for old in self._thin(saved(self._checkpoints)):
             remove(self._checkpoints, old)
 
@@ -249,9 +289,16 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 
-def _describe(path: Path, facts: Mapping[str, Any]) -> None:
+def _told(alike: Alike | None, checkpoints: Path) -> dict[str, Any]:
+    if alike is None:
+        return {"digest": None, "at": None}
+    at = None if alike.at is None else os.path.relpath(alike.at, checkpoints)
+    return {"digest": alike.digest, "at": at, "names": [] if at is None else alike.names}
+
+
+def _describe(path: Path, facts: Mapping[str, Any], alike: Mapping[str, Any]) -> None:
     files = {str(file.relative_to(path)): _sha256(file) for file in sorted(path.iterdir())}
-    text = json.dumps({"facts": dict(facts), "files": files})
+    text = json.dumps({"facts": dict(facts), "files": files, "alike": alike})
     with open(path / FACTS, "w") as file:
         json.dump({"sha256": hashlib.sha256(text.encode()).hexdigest(), "text": text}, file)
         file.flush()

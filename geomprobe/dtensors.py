@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,8 +39,7 @@ def local(tensor: Tensor) -> Tensor:
             f"A DTensor of shape {list(tensor.shape)} is placed as {tensor.placements}: what "  # type: ignore[attr-defined]
             "this process holds of it is a summand, not a value. Call .redistribute() or .full_tensor() on it."
         )
-    with torch.no_grad():
-        return tensor.to_local()  # type: ignore[attr-defined]
+    return held(tensor)
 
 
 def local_gradient(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
@@ -67,6 +68,31 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def held(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, be it values or summands, in the memory where it lies.
+
+    >>> tensor = torch.ones(2)
+    >>> held(tensor) is tensor
+    True
+    """
+    if not is_dtensor(tensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()  # type: ignore[attr-defined]
+
+
+def placed(
+    values: Tensor, beside: Tensor, placements: Sequence[Any], shape: Sequence[int], stride: Sequence[int]
+) -> Tensor:
+    """A DTensor of which this process holds ``values``, over the processes that the DTensor ``beside`` lies on."""
+    from torch.distributed.tensor import DTensor
+
+    mesh = beside.device_mesh  # type: ignore[attr-defined]
+    return DTensor.from_local(
+        values, mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride)
+    )
+
+
 def like_local(values: Tensor, parameter: Tensor) -> Tensor:
     """``values`` as a DTensor that is placed as ``parameter`` is; themselves for a plain parameter.
 
@@ -76,9 +102,4 @@ def like_local(values: Tensor, parameter: Tensor) -> Tensor:
     """
     if not is_dtensor(parameter):
         return values
-    from torch.distributed.tensor import DTensor
-
-    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
-    return DTensor.from_local(
-        values, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
-    )
+    return placed(values, parameter, parameter.placements, parameter.shape, parameter.stride())  # type: ignore[attr-defined]

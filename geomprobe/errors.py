@@ -38,11 +38,18 @@ class Stopped(BaseException):
 
     No script's ``except Exception`` holds it up.
 
+    Attributes:
+        together: whether every process of the run ends so, at the same step.
+
     >>> Stopped().exit_code
     75
     """
 
     exit_code = 75  # EX_TEMPFAIL: a queue may start the same command again
+
+    def __init__(self, message: str = "the run was asked to stop", *, together: bool = False) -> None:
+        super().__init__(message)
+        self.together = together
 
 
 class ReplayDiverged(GeomprobeError):

@@ -51,6 +51,7 @@ class Ranks:
         self._store, self._patience = store, patience
         self._whereabouts = Whereabouts()
         self._vigil: Vigil | None = None
+        self._listened: dict[str, bool] = {}  # calls, and whether they have come
 
     @property
     def first(self) -> bool:
@@ -131,6 +132,44 @@ class Ranks:
         numbers = [int(json.loads(self._store.get(key))) if self._store.check([key]) else 0 for key in others]
         return min(numbers, default=None)
 
+    def gathered(self, name: str, value: Any) -> list[Any]:
+        """What every rank has told by that name, this one ``value``, in their order; waits for all.
+
+        >>> Ranks().gathered("steps", 3)
+        [3]
+        """
+        self.say(name, value)
+        others = self.said(name)
+        return [*others[: self.rank], value, *others[self.rank :]]
+
+    def call(self, name: str) -> None:
+        """Have every process `hear <hears>` a name from now on, within seconds."""
+        self._listened[name] = True
+        if not self.alone:
+            self._store.set(f"call/{name}", "")
+
+    def hears(self, name: str) -> bool:
+        """Whether a process has called a name; costs nothing but the vigil's own questions."""
+        return self._listened.setdefault(name, False)
+
+    def hear(self) -> None:
+        """Ask the store for calls; the vigil does it."""
+        for name in [name for name, called in self._listened.items() if not called]:
+            self._listened[name] = self._store.check([f"call/{name}"])
+
+    def have_said(self, name: str) -> bool:
+        """Whether all others have told something by that name."""
+        return all(self._store.check([f"{name}/{rank}"]) for rank in range(self.size) if rank != self.rank)
+
+    def tell(self, name: str, value: Any) -> None:
+        """Say something for all, without waiting for any; what was said by that name before stands."""
+        if not self._store.check([name]):
+            self._store.set(name, json.dumps(value))
+
+    def told(self, name: str) -> Any:
+        """What was told for all by that name, or None so far."""
+        return json.loads(self._store.get(name)) if self._store.check([name]) else None
+
     def following(self, observation: Observation) -> Observation:
         """A pass, whose events tell the others, in the end, where this process stands."""
         return observation if self.alone else followed(observation, self._whereabouts)
@@ -151,27 +190,32 @@ class Ranks:
         if self.alone:
             yield
             return
-        vigil = Vigil(self._store, self.rank, self.size, self._patience, self._whereabouts)
+        vigil = Vigil(self._store, self.rank, self.size, self._patience, self._whereabouts, self.hear)
         self._vigil = vigil
         vigil.start()
         try:
             yield
-            self.say("over", True)
-            if self.first:  # the store may live in this process
-                self.said("over")
+            self._part()
         except (Exception, Stopped) as error:
-            if not isinstance(error, ElsewhereStopped):
+            if isinstance(error, Stopped) and error.together:
+                self._part()
+            elif not isinstance(error, ElsewhereStopped):
                 self._blame(vigil, error)
             raise
         finally:
             vigil.stop()
+
+    def _part(self) -> None:
+        self.say("over", True)
+        if self.first:  # the store may live in this process
+            self.said("over")
 
     def _blame(self, vigil: Vigil, error: BaseException) -> None:
         """Stop for what another process did, if that is why this one fails; else let the others stop for this."""
         failure, broken = vigil.failure, _from_broken_exchange(error)
         if failure is None and broken:
             failure = vigil.found_after_break()
-        if failure is None and isinstance(error, Exception):
+        if failure is None:
             code = getattr(error, "exit_code", GeomprobeError.exit_code)
             vigil.tell(Failure(f"{type(error).__name__}: {error}", code, self.rank))
         if self.first and holds_store():

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from geomprobe import checkpoint
 from geomprobe.determinism import training_manifest
+from geomprobe.distributed import Layout
 from geomprobe.errors import RunError
 from geomprobe.evidence import Evidence
 from geomprobe.loops import Position
@@ -17,6 +18,7 @@ from geomprobe.probe import Probe
 from geomprobe.resuming import Resumption
 from geomprobe.sameness import FIRST_STEP_SECTIONS, require_same, require_same_kind
 from geomprobe.training_state import restore, restore_streams, streams
+from geomprobe.warm_up import Aside, WarmUp, require_buckets
 
 
 class Restart:
@@ -50,8 +52,14 @@ class Restart:
         loader.load_state_dict(rest["loader"])
         return 0
 
-    def put_back(self, probe: Probe, evidence: Evidence) -> dict[str, Any]:
+    def put_back(self, probe: Probe, evidence: Evidence, layout: Layout, aside: Aside) -> dict[str, Any]:
         """The goal is reached: put the state back, and hold it to the digests that were taken of it.
+
+        Args:
+            probe: of the training.
+            evidence: its digests.
+            layout: how it is spread.
+            aside: entered for what is run before the first step, to warm up.
 
         Returns:
             What the checkpoint holds that is no tensor.
@@ -77,7 +85,17 @@ class Restart:
                     f"{self._resumption.checkpoint} was put back, but the {component} ({name}) is not what it was. "
                     "Build the model, optimizer and attached objects as they were built when the run began."
                 )
+        WarmUp(layout.replicas, probe.step, aside)
         return rest
+
+    def require_same_sums(self, layout: Layout) -> None:
+        """Hold the order of sums over the processes, which the first backward pass has settled, to the run's.
+
+        Raises:
+            RunError: it is another.
+        """
+        if self._resumption is not None and self._resumption.buckets:
+            require_buckets(self._resumption.buckets, layout.replicas)
 
     def manifest(
         self, probe: Probe, loader: DataLoader[Any] | None, across: dict[str, Any]

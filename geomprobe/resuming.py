@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from geomprobe import checkpoint
 from geomprobe.errors import RunError
 from geomprobe.loops import Position
+from geomprobe.ranks import Ranks
 from geomprobe.run import Run
 from geomprobe.trace.part import Header
 
@@ -29,6 +30,7 @@ class Resumption:
         checkpoint: the state before that step; None for the start of the script, as ever.
         position: where the script's loops stand there.
         digests: of the state, by component.
+        buckets: DDP's there.
     """
 
     manifest: dict[str, Any]
@@ -39,33 +41,70 @@ class Resumption:
     checkpoint: Path | None = None
     position: Position | None = None
     digests: dict[str, list[int]] | None = None
+    buckets: list[str | None] = field(default_factory=list)
 
 
 def resumption(
-    run: Run, manifest: dict[str, Any], earlier: Sequence[Header], reached: int, latest: int, first: int = 0
+    run: Run,
+    manifest: dict[str, Any],
+    earlier: Sequence[Header],
+    reached: int,
+    latest: int,
+    first: int = 0,
+    ranks: Ranks | None = None,
 ) -> Resumption:
     """Go on from the last whole checkpoint at or before a step; a damaged one is named and passed over.
 
+    Every process of the run goes on from the last one that is whole for all.
+
     Args:
-        run: whose checkpoints.
+        run: whose checkpoints, of this process.
         manifest: of the run as it was begun.
         earlier: the parts of earlier attempts.
         reached: how far their rows reach.
         latest: the step.
         first: the first step whose row is wanted.
+        ranks: the processes of the run.
     """
+    ranks = Ranks() if ranks is None else ranks
+    for attempt in itertools.count():
+        step, facts = _last_whole(run, latest)
+        steps = ranks.gathered(f"last checkpoint/{attempt}", step)
+        latest = min(steps)
+        if latest == max(steps):
+            break
+    begin = Resumption(manifest, tuple(earlier), reached, first)
+    if facts is None:
+        return begin
+    return replace(
+        begin,
+        step=step,
+        checkpoint=checkpoint.folder(run.checkpoints, step),
+        position=Position(*facts["position"]),
+        digests=facts["digests"],
+        buckets=facts["buckets"],
+    )
+
+
+def _last_whole(run: Run, latest: int) -> tuple[int, dict[str, Any] | None]:
+    """The step and the facts of the last whole checkpoint at or before a step; 0 and None where there is none."""
     for step in reversed(checkpoint.saved(run.checkpoints)):
-        path = checkpoint.folder(run.checkpoints, step)
-        if not 0 < step <= latest:
-            continue
-        try:
-            facts = checkpoint.verify(path)
-        except RunError as error:
-            print(f"geomprobe: {error}: an earlier one is taken", file=sys.stderr)
-            continue
-        position = Position(*facts["position"])
-        return Resumption(manifest, tuple(earlier), reached, first, step, path, position, facts["digests"])
-    return Resumption(manifest, tuple(earlier), reached, first)
+        if 0 < step <= latest:
+            try:
+                return step, checkpoint.verify(checkpoint.folder(run.checkpoints, step))
+            except RunError as error:
+                print(f"geomprobe: {error}: an earlier one is taken", file=sys.stderr)
+    return 0, None
+
+
+def cuts(run: Run, world_size: int) -> list[int]:
+    """The steps at which a run can be cut into segments: those that every process has a checkpoint of.
+
+    >>> cuts(Run("nowhere"), 1)
+    []
+    """
+    of_ranks = [set(checkpoint.saved(run.of_rank(rank).checkpoints)) for rank in range(world_size)]
+    return sorted(set.intersection(*of_ranks))
 
 
 def segments(steps: Sequence[int], total: int, count: int) -> list[tuple[int, int]]:

@@ -87,7 +87,7 @@ class Run:
         if self.path.exists() and any(self.path.iterdir()) and not self._is_run():
             raise UsageError(f"{self.path} is no run of geomprobe, so there is nothing to go on with.")
         with self.writing(), self._dropped_if_empty():
-            self._remove(*self.path.glob(".*.h5.new"), *self.checkpoints.glob("*.part"))
+            self._remove(*self.path.glob(".*.h5.new"), *self.checkpoints.rglob("*.part"))
             yield
 
     @contextlib.contextmanager
@@ -125,12 +125,11 @@ class Run:
             yield
 
     def of_rank(self, rank: int) -> Run:
-        """The run as one of several processes writes it: each has a folder of its own under ``stream/``."""
+        """The run as one of several processes writes it: each has folders of its own in those of rank 0."""
         if rank == 0:
             return self
-        own = Run(self.path)
-        own.stream = self.stream / f"{RANK_PREFIX}{rank:04d}"
-        own.stream.mkdir(parents=True, exist_ok=True)
+        own, folder = Run(self.path), f"{RANK_PREFIX}{rank:04d}"
+        own.stream, own.checkpoints = self.stream / folder, self.checkpoints / folder
         return own
 
     def part(self, kind: Kind, first_step: int) -> Path:

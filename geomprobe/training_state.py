@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from geomprobe.determinism import RNGState, capture_rng, restore_rng
+from geomprobe.dtensors import held, is_dtensor, placed
 from geomprobe.errors import RunError
 from geomprobe.probe import Probe
 
 
 def capture(probe: Probe, loaders: Sequence[Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state of a probe's training: its tensors, which are not copied, and everything else.
+
+    Of tensors that are spread over several processes it is what this one holds.
 
     Args:
         probe: whose model, optimizer and attached objects.
@@ -24,9 +27,9 @@ def capture(probe: Probe, loaders: Sequence[Any]) -> tuple[dict[str, Tensor], di
         Tensors by name (weights, buffers, gradients, optimizer state), and a dict that can be pickled.
     """
     tensors: dict[str, Tensor] = {}
-    rest: dict[str, Any] = {"sparse": {}, "optimizer": {}, "placement": {}}
+    rest: dict[str, Any] = {"sparse": {}, "optimizer": {}, "placement": {}, "spread": {}}
     for name, weight in probe.weights.items():
-        tensors[f"weights/{name}"] = weight
+        tensors[f"weights/{name}"] = held(weight)
         if weight.grad is not None:
             _put(tensors, rest, f"gradients/{name}", weight.grad)
     for name, buffer in probe.buffers.items():
@@ -59,12 +62,12 @@ def restore(
     _require_same_names(weights, {n.removeprefix("weights/") for n in tensors if n.startswith("weights/")})
     with torch.no_grad():
         for name, weight in weights.items():
-            _require_same_shape(name, weight, tensors[f"weights/{name}"])
-            weight.copy_(tensors[f"weights/{name}"])
+            _require_same_shape(name, held(weight), tensors[f"weights/{name}"])
+            held(weight).copy_(tensors[f"weights/{name}"])
             weight.requires_grad_(rest["requires_grad"][name])
-            weight.grad = _get(tensors, rest, f"gradients/{name}")
+            weight.grad = _get(tensors, rest, f"gradients/{name}", weight)
         for name, buffer in probe.buffers.items():
-            _restore_buffer(probe.model, name, buffer, _get(tensors, rest, f"buffers/{name}"))
+            _restore_buffer(probe.model, name, buffer, _get(tensors, rest, f"buffers/{name}", buffer))
     _restore_optimizer(probe, tensors, rest)
     for name, module in _modules(probe.model):
         module.training = rest["training"][name]
@@ -126,7 +129,8 @@ def _restore_optimizer(probe: Probe, tensors: Mapping[str, Tensor], rest: Mappin
     names = [name for name in (*tensors, *rest["sparse"]) if name.startswith("optimizer/")]
     for name in names:
         _, parameter, key = _split(name)
-        optimizer.state[probe.parameters[parameter]][key] = _get(tensors, rest, name)
+        owner = probe.parameters[parameter]
+        optimizer.state[owner][key] = _get(tensors, rest, name, owner)
     for (parameter, key), value in rest["optimizer"].items():
         optimizer.state[probe.parameters[parameter]][key] = value
 
@@ -141,12 +145,17 @@ def _put(tensors: dict[str, Tensor], rest: dict[str, Any], name: str, tensor: Te
     if tensor.layout != torch.strided:
         rest["sparse"][name] = tensor.detach()
         return
-    tensors[name] = tensor
+    tensors[name] = own = held(tensor)
     # In memory order too, or a channels_last moment would come back in another one, and with other bits to read.
-    rest["placement"][name] = str(tensor.device), tuple(tensor.stride())
+    rest["placement"][name] = str(own.device), tuple(own.stride())
+    if is_dtensor(tensor):
+        rest["spread"][name] = tensor.placements, tuple(tensor.shape), tuple(tensor.stride())  # type: ignore[attr-defined]
 
 
-def _get(tensors: Mapping[str, Tensor], rest: Mapping[str, Any], name: str) -> Tensor | None:
+def _get(
+    tensors: Mapping[str, Tensor], rest: Mapping[str, Any], name: str, beside: Tensor
+) -> Tensor | None:
+    """A stored tensor as it was, spread over the processes that ``beside`` is spread over."""
     if name in rest["sparse"]:
         sparse: Tensor = rest["sparse"][name]
         return sparse
@@ -154,15 +163,17 @@ def _get(tensors: Mapping[str, Tensor], rest: Mapping[str, Any], name: str) -> T
         return None
     stored, (device, stride) = tensors[name], rest["placement"][name]
     if 0 in stride and stored.numel():  # an expanded tensor: its elements share memory
-        return stored.to(device)
-    return torch.empty_strided(stored.shape, stride, dtype=stored.dtype, device=device).copy_(stored)
+        own = stored.to(device)
+    else:
+        own = torch.empty_strided(stored.shape, stride, dtype=stored.dtype, device=device).copy_(stored)
+    return placed(own, beside, *rest["spread"][name]) if name in rest["spread"] else own
 
 
 def _restore_buffer(model: nn.Module | None, name: str, buffer: Tensor, stored: Tensor | None) -> None:
     if stored is None:
         raise RunError(f"the checkpoint holds no buffer {name!r}, which the model has now")
     if buffer.shape == stored.shape and buffer.dtype == stored.dtype:
-        buffer.copy_(stored)
+        held(buffer).copy_(held(stored))
         return
     assert model is not None
     owner, _, own = name.rpartition(".")

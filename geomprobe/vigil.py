@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from geomprobe.errors import GeomprobeError
@@ -54,12 +55,21 @@ class Vigil:
         size: how many there are.
         patience: seconds that all may stand still.
         whereabouts: of this one.
+        hear: asks the store for what else there is to know.
     """
 
-    def __init__(self, store: Any, rank: int, size: int, patience: float, whereabouts: Whereabouts) -> None:
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        size: int,
+        patience: float,
+        whereabouts: Whereabouts,
+        hear: Callable[[], None],
+    ) -> None:
         self._store, self._rank, self._size = store, rank, size
         self._silence = min(SILENCE_S, patience)
-        self._whereabouts = whereabouts
+        self._whereabouts, self._hear = whereabouts, hear
         self._judge = Judge(size, patience)
         self._over = threading.Event()
         self._beats = 0
@@ -109,6 +119,7 @@ class Vigil:
 
     def _exchange(self, elapsed: float) -> None:
         own = self._beat(elapsed)
+        self._hear()
         if self.failure is None and self._store.check([_KEY]):
             self.failure = Failure(*json.loads(self._store.get(_KEY)))
         everyone = self._rank == 0 or self._judge.exchange_broken
