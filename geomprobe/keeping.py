@@ -1,12 +1,14 @@
-"""When a recording writes checkpoints, and which of them it keeps."""
+"""What a recording keeps beside its fingerprints, and when it writes checkpoints."""
 
 from __future__ import annotations
 
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
+from geomprobe.averages import require_decay
 from geomprobe.errors import UsageError
 from geomprobe.loops import TOP, Position
 
@@ -59,6 +61,44 @@ class Keeping:
             i = min(range(1, len(left) - 1), key=lambda i: left[i + 1] - left[i - 1])
             gone.append(left.pop(i))
         return gone
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a recording keeps beside the fingerprints; an attempt to go on with it takes the same.
+
+    Attributes:
+        reference_steps: steps t whose weights ``w_t`` are kept as the reference ``step-t``.
+        ema: decays of the exponential moving averages of the weights that are kept as references.
+        average: keep the running average of the weights as a reference.
+        keeping: when checkpoints are written, and how many are kept.
+    """
+
+    reference_steps: tuple[int, ...] = ()
+    ema: tuple[float, ...] = ()
+    average: bool = False
+    keeping: Keeping = field(default_factory=Keeping)
+
+    def __post_init__(self) -> None:
+        for decay in self.ema:
+            require_decay(decay)
+
+    def described(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {
+            "reference_steps": list(self.reference_steps),
+            "ema": list(self.ema),
+            "average": self.average,
+            "checkpoint_every": self.keeping.every,
+            "keep_checkpoints": self.keeping.keep,
+        }
+
+    @classmethod
+    def of(cls, described: dict[str, Any]) -> Options:
+        """What `described` described."""
+        keeping = Keeping(described["checkpoint_every"], described["keep_checkpoints"])
+        steps, ema = tuple(described["reference_steps"]), tuple(described["ema"])
+        return cls(steps, ema, described["average"], keeping)
 
 
 class Due:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from geomprobe.across_ranks import across_ranks
+from geomprobe.appointment import Appointment
 from geomprobe.distributed import Layout
 from geomprobe.errors import UnsupportedTraining, UsageError
 from geomprobe.evidence import Evidence
@@ -54,6 +55,7 @@ class Observation(ABC):
         self.resumption = resumption
         self.restart = Restart(resumption)
         self.stop_asked = False
+        self._meeting = Appointment(self.ranks, "stop")
         self._begun = self._opened = False
         self.evidence = Evidence()
         self.updates = Updates()
@@ -71,6 +73,11 @@ class Observation(ABC):
     def goal(self) -> Position | None:
         """Where the script's loops have to get to before training goes on, or None."""
         return self.restart.goal
+
+    @property
+    def steps(self) -> int:
+        """Updates seen so far."""
+        return 0 if self.probe is None else self.probe.step
 
     # Events of the probe
 
@@ -102,7 +109,7 @@ class Observation(ABC):
                 self.boundary(position)
             elif position == self.goal:
                 assert self.probe is not None
-                rest = self.restart.put_back(self.probe, self.evidence)
+                rest = self.restart.put_back(self.probe, self.evidence, self.layout, self._ignoring_backward)
                 self._updates = self.probe.step
                 self.updates.load_state_dict(rest["updates"])
                 self.restored(rest)
@@ -139,6 +146,7 @@ class Observation(ABC):
                 self._opened = True
                 across = across_ranks(self.probe.model, self.probe.parameters, self.layout, self.ranks)
                 self.manifest |= self.restart.manifest(self.probe, self._sources.loader, across)
+                self.restart.require_same_sums(self.layout)
                 self.open()
             if (reason := self._sources.stepped(self.probe.epoch)) is not None:
                 self.cannot_go_on(reason)
@@ -271,6 +279,12 @@ class Observation(ABC):
             yield
         finally:
             self._in_backward = before
+
+    def stopping(self) -> bool:
+        """Whether the pass is to stop here, between two steps; all processes of the run stop at the same place."""
+        if self.stop_asked:
+            self._meeting.call()
+        return self._meeting.due(self.steps)
 
     def _note_loss(self, loss: Tensor) -> None:
         if self.probe is not None and all(p.grad is None for p in self.probe.parameters.values()):

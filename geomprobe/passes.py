@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from geomprobe import sealing
-from geomprobe.claims import claim, drop_unfinished, led, own_record, require_supported
+from geomprobe.claims import (
+    Stretch,
+    begun_recording,
+    claim,
+    led,
+    own_record,
+    replayed_before,
+    require_supported,
+    unfinished_recording,
+)
 from geomprobe.determinism import (
     draw_seed,
     function_script,
@@ -20,19 +29,17 @@ from geomprobe.determinism import (
 )
 from geomprobe.errors import Stopped, UnsupportedTraining, UsageError
 from geomprobe.interception import listening
-from geomprobe.keeping import Keeping
+from geomprobe.keeping import Keeping, Options
 from geomprobe.measures import Measure
 from geomprobe.probe import observe, observing
 from geomprobe.ranks import PATIENCE_S, Ranks, here
-from geomprobe.recording import Options, Recording
+from geomprobe.recording import Recording
 from geomprobe.references import References
 from geomprobe.replaying import Replaying, SegmentEnded
-from geomprobe.resuming import Resumption, resumption
+from geomprobe.resuming import Resumption
 from geomprobe.run import Run
 from geomprobe.sameness import require_same_start
 from geomprobe.stopping import stopping_when_asked
-from geomprobe.streaming import committed, frontier, manifest_of
-from geomprobe.trace.part import Header
 from geomprobe.trace.reader import Trace, open_trace
 from geomprobe.trace.record import Record, open_record
 
@@ -103,38 +110,17 @@ def record(
     keeping = Keeping(checkpoint_every, keep_checkpoints)
     options = Options(tuple(reference_steps), tuple(ema), average, keeping)
     ranks = here(patience)
-    if not ranks.alone:
-        require_supported(resume=resume)
-    if not resume:
-        with ranks.watched(), led(ranks, target.recording(force)):
+    held = unfinished_recording(target) if resume else target.recording(force)
+    with ranks.watched(), led(ranks, held) as left:
+        begun = going_on = None
+        if resume and left:
+            begun, going_on = begun_recording(target, seed, ranks)
+        if begun is not None:
+            seed, strict, options = begun["seed"], begun["strict"], Options.of(begun["recording"])
+        if left or not resume:
             seed = ranks.said_by_first("seed", draw_seed() if seed is None else seed)
-            _record(train, target, seed, strict, script, options, ranks)
-        return open_record(target.path)
-    sealing.finish(target)
-    with target.going_on():
-        if not target.record.exists() or drop_unfinished(target.record, open_record(target.path)):
-            parts = committed(target, "record")
-            if not parts:
-                _record(train, target, draw_seed() if seed is None else seed, strict, script, options, ranks)
-            else:
-                _go_on_recording(train, target, parts, seed, script)
-        else:
-            target.clear_stream()  # of what a kill left
+            _record(train, target, seed, strict, script, options, ranks, going_on)
     return open_record(target.path)
-
-
-def _go_on_recording(
-    train: Train, target: Run, parts: Sequence[Header], seed: int | None, script: Mapping[str, Any]
-) -> None:
-    begun, reached = manifest_of(parts), frontier(target, "record", parts)
-    if seed not in (None, begun["seed"]):
-        raise UsageError(
-            f"seed {seed}: the recording in {target.path} was begun with seed {begun['seed']}. Leave the seed out, or "
-            "begin anew with --force."
-        )
-    going_on = resumption(target, begun, parts, reached, reached)
-    options = Options.of(begun["recording"])
-    _record(train, target, begun["seed"], begun["strict"], script, options, Ranks(), going_on)
 
 
 def _record(
@@ -234,7 +220,7 @@ def replay(
     )
     ranks = here(patience)
     if not ranks.alone:
-        require_supported(resume=resume, segment=segment, uncertified=uncertified, references=references)
+        require_supported(uncertified=uncertified, references=references)
     with ranks.watched(), contextlib.closing(own_record(target, ranks)) as recorded:
         seed, strict = recorded.manifest["seed"], recorded.manifest["strict"]
         with _running(seed, strict):
@@ -246,15 +232,18 @@ def replay(
             weights = References(recorded, files)  # before an earlier trace is removed
             with led(ranks, claim(target, recorded, force, resume, segment)) as claimed:
                 if claimed is not None:
-                    begin, end = claimed
+                    stretch = Stretch(*claimed)
+                    begin = replayed_before(target, recorded, stretch, ranks)
                     replaying = Replaying(
-                        target, recorded, weights, manifest, measure, uncertified, begin, end, ranks
+                        target, recorded, weights, manifest, measure, uncertified, begin, stretch.stop, ranks
                     )
                     with contextlib.suppress(SegmentEnded), _observed(replaying):
                         train()
                         replaying.complete()
                 if segment is not None:
-                    sealing.seal_whole(target, recorded.num_steps)
+                    if ranks.first:
+                        sealing.seal_whole(target, recorded.num_steps)
+                    ranks.said_by_first("segment over", True)
     return open_trace(target.path)
 
 

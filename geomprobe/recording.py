@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,13 @@ import torch
 from torch import Tensor
 
 from geomprobe import checkpoint, sealing
-from geomprobe.averages import Averages, require_decay
+from geomprobe.alike import parted
+from geomprobe.appointment import Appointment
+from geomprobe.averages import Averages
 from geomprobe.determinism import source_digests
 from geomprobe.dtensors import local
 from geomprobe.errors import Stopped, UnsupportedTraining, UsageError
-from geomprobe.keeping import Due, Keeping
+from geomprobe.keeping import Due, Options
 from geomprobe.loops import TOP, Position
 from geomprobe.observation import Observation
 from geomprobe.ranks import Ranks
@@ -30,44 +31,7 @@ from geomprobe.trace.reference import write_reference
 from geomprobe.trace.schema import FINAL, FINGERPRINTS, REFERENCE_NAME, STEPS
 from geomprobe.trace.writer import Table, WriteFailed
 from geomprobe.training_state import capture
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a recording keeps beside the fingerprints; an attempt to go on with it takes the same.
-
-    Attributes:
-        reference_steps: steps t whose weights ``w_t`` are kept as the reference ``step-t``.
-        ema: decays of the exponential moving averages of the weights that are kept as references.
-        average: keep the running average of the weights as a reference.
-        keeping: when checkpoints are written, and how many are kept.
-    """
-
-    reference_steps: tuple[int, ...] = ()
-    ema: tuple[float, ...] = ()
-    average: bool = False
-    keeping: Keeping = field(default_factory=Keeping)
-
-    def __post_init__(self) -> None:
-        for decay in self.ema:
-            require_decay(decay)
-
-    def described(self) -> dict[str, Any]:
-        """For the manifest."""
-        return {
-            "reference_steps": list(self.reference_steps),
-            "ema": list(self.ema),
-            "average": self.average,
-            "checkpoint_every": self.keeping.every,
-            "keep_checkpoints": self.keeping.keep,
-        }
-
-    @classmethod
-    def of(cls, described: dict[str, Any]) -> Options:
-        """What `described` described."""
-        keeping = Keeping(described["checkpoint_every"], described["keep_checkpoints"])
-        steps, ema = tuple(described["reference_steps"]), tuple(described["ema"])
-        return cls(steps, ema, described["average"], keeping)
+from geomprobe.warm_up import buckets
 
 
 class Recording(Observation):
@@ -91,24 +55,22 @@ class Recording(Observation):
     ) -> None:
         super().__init__(manifest, ranks, resumption)
         manifest["recording"] = options.described()
-        self._run = run.of_rank(self.ranks.rank)
+        self._run, self._first_checkpoints = run.of_rank(self.ranks.rank), run.checkpoints
         self._options = options
         self._reference_steps = frozenset(options.reference_steps)
         self._averages: Averages | None = None
         self._references: dict[str, None] = {}  # in the order they were first taken
         self._lowest: dict[str, float] = {}  # of references that are the best so far
         self._due = Due(options.keeping)
-        self._checkpoints = checkpoint.Writer(run.checkpoints, options.keeping.too_many)
+        self._run.stream.mkdir(parents=True, exist_ok=True)
+        self._checkpoints = checkpoint.Writer(self._run.checkpoints, options.keeping.too_many, self._parted)
+        self._clock = Appointment(self.ranks, "checkpoint")
+        self._overdue = self._ends = False
         self._stream: Stream | None = None
         self._rows: Rows | None = None
         self._final: dict[str, Tensor] | None = None
         self._marks: list[tuple[int, int]] = []
-        self._no_checkpoints = options.keeping.every == "never" or not self.ranks.alone
-
-    @property
-    def steps(self) -> int:
-        """Updates seen so far."""
-        return 0 if self.probe is None else self.probe.step
+        self._no_checkpoints = options.keeping.every == "never"
 
     def begin(self) -> None:
         assert self.probe is not None
@@ -117,17 +79,27 @@ class Recording(Observation):
             self._averages = Averages(
                 self.probe.parameters, decays=self._options.ema, running=self._options.average
             )
-        if self.resumption is None and self.ranks.alone:
+        if self.resumption is None or not self.resumption.earlier:
             with self._lasting():
                 self._save(None)
 
     def boundary(self, position: Position) -> None:
-        due = self._due(position, self.steps) or self.stop_asked
+        due = self._is_due(position)
+        self._ends |= self.stopping()
         if self._no_checkpoints:
             self._stop_if_asked()
-        elif due and self.evidence.settled:  # else at the next place where nothing waits to be measured
+        elif (due or self._ends) and self.evidence.settled:  # else where nothing waits to be measured
             self._save(position)
             self._stop_if_asked()
+
+    def _is_due(self, position: Position) -> bool:
+        due = self._due(position, self.steps)
+        if self._options.keeping.parsed[1] == "min":  # by the clock of rank 0
+            if due and self.ranks.first:
+                self._clock.call()
+            self._overdue |= self._clock.due(self.steps)
+            return self._overdue
+        return due
 
     def cannot_go_on(self, reason: str) -> None:
         if self._no_checkpoints:
@@ -179,6 +151,7 @@ class Recording(Observation):
             self._averages.update()
         between_batches = self.restart.sweep is not None and self.probe.loops.named
         if not between_batches:  # else a checkpoint comes first
+            self._ends |= self.stopping()
             self._stop_if_asked()
 
     def weights_will_change(self) -> None:
@@ -286,8 +259,8 @@ class Recording(Observation):
                 self._stream.close()
 
     def _stop_if_asked(self) -> None:
-        if self.stop_asked:
-            raise Stopped
+        if self._ends:
+            raise Stopped(together=True)
 
     def _save(self, position: Position | None) -> None:
         """Begin to write a checkpoint of the present state; ``position`` is None before the first step."""
@@ -311,11 +284,23 @@ class Recording(Observation):
             "lowest": self._lowest,
             "averages": averages,
         }
-        facts = {"position": position, "digests": self.evidence.state()}
+        facts = {
+            "position": position,
+            "digests": self.evidence.state(),
+            "buckets": buckets(self.layout.replicas),
+        }
         if self._rows is not None:
             self._rows.flush()  # so that they reach as far as the checkpoint, whatever comes
         self._checkpoints.submit(self.steps, tensors, checkpoint.packed(rest), facts)
         self._due.taken(self.steps)
+        self._overdue = False
+
+    def _parted(
+        self, path: Path, tensors: Mapping[str, Tensor]
+    ) -> tuple[Mapping[str, Tensor], checkpoint.Alike | None]:
+        if self.layout.kind != "DDP":
+            return tensors, None
+        return parted(self.ranks, self._first_checkpoints / path.name, tensors)
 
     def _seal(self, status: str) -> None:
         self._close_stream()

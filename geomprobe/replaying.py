@@ -83,11 +83,6 @@ class Replaying(Observation):
         self._stream: CommonRows | None = None
         self._rows: Rows | None = None
 
-    @property
-    def steps(self) -> int:
-        """Updates seen so far."""
-        return 0 if self.probe is None else self.probe.step
-
     def attached(self, probe: Probe) -> None:
         super().attached(probe)
         self._measurement = Measurement(probe, self._measure, self.layout)
@@ -173,8 +168,8 @@ class Replaying(Observation):
         # The script may load other weights when training is over: only now are they the final iterate.
         if self.steps == self._record.num_steps:
             self._comparison.final_equal = self._weights_equal_final()
-        if self.stop_asked:
-            raise Stopped
+        if self.stopping():
+            raise Stopped(together=True)
 
     def complete(self) -> None:
         """The script has ended: compare what is left, and seal the trace with its certificate.
@@ -249,7 +244,8 @@ class Replaying(Observation):
     def _end(self) -> dict[str, Any]:
         """What the checkpoint that this segment ends at says of itself."""
         try:
-            facts = checkpoint.facts(checkpoint.folder(self._run.checkpoints, self._stop))
+            own = self._run.of_rank(self.ranks.rank).checkpoints
+            facts = checkpoint.facts(checkpoint.folder(own, self._stop))
         except RunError as error:
             raise RunError(
                 f"{error}: this segment ends there, so its end cannot be compared. What was measured is kept. Remove "
@@ -274,6 +270,7 @@ class Replaying(Observation):
                 if now != then:
                     self._diverge(self._stop, component, name)
                     self._stop_if_failed()
+        self._agree()
         self._prove()
         raise SegmentEnded
 
@@ -281,7 +278,8 @@ class Replaying(Observation):
         """Leave word that the state before the next step was compared, and found equal."""
         if self._stream is not None:
             self._stream.close()
-        sealing.write_down(self._run.proof("trace", self.steps), self._facts())
+        if self.ranks.first:
+            sealing.write_down(self._run.proof("trace", self.steps), self._facts())
 
     def _flush(self) -> None:
         if self._rows is not None:

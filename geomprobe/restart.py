@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -52,14 +54,14 @@ class Restart:
         loader.load_state_dict(rest["loader"])
         return 0
 
-    def put_back(self, probe: Probe, evidence: Evidence, layout: Layout, aside: Aside) -> dict[str, Any]:
+    def put_back(self, probe: Probe, evidence: Evidence, layout: Layout, ignoring: Aside) -> dict[str, Any]:
         """The goal is reached: put the state back, and hold it to the digests that were taken of it.
 
         Args:
             probe: of the training.
             evidence: its digests.
             layout: how it is spread.
-            aside: entered for what is run before the first step, to warm up.
+            ignoring: entered for backward passes that are not the training's.
 
         Returns:
             What the checkpoint holds that is no tensor.
@@ -85,7 +87,7 @@ class Restart:
                     f"{self._resumption.checkpoint} was put back, but the {component} ({name}) is not what it was. "
                     "Build the model, optimizer and attached objects as they were built when the run began."
                 )
-        WarmUp(layout.replicas, probe.step, aside)
+        WarmUp(layout.replicas, probe.step, functools.partial(_aside, evidence, ignoring))
         return rest
 
     def require_same_sums(self, layout: Layout) -> None:
@@ -138,3 +140,12 @@ class Restart:
         assert self._resumption.checkpoint is not None
         tensors, rest = checkpoint.read(self._resumption.checkpoint)
         return tensors, checkpoint.unpacked(rest)
+
+
+@contextlib.contextmanager
+def _aside(evidence: Evidence, ignoring: Aside) -> Iterator[None]:
+    """What runs in here is not the training's."""
+    pending = evidence.pending
+    with ignoring():
+        yield
+    evidence.go_on_from(pending)

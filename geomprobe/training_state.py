@@ -152,9 +152,7 @@ def _put(tensors: dict[str, Tensor], rest: dict[str, Any], name: str, tensor: Te
         rest["spread"][name] = tensor.placements, tuple(tensor.shape), tuple(tensor.stride())  # type: ignore[attr-defined]
 
 
-def _get(
-    tensors: Mapping[str, Tensor], rest: Mapping[str, Any], name: str, beside: Tensor
-) -> Tensor | None:
+def _get(tensors: Mapping[str, Tensor], rest: Mapping[str, Any], name: str, beside: Tensor) -> Tensor | None:
     """A stored tensor as it was, spread over the processes that ``beside`` is spread over."""
     if name in rest["sparse"]:
         sparse: Tensor = rest["sparse"][name]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from geomprobe.double_backward import untouched
 from geomprobe.errors import RunError
@@ -32,7 +32,7 @@ def buckets(replicas: Sequence[nn.Module]) -> list[str | None]:
 
 
 class WarmUp:
-    """Takes each DDP module through forward and backward passes at its first real ones, and puts all back but the buckets.
+    """Takes each DDP module through some passes before its first real one, and puts all back but the buckets.
 
     Args:
         replicas: the DDP modules.
@@ -58,8 +58,8 @@ class WarmUp:
                 outputs = [t for t in leaves(replica.forward(*args, **kwargs))[0] if t.requires_grad]
                 if not outputs:
                     raise RunError(
-                        "the run cannot go on in the middle under DDP: the model's output holds no tensor that gradients "
-                        "come from, so its buckets cannot be brought to what they were. Begin anew, with --force."
+                        "the run cannot go on in the middle under DDP: the model's output holds no tensor with a "
+                        "gradient, so its buckets cannot be brought to what they were. Begin anew, with --force."
                     )
                 torch.stack([output.float().sum() for output in outputs]).sum().backward()
 

@@ -40,10 +40,11 @@ from torchvision.models import resnet18
 import geomprobe
 from geomprobe.determinism import seed_everything, start_manifest, strict_mode
 from geomprobe.interception import listening
+from geomprobe.keeping import Options
 from geomprobe.measures import Measure
 from geomprobe.observation import Observation
 from geomprobe.probe import observe
-from geomprobe.recording import Options, Recording
+from geomprobe.recording import Recording
 from geomprobe.references import References
 from geomprobe.replaying import Replaying
 from geomprobe.run import Run

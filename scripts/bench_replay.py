@@ -33,9 +33,9 @@ import geomprobe
 from geomprobe import checkpoint
 from geomprobe.determinism import seed_everything, start_manifest, strict_mode
 from geomprobe.interception import listening
-from geomprobe.keeping import Keeping
+from geomprobe.keeping import Keeping, Options
 from geomprobe.probe import observe
-from geomprobe.recording import Options, Recording
+from geomprobe.recording import Recording
 from geomprobe.report.table import number, table
 from geomprobe.run import Run
 

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import IO, Any
 
-from geomprobe import checkpoint, claims
+from geomprobe import claims
 from geomprobe.errors import GeomprobeError, ReplayDiverged, Stopped, UsageError
-from geomprobe.resuming import segments
+from geomprobe.resuming import cuts, segments
 from geomprobe.run import Run
 from geomprobe.trace.record import Record
 
@@ -64,12 +64,12 @@ def replay(arguments: argparse.Namespace, recorded: Record) -> None:
 
 def pieces(run: Run, recorded: Record, count: int) -> int:
     """How many segments there are when ``count`` are asked for."""
-    return len(segments(checkpoint.saved(run.checkpoints), recorded.num_steps, count))
+    return len(segments(cuts(run, claims.world_size(recorded.manifest)), recorded.num_steps, count))
 
 
 def _cuts(recorded: Record, run: Run) -> list[int]:
-    cuts = checkpoint.saved(run.checkpoints)
-    if len(cuts) < 2:
+    steps = cuts(run, claims.world_size(recorded.manifest))
+    if len(steps) < 2:
         kept = recorded.manifest.get("recording", {})
         reason = "its loop over epochs is not `for epoch in probe.epochs(n)`, or has one epoch only"
         if "no_checkpoints" in kept:
@@ -80,7 +80,7 @@ def _cuts(recorded: Record, run: Run) -> list[int]:
             f"{run.path} has no checkpoints to split it at, because {reason}. Replay it without --jobs, or record it "
             "anew, perhaps with --checkpoint-every 500steps."
         )
-    return cuts
+    return steps
 
 
 def _command(arguments: argparse.Namespace, number: int) -> list[str]:

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import geomprobe
+from geomprobe.errors import Stopped
 
 LIMIT_S = 40.0
 STEPS, EPOCHS, SAMPLES = 12, 2, 72
@@ -109,7 +110,7 @@ def _rank(
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
         result = job(*arguments)
-    except geomprobe.GeomprobeError as error:
+    except (geomprobe.GeomprobeError, Stopped) as error:
         torch.save((type(error).__name__, str(error)), folder / f"result.{rank}")
         os._exit(error.exit_code)
     except Exception:
