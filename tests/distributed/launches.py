@@ -96,10 +96,13 @@ def start(size: int, job: Callable[..., Any], folder: Path, *arguments: Any) -> 
 
 def _runs(process: Any) -> bool:
     """Whether a process lives, and is not held by SIGSTOP."""
-    return (
-        process.is_alive()
-        and Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T"
-    )
+    if not process.is_alive():
+        return False
+    try:
+        state = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:  # it has just ended
+        return False
+    return state != "T"
 
 
 def _rank(

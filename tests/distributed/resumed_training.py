@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import geomprobe
-from geomprobe import ranks, restart
+from geomprobe import restart, vigil
 
 STEPS, EPOCHS, BATCH = 12, 2, 4
 
@@ -70,7 +70,7 @@ class Resumable:
 
 def recorded(training: Resumable, run: Path, options: dict[str, Any]) -> int:
     """The step that this process began at."""
-    ranks._POLL_S = 0.02
+    vigil.BEAT_S = 0.05
     begun = []
     put_back = restart.Restart.put_back
     restart.Restart.put_back = lambda self, probe, *rest: (
