@@ -162,7 +162,9 @@ def begun_recording(
     """
     own = target.of_rank(ranks.rank)
     parts = committed(own, "record")
-    manifests = [found for found in ranks.gathered("begun", manifest_of(parts) if parts else None) if found]
+    manifests = [
+        found for found in ranks.said_by_all("begun", manifest_of(parts) if parts else None) if found
+    ]
     if not manifests:
         return None, None
     begun = manifests[0]

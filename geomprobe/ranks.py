@@ -132,16 +132,6 @@ class Ranks:
         numbers = [int(json.loads(self._store.get(key))) if self._store.check([key]) else 0 for key in others]
         return min(numbers, default=None)
 
-    def gathered(self, name: str, value: Any) -> list[Any]:
-        """What every rank has told by that name, this one ``value``, in their order; waits for all.
-
-        >>> Ranks().gathered("steps", 3)
-        [3]
-        """
-        self.say(name, value)
-        others = self.said(name)
-        return [*others[: self.rank], value, *others[self.rank :]]
-
     def call(self, name: str) -> None:
         """Have every process `hear <hears>` a name from now on, within seconds."""
         self._listened[name] = True
