@@ -119,7 +119,7 @@ class Restart:
         before, what = self._resumption.manifest, self._resumption.checkpoint
         require_same(before, found, ("flags", "model", "ranks"), what, "go on")
         require_same_kind(before["optimizer"], found["optimizer"], what)
-        return {name: before[name] for name in FIRST_STEP_SECTIONS if name in before}
+        return found | {name: before[name] for name in FIRST_STEP_SECTIONS if name in before}
 
     def require_goal(self) -> None:
         """Refuse a step, or the end, before the goal is reached.
