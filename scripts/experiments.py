@@ -123,7 +123,11 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 def main(words: list[str] | None = None) -> int:
     arguments = parse(words)
-    code: int = arguments.verb(arguments)
+    try:
+        code: int = arguments.verb(arguments)
+    except KeyboardInterrupt:
+        print("Stopped; the same line goes on.", file=sys.stderr)
+        return 130
     return code
 
 

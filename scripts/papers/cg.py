@@ -87,7 +87,7 @@ EXPERIMENTS: list[Experiment | Elsewhere] = [
     Experiment(
         "cg-fig4",
         "The rates that CLR takes rise at first and then decay: a warm-up that nobody set.",
-        [("ResNet-18, CIFAR-10", CLR[1]), ("ResNet-50, ImageNet, at most 10", IMAGENET_CLR[1])],
+        [("ResNet-18, {data_set}", CLR[1]), ("ResNet-50, at most 10, {data_set}", IMAGENET_CLR[1])],
         rates,
         TINY,
     ),

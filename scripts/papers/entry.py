@@ -21,10 +21,9 @@ class Experiment:
     Attributes:
         name: of the experiment, by its figure.
         paper: what the paper draws and says of it.
-        lines: their labels, where ``{option}`` is filled in, and the runs of each at the paper's scale.
+        lines: their labels, where ``{option}`` and ``{data_set}`` are filled in, and the paper's runs of each.
         draw: the figure of the lines.
         tiny: how the runs become small.
-        found: whether the figure drawn at the small scale shows what the paper's does; written by who looked.
     """
 
     name: str
@@ -32,14 +31,13 @@ class Experiment:
     lines: Sequence[tuple[str, Sequence[Run]]]
     draw: Callable[[Lines], Any]
     tiny: Tiny
-    found: str = ""
 
     def at(self, scale: str) -> dict[str, list[Run]]:
         """The runs of each line, by its label, at the scale ``"paper"`` or ``"tiny"``."""
         found = {}
         for label, papers in self.lines:
             runs = [self.tiny.shrink(run) for run in papers] if scale == "tiny" else list(papers)
-            found[label.format_map(runs[0].options)] = runs
+            found[label.format(**runs[0].options, data_set=runs[0].data_set)] = runs
         return found
 
 
@@ -52,14 +50,14 @@ class Elsewhere:
         paper: what the paper draws and says of it.
         command: the script and its arguments; its option ``-o`` is the folder of the figure.
         figure: the figure's file.
-        found: where to read what the figure shows.
+        page: where to read what it shows.
     """
 
     name: str
     paper: str
     command: Sequence[str]
     figure: str
-    found: str
+    page: str
 
 
 SCALES: dict[str, Mapping[str, str]] = {"paper": {}, "tiny": ENVIRONMENT}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from textwrap import fill
@@ -56,6 +57,12 @@ def page(experiments: Iterable[Experiment | Elsewhere], scale: str, root: Path, 
     return "\n".join([head, machine, *(section(each, scale, root) for each in drawn)])
 
 
+def found() -> dict[str, str]:
+    """By experiment, what somebody saw in its figure at the tiny scale: the text of found.md."""
+    text = Path(__file__).with_name("found.md").read_text()
+    return dict(re.findall(r"^## (\S+)\n\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
+
+
 def figure_of(experiment: Experiment | Elsewhere) -> str:
     return experiment.figure if isinstance(experiment, Elsewhere) else f"{experiment.name}.png"
 
@@ -66,12 +73,14 @@ def section(experiment: Experiment | Elsewhere, scale: str, root: Path) -> str:
     command = f"`python scripts/experiments.py run {experiment.name}{small}`"
     if isinstance(experiment, Elsewhere):
         command = f"`python scripts/{' '.join(experiment.command)}`"
-        runs = f"What it shows is told [on the theory's page]({experiment.found})."
+        seen = f"What it shows is told [on the theory's page]({experiment.page})."
     else:
-        runs = account(experiment, scale, root) + (f" {experiment.found}" if scale == "tiny" else "")
+        seen = account(experiment, scale, root) + (
+            f" {found().get(experiment.name, '')}" if scale == "tiny" else ""
+        )
     figure = f"![{experiment.name}]({figure_of(experiment)})"
-    texts = [fill(text.strip(), 120) for text in (f"*The paper*: {experiment.paper}", f"*Here*: {runs}")]
-    return "\n\n".join([f"## {experiment.name}", command, figure, *texts, ""])
+    texts = [fill(text.strip(), 120) for text in (f"*The paper*: {experiment.paper}", f"*Here*: {seen}")]
+    return "\n\n".join([f"## {experiment.name}", command, figure, *texts]) + "\n"
 
 
 def folders_of(experiment: Experiment | Elsewhere, scale: str, root: Path) -> list[Path]:

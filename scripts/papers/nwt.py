@@ -94,9 +94,9 @@ RESNETS = [
 WIKITEXT2 = [("batch size {batch_size}", [wikitext2(size)]) for size in (32, 64, 128, 256)]
 VAIHINGEN = [("UNet", [vaihingen("unet")]), ("SegNet", [vaihingen("segnet")])]
 SCENARIOS = [
-    ("ResNet-18, CIFAR-10", [cifar10()]),
-    ("ResNet-50, ImageNet", [imagenet("resnet50", 1)]),
-    ("Transformer, WikiText-2", [wikitext2(32)]),
+    ("ResNet-18, constant rate, {data_set}", [cifar10()]),
+    ("ResNet-50, warm-up and cosine, {data_set}", [imagenet("resnet50", 1)]),
+    ("Transformer, {data_set}", [wikitext2(32)]),
 ]
 SEEDS = [(f"seed {seed}", [cifar10(seed)]) for seed in range(3)]
 CIFAR10_BATCHES = [

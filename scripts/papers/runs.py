@@ -21,6 +21,15 @@ SCRIPTS = Path(__file__).resolve().parent.parent
 Option = str | int | float | bool
 
 
+DATA = {
+    "cifar10": "CIFAR-10",
+    "imagenet": "ImageNet",
+    "wikitext2": "WikiText-2",
+    "vaihingen": "Vaihingen",
+    "stdlib": "Python's library",
+}
+
+
 class RunFailed(GeomprobeError):
     """A training could not be recorded, or its replay is not certified."""
 
@@ -58,6 +67,19 @@ class Run:
             else:
                 words += [f"--{dashed}", str(value)]
         return words
+
+    @property
+    def data_set(self) -> str:
+        """The data set's name.
+
+        >>> Run("train_language.py", {}).data_set
+        'WikiText-2'
+        """
+        default = {"train_language.py": "wikitext2", "train_segmentation.py": "vaihingen"}.get(
+            self.script, ""
+        )
+        given = self.options.get("dataset", self.options.get("corpus", default))
+        return DATA.get(str(given), str(given))
 
     @property
     def name(self) -> str:
