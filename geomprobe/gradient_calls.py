@@ -39,7 +39,11 @@ def listening_to_gradients(listener: Listener) -> Iterator[None]:
             for owner in scaler.__mro__[: scaler.__mro__.index(GradScaler) + 1]:
                 for name, wrap in _OF_SCALER.items() if owner not in wrapped else ():
                     if (original := vars(owner).get(name)) is not None:
-                        setattr(owner, name, where_heard(original, wrap(original, listener)))
+                        setattr(
+                            owner,
+                            name,
+                            torch.compiler.disable(where_heard(original, wrap(original, listener))),
+                        )
                         stack.callback(setattr, owner, name, original)
                 wrapped.add(owner)
 
@@ -57,7 +61,7 @@ def listening_to_gradients(listener: Listener) -> Iterator[None]:
             for cell in _inner(function):
                 clip = cell.cell_contents
                 stack.callback(setattr, cell, "cell_contents", clip)
-                cell.cell_contents = where_heard(clip, _clip(clip, name, listener))
+                cell.cell_contents = torch.compiler.disable(where_heard(clip, _clip(clip, name, listener)))
         yield
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -39,6 +40,10 @@ class Listener(gradient_calls.Listener, Protocol):
     def module_entered(self, module: nn.Module, inputs: Any) -> bool: ...
 
 
+# What torch.compile says of hooks on all modules; their being called for the compiled one is what they are for.
+_TWICE = r"Using `torch.compile\(module\)` when there are global hooks"
+
+
 @contextlib.contextmanager
 def listening(listener: Listener) -> Iterator[None]:
     """Report to ``listener`` while inside."""
@@ -53,10 +58,12 @@ def listening(listener: Listener) -> Iterator[None]:
             (_BaseDataLoaderIter, "__next__", _next),
         ):
             original = getattr(owner, name)
-            setattr(owner, name, where_heard(original, wrap(original, listener)))
+            setattr(owner, name, torch.compiler.disable(where_heard(original, wrap(original, listener))))
             stack.callback(setattr, owner, name, original)
-        hook = register_optimizer_step_pre_hook(listener.optimizer_stepping)
+        hook = register_optimizer_step_pre_hook(torch.compiler.disable(listener.optimizer_stepping))
         stack.callback(hook.remove)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message=_TWICE)
         modules = _OutermostModules(listener.module_entered)
         stack.callback(modules.stop)
         stack.enter_context(gradient_calls.listening_to_gradients(listener))
@@ -139,10 +146,13 @@ class _OutermostModules:
             self._hooks.pop().remove()
 
     def _enter(self, module: nn.Module, inputs: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         evaluating = not torch.is_grad_enabled()  # which is not part of a step
         if self._depth == 0 and not evaluating and hears() and not self._report(module, inputs):
             self.stop()
         self._depth += 1
 
     def _leave(self, *_: Any) -> None:
-        self._depth -= 1
+        if not torch.compiler.is_compiling():
+            self._depth -= 1

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from geomprobe.agreement import all_ready
+from geomprobe.clipping import PRODUCTS, BeforeClipping
 from geomprobe.curvature import Curvature, CurvatureUnavailable
 from geomprobe.determinism import RNGState, capture_rng
 from geomprobe.distributed import Layout
@@ -26,7 +27,7 @@ from geomprobe.measures import Measure
 from geomprobe.own_gradients import RankProducts
 from geomprobe.probe import Probe
 from geomprobe.sharpness import top_eigenvalue
-from geomprobe.trace.schema import FINAL, parameter_column, product_column
+from geomprobe.trace.schema import FINAL, UNCLIPPED, parameter_column, product_column
 
 CURVATURE_PRODUCTS = ("g.Hg", "Hg.Hg")
 
@@ -52,6 +53,7 @@ class Measurement:
         second = measure.curvature_every or measure.sharpness_every
         self._curvature = Curvature(self._parameters, probe.model, self.layout) if second else None
         self._of_ranks = RankProducts(self._parameters, self.layout) if measure.per_rank else None
+        self._unclipped = BeforeClipping(self._parameters, self.layout) if measure.before_clipping else None
         self._fixed_loss: Callable[[], Tensor] | None = None
         self._complete = True
         self._parts = 0
@@ -89,6 +91,9 @@ class Measurement:
         if self._of_ranks is not None:
             self._of_ranks.open(list(references[FINAL].values()))
             self.columns += [f"ranks/{rank}/{product}" for rank, product in self._of_ranks.columns]
+        if self._unclipped is not None:
+            self._unclipped.open(list(references[FINAL].values()))
+            self.columns += [f"{UNCLIPPED}/inner_products/{product}" for product in PRODUCTS]
         self._unmeasured = local(self._parameters[0]).new_full(
             (len(self.columns),), torch.nan, dtype=torch.float64, requires_grad=False
         )
@@ -128,6 +133,8 @@ class Measurement:
             CurvatureUnavailable: Hg was required and has no exact route.
             ClosureMismatch: the closure evaluates another loss.
         """
+        if self._unclipped is not None:
+            self._unclipped.backward()
         with ExitStack() as stack:
             if self._of_ranks is not None and not self._probe.step % self._measure.every:
                 stack.enter_context(self._of_ranks.watching(unscaled(loss)[1]))
@@ -152,11 +159,22 @@ class Measurement:
         except CurvatureUnavailable as error:  # found on the way: the gradients are complete
             self._blocked_by(error)
 
+    def clipping(self, factor: Tensor | None) -> None:
+        """The gradients, which are multiplied by ``factor``, are about to be clipped."""
+        if self._unclipped is not None and not self._probe.step % self._measure.every:
+            self._unclipped.clipping(factor)
+
+    def skipped(self) -> None:
+        """A step was attempted, and its gradients have overflowed."""
+        if self._unclipped is not None:
+            self._unclipped.discard()
+
     def dropped(self) -> None:
         """The gradients so far were thrown away."""
         self._complete, self._parts = True, 0
         if self._of_ranks is not None:
             self._of_ranks.discard()
+        self.skipped()
         if self._curvature is not None:
             self._curvature.discard()
 
@@ -182,23 +200,27 @@ class Measurement:
         here = [local_gradient(gradient, parameter) for gradient, parameter in pairs]
         products = self._products.measure(here, grad_scale)
         vectors = [_unscaled_gradient(gradient, grad_scale) for gradient in here]
+        unclipped = self._unmeasured[:0]
+        if self._unclipped is not None:
+            unclipped = self._unclipped.measure(here, grad_scale)
         ready = self._ready(here)
         asked_for, secant = self._asked_for_values(vectors, ready)
         curvature = self._curvature_products(vectors, ready)
         of_rank = self._of_ranks.measure() if self._of_ranks is not None else self._unmeasured[:0]
         self.dropped()
-        parts = [products, curvature, secant]
+        parts = [products, curvature, secant, unclipped]
         flat = torch.cat([part.reshape(-1) for part in parts])
         sums, means, of_ranks = self.layout.exchange(flat, own, of_rank)
         pieces = sums.split([part.numel() for part in parts])
-        products, curvature, secant = (p.view(part.shape) for p, part in zip(pieces, parts, strict=True))
+        whole = (p.view(part.shape) for p, part in zip(pieces, parts, strict=True))
+        products, curvature, secant, unclipped = whole
         if secant.numel():
             asked_for["secant_residual"] = (secant[1] / secant[0]).sqrt()
         if self._measure.per_parameter:
             of_each = [products[1:, self._own].reshape(-1), curvature[1:].reshape(-1)]
             products, curvature = products[0], torch.cat([curvature[0], *of_each])
         rest = [asked_for[name].reshape(1) for name in self._asked_for]
-        return torch.cat([means, products, curvature, *rest, of_ranks.reshape(-1)])
+        return torch.cat([means, products, curvature, *rest, of_ranks.reshape(-1), unclipped])
 
     def _due(self, every: int) -> bool:
         step = self._probe.step

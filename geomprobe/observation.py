@@ -221,7 +221,7 @@ class Observation(ABC):
         if self.probe is not None:
             if id(module) in self._roots:
                 self.entered(inputs)
-            return bool(self._roots)  # one model's inputs are seen by the probe's own hook
+            return bool(self._roots) or self.probe.calls.met(module, inputs)
         self._called[id(module)] = module
         self.evidence.entered(inputs)
         return True

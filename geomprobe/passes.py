@@ -19,6 +19,7 @@ from geomprobe.claims import (
     require_supported,
     unfinished_recording,
 )
+from geomprobe.clipping import require_clipped
 from geomprobe.determinism import (
     draw_seed,
     function_script,
@@ -156,6 +157,7 @@ def replay(
     full_gradient_every: int = 0,
     per_parameter: bool = False,
     per_rank: bool = False,
+    before_clipping: bool = False,
     compiled: bool = False,
     references: Mapping[str, RunPath] | None = None,
     uncertified: bool = False,
@@ -182,6 +184,7 @@ def replay(
             step and at the end of each N-th epoch; 0 for never. It stands in the row of the step that follows.
         per_parameter: keep the inner products of each parameter tensor too.
         per_rank: under DDP, keep those of each rank's own gradient too, before the ranks' are averaged.
+        before_clipping: also measure each step's gradient as it was before the script clipped it.
         compiled: compile the inner products (seconds at the start, faster steps).
         references: further weights to measure against, by name: files with a state_dict or safetensors.
         uncertified: go on where the replay differs, marking every later row.
@@ -216,6 +219,7 @@ def replay(
         full_gradient_every=full_gradient_every,
         per_parameter=per_parameter,
         per_rank=per_rank,
+        before_clipping=before_clipping,
         compiled=compiled,
     )
     ranks = here(patience)
@@ -230,6 +234,7 @@ def replay(
             manifest["sources"] = recorded.manifest.get("sources", {})
             files = {name: Path(path).absolute() for name, path in (references or {}).items()}
             weights = References(recorded, files)  # before an earlier trace is removed
+            require_clipped(measure, recorded.manifest)
             with led(ranks, claim(target, recorded, force, resume, segment)) as claimed:
                 if claimed is not None:
                     stretch = Stretch(*claimed)

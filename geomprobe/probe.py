@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 
 from geomprobe.errors import UnsupportedTraining, UsageError
-from geomprobe.hearing import hears
 from geomprobe.inert import InertProbe
 from geomprobe.loops import Loops, Watcher
+from geomprobe.model_calls import ModelCalls
 from geomprobe.parameters import Membership, measured_parameters
 from geomprobe.step_calls import Args, Kwargs, given_closure, nested_step, replace_closure
 
@@ -111,6 +111,7 @@ class Probe:
         model: the trained module, or None where a script without `attach` never called one.
         optimizer: the raw optimizer.
         parameters: the measured parameters by name: those of the optimizer, each once.
+        calls: those of the model.
         step: number of updates so far.
         loops: the script's loops over epochs and batches.
         oracles: the gradients that the script names beside the step's own.
@@ -141,14 +142,12 @@ class Probe:
         self._measured = self._skipped = False
         observer.attached(self)
         self._handles: list[RemovableHandle] = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),
+            optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),
         ]
         if model is not None:
-            self._handles += [
-                model.register_forward_pre_hook(self._entered, with_kwargs=True),
-                model.register_load_state_dict_pre_hook(self._loading),
-            ]
+            self._handles.append(model.register_load_state_dict_pre_hook(self._loading))
+        self.calls = ModelCalls(model, self._entered)
 
     @property
     def epoch(self) -> int | None:
@@ -260,6 +259,7 @@ class Probe:
             handle.remove()
         if self._handles:
             self._handles.clear()
+            self.calls.remove()
             self._observer.detached()
 
     def __enter__(self) -> Probe:
@@ -275,10 +275,9 @@ class Probe:
             self._begun = True
             self._observer.begin()
 
-    def _entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.is_grad_enabled() and hears():  # evaluation is not part of the step
-            self._begin()
-            self._observer.entered((args, kwargs) if kwargs else args)
+    def _entered(self, inputs: Any) -> None:
+        self._begin()
+        self._observer.entered(inputs)
 
     def _loading(self, *_: Any) -> None:
         self._observer.weights_will_change()
@@ -296,7 +295,7 @@ class Probe:
         def measured_closure() -> Any:
             # Lightning runs forward and backward in here, so only now is there a gradient to look at.
             loss = closure()
-            self.update_due()
+            torch.compiler.disable(self.update_due)()
             return loss
 
         return replace_closure(args, kwargs, measured_closure)

@@ -77,6 +77,7 @@ class Replaying(Observation):
         self._references = references
         options = {**asdict(measure), "files": self._references.digests}
         self.manifest["measure"] = {**measure.described(), "options": options}
+        self._counts_attempts = record.manifest.get("updates", {}).get("scaled", False)
         # A replay goes on only over rows that were found equal before they were committed.
         start = resumption.step if resumption is not None else 0
         self._comparison = Comparison(record, run.path, start, None if self.ranks.alone else self.ranks.rank)
@@ -86,6 +87,8 @@ class Replaying(Observation):
     def attached(self, probe: Probe) -> None:
         super().attached(probe)
         self._measurement = Measurement(probe, self._measure, self.layout)
+        self.updates.when_clipping = self._measurement.clipping
+        self.updates.when_skipped = self._measurement.skipped
         self._oracles = Oracles(probe, self._measure, self.layout)
 
     def boundary(self, position: Position) -> None:
@@ -132,7 +135,8 @@ class Replaying(Observation):
         self._oracles.open(self._final, self._record.steps["epoch"], self.manifest["seed"])
         host_groups, device_groups = group_columns(self.probe.optimizer)
         device = ["steps/loss", *device_groups, *self._measurement.columns, *self._oracles.columns]
-        columns = ["steps/epoch", *host_groups, *device]
+        attempt = ["steps/attempt"] if self._counts_attempts else []
+        columns = ["steps/epoch", *attempt, *host_groups, *device]
         columns += ["steps/same"] if self._uncertified else []
         prints = self.evidence.device_columns
         self._rows = Rows(self.evidence.device, len(device), prints, self._compare_and_write)
@@ -155,15 +159,16 @@ class Replaying(Observation):
         with unheard():
             row = self._measurement.row(gradients, grad_scale, self.evidence.loss.reshape(1))
             row = torch.cat([row, self._oracles.row().to(row.device)])
-        self._row = row, self.epoch, *self.evidence.take()
+        attempt = [float(step + self.updates.skipped)] if self._counts_attempts else []
+        self._row = row, [self.epoch, *attempt], *self.evidence.take()
 
     def updated(self) -> None:
         assert self.probe is not None
         assert self._rows is not None
-        row, epoch, digests, host = self._row
+        row, counts, digests, host = self._row
         host_groups, device_groups = group_values(self.probe.optimizer)
         floats = torch.cat([row[:1], *device_groups, row[1:]])
-        self._rows.append(floats, digests, [epoch, *host_groups], host)
+        self._rows.append(floats, digests, [*counts, *host_groups], host)
         self._stop_if_failed()
         # The script may load other weights when training is over: only now are they the final iterate.
         if self.steps == self._record.num_steps:
@@ -238,7 +243,9 @@ class Replaying(Observation):
         if self._measurement is not None:
             self.manifest["measure"]["curvature"] = self._measurement.curvature_found()
         layout = self.evidence.layout if self.probe is not None else {}
-        return {"manifest": self.manifest, "certificate": self._comparison.certificate(layout)}
+        self.manifest["updates"] = updates = self.updates.described(self.steps)
+        certificate = self._comparison.certificate(layout) | {"steps_attempted": updates["attempted"]}
+        return {"manifest": self.manifest, "certificate": certificate}
 
     @functools.cached_property
     def _end(self) -> dict[str, Any]:

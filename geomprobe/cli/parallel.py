@@ -96,7 +96,7 @@ def _command(arguments: argparse.Namespace, number: int) -> list[str]:
         command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
     for name, path in arguments.reference:
         command += ["--reference", f"{name}={path}"]
-    flags = ("finite_step", "per_parameter", "compile", "debug")
+    flags = ("finite_step", "per_parameter", "before_clipping", "compile", "debug")
     return command + [f"--{flag.replace('_', '-')}" for flag in flags if getattr(arguments, flag)]
 
 

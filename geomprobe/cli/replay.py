@@ -90,6 +90,11 @@ def _add_measures(parser: argparse.ArgumentParser) -> None:
         help="under DDP, keep those of each rank's own gradient too, before the ranks' are averaged",
     )
     parser.add_argument(
+        "--before-clipping",
+        action="store_true",
+        help="measure each step's gradient as it was before the script clipped it, too",
+    )
+    parser.add_argument(
         "--compile",
         action="store_true",
         help="compile the inner products: seconds at the start, faster steps",
@@ -195,6 +200,7 @@ def _replayed(arguments: argparse.Namespace, script: Mapping[str, Any]) -> Trace
             full_gradient_every=arguments.full_gradient_every,
             per_parameter=arguments.per_parameter,
             per_rank=arguments.per_rank,
+            before_clipping=arguments.before_clipping,
             compiled=arguments.compile,
             references=dict(arguments.reference),
             uncertified=arguments.uncertified,

@@ -83,6 +83,11 @@ STEP_COLUMNS = (
     Column("flow_drift", "gap between step and gradient flow", "weight", "lr^2 ||HG|| / 2", "CG theorem 3.1"),
 )
 
+# Only where a GradScaler was at work.
+ATTEMPT = Column(
+    "attempt", "attempt at a step, of which some overflow and are skipped", "1", "t + skipped", "counted"
+)
+
 # Only in an uncertified replay: 0 from the first difference on.
 SAME = Column("same", "1 while the replay equalled the recording", "1", "same", "replay")
 
@@ -106,7 +111,7 @@ ASKED_FOR = (
         "CG proposition 2.10",
     ),
 )
-OPTIONAL_STEP_COLUMNS = (SAME, *ASKED_FOR)
+OPTIONAL_STEP_COLUMNS = (ATTEMPT, SAME, *ASKED_FOR)
 
 _OF_A_REFERENCE = ("distance", "grad_dot_offset", "rsi", "eb", "cosine", "lolr")
 REFERENCE_COLUMNS = tuple(column for column in STEP_COLUMNS if column.name in _OF_A_REFERENCE)
@@ -151,8 +156,10 @@ def _oracle_columns(of: str, source: str, *names: str) -> tuple[Column, ...]:
     )
 
 
+UNCLIPPED = "unclipped"
 ORACLES = {
     "held_out": _oracle_columns(_NOT_USED, "NWT section 3, without the correlation of section 6", "loss"),
+    UNCLIPPED: _oracle_columns("the gradient before it was clipped", "NWT section 3"),
     "full_gradient": _oracle_columns(_OF_ALL, "NWT section 3, of the training loss", "loss"),
 }
 """Groups of gradients that are measured beside the step's own, where they were asked for."""
