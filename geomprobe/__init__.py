@@ -38,8 +38,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "corridor":
-        return import_module("geomprobe.corridor")
+    if name in ("corridor", "schedules"):
+        return import_module(f"geomprobe.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'geomprobe' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
