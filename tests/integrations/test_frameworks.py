@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -156,3 +157,15 @@ def test_an_accelerate_run_that_was_cut_off_goes_on_in_mid_epoch(tmp_path: Path)
     command(*record, "--resume", "train.py", "accelerate", cwd=tmp_path)
     replayed = command("-m", "geomprobe", "replay", "run", cwd=tmp_path)
     assert f"{UPDATES} of {UPDATES} steps equal, w_T bitwise equal: certified" in replayed.stdout
+
+
+def snippets() -> list[str]:
+    page = Path(__file__).parents[2] / "docs" / "recipes-frameworks.md"
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("snippet", snippets(), ids=list(FRAMEWORKS))
+def test_the_recipes_run_and_are_certified(tmp_path: Path, snippet: str) -> None:
+    (tmp_path / "train.py").write_text(snippet)
+    command("-m", "geomprobe", "record", "-o", "run", "train.py", cwd=tmp_path)
+    assert "w_T bitwise equal: certified" in command("-m", "geomprobe", "replay", "run", cwd=tmp_path).stdout
