@@ -7,7 +7,7 @@ global ``v``, and the mean of these is the global one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -148,6 +148,37 @@ def global_loss(parameters: Sequence[Tensor], layout: Layout, module: nn.Module 
     return GlobalTensors(parameters) if layout.kind == "DTensor" else Alone(parameters)
 
 
+def without_gradients(parameters: Iterable[Tensor], module: nn.Module | None) -> bool:
+    """Whether no backward pass has left a gradient: none in the parameters, and none that FSDP2 holds back.
+
+    It keeps those of a micro-batch to itself where they are not to be reduced before the last one's.
+
+    Args:
+        parameters: which.
+        module: what they are of.
+
+    >>> without_gradients([torch.ones(1)], None)
+    True
+    """
+    if any(parameter.grad is not None for parameter in parameters):
+        return False
+    groups = [group for owner in fsdp_modules(module) for group in _groups(owner)]
+    members = [member for group in groups for member in group.fsdp_params]
+    held = [getattr(group, "_partial_reduce_output", None) for group in groups]
+    held += [member.unsharded_accumulated_grad for member in members]
+    held += [getattr(getattr(member, "_unsharded_param", None), "grad", None) for member in members]
+    return all(gradient is None for gradient in held)
+
+
+def _groups(module: Any) -> list[Any]:
+    """The groups of parameters that one FSDP2 module manages."""
+    state = module._get_fsdp_state()
+    groups: list[Any] | None = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:  # a module had at most one before torch named it so
+        groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+    return groups
+
+
 def _mean(tensors: Sequence[Tensor], world_size: int) -> list[Tensor]:
     """In one all-reduce a dtype, of no less than single precision."""
     if world_size == 1:
@@ -174,10 +205,7 @@ def _shard(whole: Tensor, parameter: Any) -> Tensor:
 @contextmanager
 def _gathered(module: Any) -> Iterator[None]:
     """Hold the parameters that one FSDP2 module manages whole, and its hooks still."""
-    state = module._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None)  # a module had at most one before torch named it so
-    if groups is None:
-        groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+    state, groups = module._get_fsdp_state(), _groups(module)
     stilled = {"reduce_grads": False, "reshard_after_backward": False, "post_forward_mesh_info": None}
     kept = [({name: getattr(group, name) for name in stilled}, group.is_unsharded) for group in groups]
     for group in groups:

@@ -19,6 +19,7 @@ from geomprobe.appointment import Appointment
 from geomprobe.distributed import Layout
 from geomprobe.errors import UnsupportedTraining, UsageError
 from geomprobe.evidence import Evidence
+from geomprobe.global_loss import without_gradients
 from geomprobe.gradient_calls import tag_scaled
 from geomprobe.groups import described
 from geomprobe.loops import Position
@@ -287,7 +288,7 @@ class Observation(ABC):
         return self._meeting.due(self.steps)
 
     def _note_loss(self, loss: Tensor) -> None:
-        if self.probe is not None and all(p.grad is None for p in self.probe.parameters.values()):
+        if self.probe is not None and without_gradients(self.probe.parameters.values(), self.probe.model):
             self.gradients_dropped()  # a step that was skipped left losses, but no gradients
         if self._factor is not None:
             tag_scaled(loss, self._factor)
