@@ -6,11 +6,28 @@ from geomprobe.errors import GeomprobeError
 from geomprobe.trace import schema
 
 ALL = (*schema.STEP_COLUMNS, *schema.OPTIONAL_STEP_COLUMNS, *schema.INNER_PRODUCTS, *schema.GROUP_COLUMNS)
+BESIDE = [(group, column) for group, columns in schema.ORACLES.items() for column in columns]
 
 
 @pytest.mark.parametrize("column", ALL, ids=lambda column: column.name)
 def test_every_column_says_what_it_is(column):
     assert all([column.name, column.long_name, column.units, column.formula, column.source])
+
+
+@pytest.mark.parametrize(("group", "column"), BESIDE, ids=lambda value: getattr(value, "name", value))
+def test_columns_of_other_gradients_are_the_steps_own_under_another_description(group, column):
+    own = schema.describe(f"steps/{column.name}")
+    assert schema.describe(f"{group}/{column.name}") == column
+    assert (column.units, column.formula) == (own.units, own.formula)
+    assert column.long_name.startswith(f"{own.long_name}, of ")
+
+
+@pytest.mark.parametrize("path", ["held_out/rsi", "full_gradient/grad_norm", "held_out/inner_products/w.w"])
+def test_what_follows_from_another_gradients_products_may_not_be_streamed(path):
+    with pytest.raises(schema.UnknownColumn):
+        schema.check_raw(path)
+    schema.check_raw(f"{path.split('/')[0]}/loss")
+    schema.check_raw(f"{path.split('/')[0]}/inner_products/g.d")
 
 
 def test_units_agree_with_the_formulas():
