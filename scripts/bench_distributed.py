@@ -11,8 +11,8 @@ the machine slows them all; each step begins when all processes are there, and i
     replaying   pass 2, without Hg
     Hg          pass 2, with Hg at each step
 
-Ratios are of median step times to the plain step's; a step's time is that of the slowest process. Where each process has
-a GPU it is NCCL; on CPUs it is gloo, with one thread a process, and more processes than cores measure the crowd.
+Ratios are of median step times to the plain step's; a step's time is that of the slowest process. Where each process
+has a GPU it is NCCL; on CPUs it is gloo, with one thread a process, and more processes than cores measure the crowd.
 """
 
 from __future__ import annotations
