@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -226,19 +225,6 @@ def led(ranks: Ranks, claim: contextlib.AbstractContextManager[Any]) -> Iterator
     with claim as held:
         ranks.said_by_first("held", held)
         yield held
-
-
-def require_supported(**given: Any) -> None:
-    """Refuse by name what runs of several processes cannot do yet.
-
-    Raises:
-        UsageError: something of that was asked for.
-    """
-    if asked := [name for name, value in given.items() if value]:
-        raise UsageError(
-            f"{', '.join(asked)}: not in a run of several processes (WORLD_SIZE is {os.environ['WORLD_SIZE']}) in this "
-            "version. Nothing was started; leave it out."
-        )
 
 
 def own_record(target: Run, ranks: Ranks) -> Record:

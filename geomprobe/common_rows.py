@@ -1,9 +1,12 @@
-"""Rows of a trace that several processes have to find equal before one of them commits them."""
+"""Rows of a trace that several processes have to compare before one of them commits them."""
 
 from __future__ import annotations
 
+import math
+
 from geomprobe.ranks import Ranks
 from geomprobe.streaming import Stream, Tables
+from geomprobe.trace.schema import VALUES
 
 
 class CommonRows:
@@ -13,16 +16,27 @@ class CommonRows:
         stream: where rank 0 commits them; None on the others, which only tell how far they have come.
         ranks: the processes of the run.
         first: the first step.
+        marked: rows that differ come too, and say so in their last column.
     """
 
-    def __init__(self, stream: Stream | None, ranks: Ranks, first: int) -> None:
-        self._stream, self._ranks = stream, ranks
+    def __init__(self, stream: Stream | None, ranks: Ranks, first: int, marked: bool = False) -> None:
+        self._stream, self._ranks, self._marked = stream, ranks, marked
         self._compared = first
         self._held: list[tuple[int, Tables]] = []
+        self._differs = False
 
-    def append(self, blocks: Tables) -> None:
-        """Take rows that are equal here, and commit those that all have found equal."""
-        self._compared += len(next(iter(blocks.values())))
+    def append(self, blocks: Tables, equal: int | None = None) -> None:
+        """Take the next rows, and commit those that all have compared.
+
+        Args:
+            blocks: by table.
+            equal: how many of them are equal here, where not all are.
+        """
+        count = len(next(iter(blocks.values())))
+        if equal is not None and equal < count and not self._differs:
+            self._differs = True
+            self._ranks.say("differs", self._compared + equal)
+        self._compared += count
         if self._stream is None:
             self._ranks.say("compared", self._compared)
             return
@@ -30,7 +44,7 @@ class CommonRows:
         self._commit(self._ranks.least_said("compared"))
 
     def commit_all(self) -> None:
-        """Every process has found everything equal."""
+        """Every process has compared everything."""
         self._commit(None)
 
     def close(self) -> None:
@@ -41,4 +55,11 @@ class CommonRows:
     def _commit(self, until: int | None) -> None:
         assert self._stream is not None or not self._held
         while self._stream is not None and self._held and (until is None or self._held[0][0] <= until):
-            self._stream.append(self._held.pop(0)[1])
+            stop, blocks = self._held.pop(0)
+            if self._marked:
+                values = blocks[VALUES]
+                seam = min(self._ranks.so_far_said("differs"), default=math.inf)
+                first = stop - len(values)
+                if seam < stop:
+                    values[max(0, int(seam) - first) :, -1] = 0.0
+            self._stream.append(blocks)

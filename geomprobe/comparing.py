@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,24 @@ class Comparison:
         """Something that is in no fingerprint differs."""
         self.difference = step, Difference(component, tensor, ())
 
+    def found(self) -> dict[str, Any]:
+        """What one of several processes tells the others, in the end."""
+        step, difference = self.difference or (None, None)
+        return {
+            "equal": self.equal,
+            "final_equal": self.final_equal,
+            "difference": None if difference is None else [step, difference.component, difference.tensor],
+        }
+
+    def join(self, found: Sequence[Mapping[str, Any]]) -> None:
+        """Make it what all processes have found, each in its own part, by rank."""
+        self.equal = min(each["equal"] for each in found)
+        self.final_equal = all(each["final_equal"] for each in found)
+        differing = [(each["difference"], rank) for rank, each in enumerate(found) if each["difference"]]
+        if differing and len(found) > 1:
+            (step, component, tensor), self._rank = min(differing, key=lambda of: of[0][0])
+            self.differs(step, component, tensor)
+
     def certificate(self, layout: Layout) -> dict[str, Any]:
         """What was compared, and whether it held; see `geomprobe.trace`."""
         found: dict[str, Any] = {
@@ -91,8 +109,9 @@ class Comparison:
         }
         if self.difference is not None:
             step, difference = self.difference
+            first = {"step": step, "component": difference.component, "tensor": difference.tensor}
             found["first_difference"] = json.dumps(
-                {"step": step, "component": difference.component, "tensor": difference.tensor}
+                first if self._rank is None else {**first, "rank": self._rank}
             )
         return found
 

@@ -93,6 +93,23 @@ def placed(
     )
 
 
+def own_part(values: Tensor, parameter: Tensor) -> Tensor:
+    """What this process holds of ``values``, whole everywhere, once they lie as ``parameter`` does.
+
+    Every process must call this.
+
+    >>> values = torch.ones(2)
+    >>> own_part(values, torch.zeros(2)) is values
+    True
+    """
+    if not is_dtensor(parameter):
+        return values
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    return held(distribute_tensor(values.to(parameter.device), mesh, placements))
+
+
 def like_local(values: Tensor, parameter: Tensor) -> Tensor:
     """``values`` as a DTensor that is placed as ``parameter`` is; themselves for a plain parameter.
 

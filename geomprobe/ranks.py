@@ -128,9 +128,13 @@ class Ranks:
 
     def least_said(self, name: str) -> int | None:
         """The least number that another rank has told by that name, 0 for one that has not; None without others."""
+        numbers = self.so_far_said(name)
+        return None if self.alone else min(numbers) if len(numbers) == self.size - 1 else 0
+
+    def so_far_said(self, name: str) -> list[int]:
+        """The numbers that other ranks have told by that name until now."""
         others = [f"{name}/{rank}" for rank in range(self.size) if rank != self.rank]
-        numbers = [int(json.loads(self._store.get(key))) if self._store.check([key]) else 0 for key in others]
-        return min(numbers, default=None)
+        return [int(json.loads(self._store.get(key))) for key in others if self._store.check([key])]
 
     def call(self, name: str) -> None:
         """Have every process `hear <hears>` a name from now on, within seconds."""

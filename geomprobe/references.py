@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from geomprobe.determinism import file_digest
+from geomprobe.dtensors import local, own_part
 from geomprobe.errors import EnvironmentMismatch, RunError, UsageError
 from geomprobe.external_weights import read_weights
 from geomprobe.tensors import from_numpy
@@ -44,16 +45,21 @@ class References:
         self._record = record
         self._stored = {name: _finite(record, name) for name in record.references}
         shapes = {name: tuple(tensor.shape) for name, tensor in self._stored[FINAL].items()}
-        self._elsewhere = {name: read_weights(path, shapes) for name, path in files.items()}
+        self._files, self._elsewhere = files, {}
+        if record.manifest.get("ranks", {}).get("kind", "DDP") == "DDP":  # else the recording holds shards
+            self._elsewhere = _read(files, shapes)
         self.digests = {name: file_digest(path) for name, path in files.items()}
 
     def beside(self, parameters: Mapping[str, Tensor]) -> dict[str, Weights]:
         """Every reference where the parameters are, in their order and strides: both are read in memory order.
 
+        Of sharded parameters it is this process's shards; every process must call this.
+
         Raises:
             EnvironmentMismatch: the recording's weights have other names or shapes.
         """
-        shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+        own = {name: local(p) for name, p in parameters.items()}
+        shapes = {name: tuple(p.shape) for name, p in own.items()}
         for reference, weights in self._stored.items():
             then = {name: tuple(t.shape) for name, t in weights.items()}
             if shapes != then:
@@ -62,12 +68,23 @@ class References:
                     f"{self._record.path} was recorded with {name} of shape {then.get(name)}, and here it has shape "
                     f"{shapes.get(name)}: there is no distance to its reference {reference!r}. Nothing was replayed."
                 )
-        stored = self._stored | self._elsewhere
+        whole = self._elsewhere or _read(
+            self._files, {name: tuple(p.shape) for name, p in parameters.items()}
+        )
+        elsewhere = {
+            reference: {name: own_part(weights[name], p) for name, p in parameters.items()}
+            for reference, weights in whole.items()
+        }
+        stored = self._stored | elsewhere
         self._stored = self._elsewhere = {}
         return {
-            reference: {name: _beside(p, weights[name]) for name, p in parameters.items()}
+            reference: {name: _beside(p, weights[name]) for name, p in own.items()}
             for reference, weights in stored.items()
         }
+
+
+def _read(files: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Weights]:
+    return {name: read_weights(path, shapes) for name, path in files.items()}
 
 
 def _beside(parameter: Tensor, stored: Tensor) -> Tensor:

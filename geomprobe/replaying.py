@@ -128,7 +128,7 @@ class Replaying(Observation):
             require_same(self._record.manifest, self.manifest, FIRST_STEP_SECTIONS, self._run.path)
         self._require_same_layout()
         self._require_same_options()
-        references = self._references.beside({name: local(p) for name, p in self.probe.parameters.items()})
+        references = self._references.beside(self.probe.parameters)
         self._final = references[FINAL]
         assert self._measurement is not None
         self._measurement.open(references)
@@ -144,7 +144,7 @@ class Replaying(Observation):
         if self.ranks.first:
             tables = [Table(VALUES, tuple(columns), "float64")]
             stream = Stream(self._run, "trace", tables, self.part_attributes(), self.resumption)
-        self._stream = CommonRows(stream, self.ranks, self.steps)
+        self._stream = CommonRows(stream, self.ranks, self.steps, marked=self._uncertified)
 
     def measure(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
         assert self.probe is not None
@@ -203,9 +203,8 @@ class Replaying(Observation):
 
     def _agree(self) -> None:
         """Commit the rows that were held back, once every process has found its part to be the recorded one."""
-        self.ranks.say("equal", True)  # a process that has not stops, and ends the others
-        if self.ranks.first:
-            self.ranks.said("equal")
+        # A process that has not found that stops, and ends the others, but for an uncertified replay.
+        self._comparison.join(self.ranks.said_by_all("found", self._comparison.found()))
         if self._stream is not None:
             self._stream.commit_all()
 
@@ -327,7 +326,7 @@ class Replaying(Observation):
         if self._uncertified:
             same = np.ones((len(values), 1))
             same[equal:] = 0.0
-            self._stream.append({VALUES: np.hstack([values, same])})
+            self._stream.append({VALUES: np.hstack([values, same])}, equal)
         elif equal:
             self._stream.append({VALUES: values[:equal]})
 

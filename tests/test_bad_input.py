@@ -12,9 +12,7 @@ import torch
 from torch import nn
 
 import geomprobe
-from geomprobe import passes
 from geomprobe.errors import EnvironmentMismatch, RunError, UnsupportedTraining, UsageError
-from geomprobe.ranks import Ranks
 from geomprobe.trace.reader import open_trace
 from geomprobe.trace.record import open_record
 
@@ -645,13 +643,3 @@ def test_a_trace_of_another_model_is_refused(recorded, monkeypatch):
     words = "model.num_parameters = 4, but here it is 5", "nothing was replayed"
     refused(EnvironmentMismatch, lambda: geomprobe.replay(plain, recorded), *words)
     refused(RunError, lambda: open_trace(recorded), "was recorded, but not replayed yet")
-
-
-def test_what_several_processes_cannot_do_yet_is_refused_and_an_earlier_run_kept(run, monkeypatch):
-    geomprobe.record(plain, run, seed=0).close()
-    monkeypatch.setattr(passes, "here", lambda: Ranks(0, 4))
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UsageError, match=r"resume: not in a run of several processes \(WORLD_SIZE is 4\)"):
-        geomprobe.record(plain, run, seed=0, resume=True)
-    with open_record(run) as kept:
-        assert kept.num_steps == STEPS

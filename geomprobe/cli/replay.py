@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -177,6 +178,11 @@ def _require_sense(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--every {arguments.every}: N is at least 1")
     if arguments.jobs < 1:
         raise UsageError(f"--jobs {arguments.jobs}: K is at least 1")
+    if arguments.jobs > 1 and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise UsageError(
+            f"--jobs {arguments.jobs}: it would start processes beside those of this launch. Start a launch for each "
+            "segment instead, here or on other machines: torchrun ... -m geomprobe replay RUN --segment I/K"
+        )
     if arguments.segment and (arguments.force or arguments.resume):
         raise UsageError("--segment goes on by itself where it was cut off; remove --force or --resume")
     if arguments.uncertified and (arguments.segment or arguments.resume or arguments.jobs > 1):

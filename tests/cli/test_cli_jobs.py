@@ -102,3 +102,12 @@ def test_a_killed_segment_is_named_and_run_again_alone(bench, recorded):
     assert bench.replay(recorded, "--segment", "2/3").code == 0
     bench.assert_whole(recorded, "trace.h5")
     assert open_trace(recorded).status == "complete"
+
+
+def test_processes_of_a_launch_do_not_start_others(bench, recorded):
+    failed = jobs(bench, recorded, WORLD_SIZE="2", RANK="0")
+    _, err = failed.communicate()
+    assert failed.returncode == 2
+    assert "--jobs 3: it would start processes beside those of this launch" in err
+    assert "replay RUN --segment I/K" in err
+    assert not (recorded / "trace.h5").exists()
