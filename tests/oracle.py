@@ -26,6 +26,7 @@ class History:
     gradients: list[Vectors] = field(default_factory=list)
     epoch: list[float] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
+    attempt: list[float] = field(default_factory=list)
     groups: list[list[dict[str, float]]] = field(default_factory=list)
     references: dict[str, Vectors] = field(default_factory=dict)
 
@@ -118,6 +119,7 @@ class Oracle(Watch):
         self.tries += 1
         if self.history.add(self.optimizer, scale):
             self.history.epoch.append(self.probe.epoch)
+            self.history.attempt.append(self.tries - 1)
             self.history.loss.append(sum(loss.item() for loss in losses))
 
     def finished(self, **things: Any) -> None:
@@ -183,7 +185,8 @@ def brute_force(case: Case, seed: int) -> Oracle:
 
 def columns_of(case: Case, history: History) -> dict[str, np.ndarray]:
     """The columns that a replay of a case must give."""
-    return history.columns(
+    attempt = {"steps/attempt": np.array(history.attempt, float)} if case.scaler else {}
+    return attempt | history.columns(
         every=case.replay.get("every", 1),
         per_parameter=case.replay.get("per_parameter", False),
         reference_steps=case.reference_steps,

@@ -24,6 +24,7 @@ def facts(summary: Summary) -> dict[str, str]:
         "strict": manifest.get("strict"),
         "optimizer": _optimizer(manifest.get("optimizer") or {}),
         "model": _model(manifest.get("model") or {}),
+        **_updates(manifest.get("updates") or {}),
         "parameters": f"{_of_either(summary, 'num_parameters'):,}",
         "references": ", ".join(_references(summary)),
         "measured": _measured(summary["trace"] or {}),
@@ -64,13 +65,32 @@ def _model(model: Mapping[str, Any]) -> str:
     return f"{model.get('class') or ''} {'+'.join(dtype) if isinstance(dtype, list) else dtype}".strip()
 
 
+def _updates(updates: Mapping[str, Any]) -> dict[str, str]:
+    """Which gradient G is, and how many attempts at a step led to one, where not all did."""
+    if not updates:
+        return {}
+    found = {"gradient": ", after ".join([updates["gradient"], *updates["clipped_by"]])}
+    attempted, applied = updates["attempted"], updates["applied"]
+    if attempted != applied:
+        found["attempted"] = (
+            f"{attempted} steps, of which {attempted - applied} overflowed and {applied} were applied"
+        )
+    return found
+
+
 def _measured(trace: Summary) -> str:
     if "measure" not in trace:
         return ""
     every = trace["measure"].get("every", 1)
-    rows = "each step" if every == 1 else f"each {every}th step"
-    tensors = len(trace["per_parameter"])
-    return f"{rows}, and per parameter ({tensors} tensors)" if tensors else rows
+    rows = ["each step" if every == 1 else f"each {every}th step"]
+    if tensors := len(trace["per_parameter"]):
+        rows.append(f"and per parameter ({tensors} tensors)")
+    options = trace["measure"].get("options", {})
+    if held_out := options.get("held_out_every"):
+        rows.append(f"a held-out minibatch in 1 of {held_out} steps")
+    if full := options.get("full_gradient_every"):
+        rows.append(f"the full gradient after 1 of {full} epochs")
+    return ", ".join(rows)
 
 
 def _fingerprints(record: Summary) -> str:
