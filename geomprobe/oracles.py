@@ -24,6 +24,7 @@ from geomprobe.inner_products import InnerProducts
 from geomprobe.measures import Measure
 from geomprobe.probe import Oracle, Probe
 from geomprobe.reevaluation import aside
+from geomprobe.trace.record import Record
 from geomprobe.trace.schema import FINAL, ORACLE_PRODUCTS
 
 _CALLS = {"held_out": "probe.held_out", "full_gradient": "probe.full_gradient_of"}
@@ -63,12 +64,12 @@ class Oracles:
             for column in ("loss", *(f"inner_products/{product}" for product in _PRODUCTS))
         ]
 
-    def open(self, final: Mapping[str, Tensor], epochs: NDArray[np.float64], seed: int) -> None:
+    def open(self, final: Mapping[str, Tensor], record: Record, seed: int) -> None:
         """Make ready to measure.
 
         Args:
             final: the final iterate by parameter name.
-            epochs: of every step of the run, as recorded.
+            record: the recording, which knows when epochs began.
             seed: the run's.
 
         Raises:
@@ -84,6 +85,7 @@ class Oracles:
             _require_batches(_CALLS[name], self._probe.oracles[name])
         if not self._every:
             return
+        epochs = record.steps["epoch"]
         self._steps = {name: frozenset(self._due(name, epochs)) for name in self._every}
         parameters = list(self._probe.parameters.values())
         self._products = InnerProducts(parameters, {FINAL: list(final.values())})

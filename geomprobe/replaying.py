@@ -132,7 +132,7 @@ class Replaying(Observation):
         self._final = references[FINAL]
         assert self._measurement is not None
         self._measurement.open(references)
-        self._oracles.open(self._final, self._record.steps["epoch"], self.manifest["seed"])
+        self._oracles.open(self._final, self._record, self.manifest["seed"])
         host_groups, device_groups = group_columns(self.probe.optimizer)
         device = ["steps/loss", *device_groups, *self._measurement.columns, *self._oracles.columns]
         attempt = ["steps/attempt"] if self._counts_attempts else []

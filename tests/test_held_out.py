@@ -418,6 +418,7 @@ def test_commands_inspect_verify_export_and_plot_them(commanded: Path) -> None:
     said = run("inspect", "run", cwd=commanded)
     assert "held_out/cosine" in said.out
     assert "full_gradient/lolr" in said.out
+    assert "a held-out minibatch in 1 of 2 steps, the full gradient after 1 of 1 epochs" in said.out
     assert run("verify", "run", cwd=commanded).code == 0
     columns = "held_out/cosine,full_gradient/cosine"
     assert run("plot", "run", "-o", "figure.svg", "--columns", columns, cwd=commanded).code == 0
