@@ -94,8 +94,9 @@ class Vigil:
     def tell(self, failure: Failure) -> None:
         """Let all processes stop for ``failure``, or for another one's if that was told before."""
         if self.failure is None:
-            told = self._store.compare_set(_KEY, "", json.dumps(failure))
-            self.failure = Failure(*json.loads(told))
+            with contextlib.suppress(Exception):  # where the store is gone, the others notice that
+                told = self._store.compare_set(_KEY, "", json.dumps(failure))
+                self.failure = Failure(*json.loads(told))
 
     def found_after_break(self) -> Failure | None:
         """An exchange of the training has broken: what for, if it is not this process's own doing."""

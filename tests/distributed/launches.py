@@ -51,6 +51,7 @@ class Training:
             for x, y in probe.batches(loader):
                 if (rank, step) == self.options.get("fault"):
                     torch.rand(1)
+                time.sleep(self.options.get("pause", 0))
                 if (rank, step) == self.options.get("place"):
                     self.options["trouble"]()
                 dtype = next(model.parameters()).dtype
