@@ -17,18 +17,18 @@ from geomprobe.appointment import Appointment
 from geomprobe.averages import Averages
 from geomprobe.determinism import source_digests
 from geomprobe.dtensors import local
-from geomprobe.errors import Stopped, UnsupportedTraining, UsageError
+from geomprobe.errors import Stopped, UnsupportedTraining
 from geomprobe.keeping import Due, Options
+from geomprobe.kept_references import KeptReferences
 from geomprobe.loops import TOP, Position
 from geomprobe.observation import Observation
+from geomprobe.probe import Probe
 from geomprobe.ranks import Ranks
 from geomprobe.resuming import Resumption
 from geomprobe.rows import Block, Rows
 from geomprobe.run import Run
 from geomprobe.streaming import Stream
-from geomprobe.tensors import to_numpy
-from geomprobe.trace.reference import write_reference
-from geomprobe.trace.schema import FINAL, FINGERPRINTS, REFERENCE_NAME, STEPS
+from geomprobe.trace.schema import FINAL, FINGERPRINTS, STEPS
 from geomprobe.trace.writer import Table, WriteFailed
 from geomprobe.training_state import capture
 from geomprobe.warm_up import buckets
@@ -59,8 +59,7 @@ class Recording(Observation):
         self._options = options
         self._reference_steps = frozenset(options.reference_steps)
         self._averages: Averages | None = None
-        self._references: dict[str, None] = {}  # in the order they were first taken
-        self._lowest: dict[str, float] = {}  # of references that are the best so far
+        self._references = KeptReferences(self._run, self.ranks)
         self._due = Due(options.keeping)
         self._run.stream.mkdir(parents=True, exist_ok=True)
         self._checkpoints = checkpoint.Writer(self._run.checkpoints, options.keeping.too_many, self._parted)
@@ -71,6 +70,10 @@ class Recording(Observation):
         self._final: dict[str, Tensor] | None = None
         self._marks: list[tuple[int, int]] = []
         self._no_checkpoints = options.keeping.every == "never"
+
+    def attached(self, probe: Probe) -> None:
+        super().attached(probe)
+        self._references.sharded = self.layout.sharded
 
     def begin(self) -> None:
         assert self.probe is not None
@@ -117,7 +120,7 @@ class Recording(Observation):
 
     def restored(self, rest: dict[str, Any]) -> None:
         own = rest["recording"]
-        self._references, self._lowest = dict.fromkeys(own["references"]), own["lowest"]
+        self._references.load_state_dict(own["references"])
         self._marks = self._versions()
         if self._averages is not None:
             self._averages.load_state_dict(own["averages"])
@@ -160,22 +163,10 @@ class Recording(Observation):
             self._final = {name: p.detach().clone() for name, p in self.probe.parameters.items()}
 
     def reference(self, name: str, if_lower: float | None = None) -> None:
-        if name == FINAL or not REFERENCE_NAME.fullmatch(name):
-            raise UsageError(
-                f"probe.reference({name!r}): a reference's name is made of letters, digits, '.', '_' and '-', "
-                f"and {FINAL!r} is the final iterate, which is always kept. Choose another name."
-            )
-        if self._averages is not None and name in self._averages.weights:
-            raise UsageError(
-                f"probe.reference({name!r}): this recording keeps an average of the weights by that name. "
-                "Choose another."
-            )
-        if if_lower is not None:
-            if not if_lower < self._lowest.get(name, float("inf")):
-                return
-            self._lowest[name] = float(if_lower)
+        self._references.require_free(name, self._averages.weights if self._averages is not None else ())
         with self._lasting():
-            self._take(name)
+            if if_lower is None or self._references.is_lowest(name, float(if_lower)):
+                self._take(name)
 
     def complete(self) -> None:
         """The script has ended well: keep ``w_T`` and seal the record.
@@ -191,6 +182,8 @@ class Recording(Observation):
             self._checkpoints.close()
             self._note_sources()
             self._close_stream()
+            if chimeras := self._references.drop_chimeras():
+                self.manifest["references_left_out"] = chimeras
             self.ranks.say("recorded", self.steps)
             if self.ranks.first:
                 self._require_same_length(self.ranks.said("recorded"))
@@ -280,8 +273,7 @@ class Recording(Observation):
             rest["loader"] = loader.state_dict()
         averages = self._averages.state_dict() if self._averages is not None else None
         rest["recording"] = {
-            "references": list(self._references),
-            "lowest": self._lowest,
+            "references": self._references.state_dict(),
             "averages": averages,
         }
         facts = {
@@ -304,7 +296,7 @@ class Recording(Observation):
 
     def _seal(self, status: str) -> None:
         self._close_stream()
-        references = list(self._references) if status == "complete" else []
+        references = self._references.names if status == "complete" else []
         self.manifest["updates"] = self.updates.described(self.steps)
         sealing.seal(self._run, "record", status=status, manifest=self.manifest, references=references)
         self.ranks.said_by_first("sealed", status)
@@ -317,11 +309,7 @@ class Recording(Observation):
 
     def _take(self, name: str, weights: dict[str, Tensor] | None = None) -> None:
         assert self.probe is not None
-        source = self.probe.parameters if weights is None else weights
-        if self.ranks.first or self.layout.sharded:  # replicated weights are kept once
-            arrays = {parameter: to_numpy(local(tensor)) for parameter, tensor in source.items()}
-            write_reference(self._run.stored_reference(name), arrays)
-        self._references[name] = None
+        self._references.take(name, self.probe.parameters if weights is None else weights, self.steps)
 
     def _versions(self) -> list[tuple[int, int]]:
         assert self.probe is not None

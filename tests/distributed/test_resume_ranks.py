@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from launches import start
@@ -16,6 +17,7 @@ from geomprobe.appointment import Appointment
 from geomprobe.errors import RunError
 from geomprobe.ranks import Ranks
 from geomprobe.report.verify import verify
+from geomprobe.trace.record import open_record
 
 KINDS: dict[str, Any] = {
     "DDP": lambda **happening: Resumable("DDP", **happening),
@@ -162,6 +164,18 @@ def test_another_number_of_processes_does_not_go_on_with_a_recording(tmp_path: P
         assert "was recorded by 2 processes, and here are 3" in text
     assert kept
     assert kept <= set(cut.rglob("*.h5"))
+
+
+def test_shards_of_a_reference_are_of_one_step_whatever_each_rank_finds_best(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    held(start(2, recorded, tmp_path, KINDS["FSDP2"](do="choose"), run, {"reference_steps": [6]}))
+    for rank in (0, 1):
+        with open_record(run, rank) as record:
+            assert "of-one" not in record.references
+            best, then = (record.reference(name) for name in ("best", "step-6"))
+            assert all(np.array_equal(best[name][0], then[name][0]) for name in then)
+    with open_record(run) as record:
+        assert record.manifest["references_left_out"] == ["of-one"]
 
 
 def flip_a_bit(path: Path) -> None:
