@@ -60,10 +60,13 @@ class BeforeClipping:
     def backward(self) -> None:
         """A backward pass adds to the gradients: what is clipped already is not the step's gradient."""
         if self._measured is not None or self._held is not None:
-            self._held = None
-            self._measured = torch.full(
-                (len(PRODUCTS),), torch.nan, dtype=torch.float64, device=self._parameters[0].device
-            )
+            self.miss()
+
+    def miss(self) -> None:
+        """What the step's gradient was before it was clipped cannot be known."""
+        self._held = None
+        device = self._parameters[0].device
+        self._measured = torch.full((len(PRODUCTS),), torch.nan, dtype=torch.float64, device=device)
 
     def measure(self, gradients: Sequence[Tensor | None], factor: Tensor | None) -> Tensor:
         """This process's part of the step's values, in the order of `PRODUCTS`.

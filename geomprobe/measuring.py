@@ -164,6 +164,11 @@ class Measurement:
         if self._unclipped is not None and not self._probe.step % self._measure.every:
             self._unclipped.clipping(factor)
 
+    def clipping_missed(self) -> None:
+        """The gradients have been clipped, before anything was there to measure them."""
+        if self._unclipped is not None:
+            self._unclipped.miss()
+
     def skipped(self) -> None:
         """A step was attempted, and its gradients have overflowed."""
         if self._unclipped is not None:

@@ -89,6 +89,8 @@ class Replaying(Observation):
         self._measurement = Measurement(probe, self._measure, self.layout)
         self.updates.when_clipping = self._measurement.clipping
         self.updates.when_skipped = self._measurement.skipped
+        if self.updates.clipped_by:
+            self._measurement.clipping_missed()
         self._oracles = Oracles(probe, self._measure, self.layout)
 
     def boundary(self, position: Position) -> None:

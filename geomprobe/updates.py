@@ -46,12 +46,19 @@ class Updates:
         self.when_clipping: Callable[[Tensor | None], None] = lambda factor: None
         self.when_skipped: Callable[[], None] = lambda: None
         self._probe: Training | None = None
+        self._early_skips: dict[Any, int] = {}  # before there is a probe, by optimizer
+        self._early_clips: dict[str, set[int]] = {}  # and the ids of what was clipped
         self._factor: Tensor | None = None
         self._attempting = False
 
     def bind(self, probe: Training) -> None:
-        """From here on only the optimizer of that probe counts. Before, there is only one."""
+        """Only that probe's optimizer and parameters count, of what was seen before it too."""
         self._probe = probe
+        skips = self._early_skips.pop(probe.optimizer, 0)
+        self.skipped, self.scaled = skips, skips > 0
+        own = {id(parameter) for parameter in probe.parameters.values()}
+        self.clipped_by = [name for name, ids in self._early_clips.items() if ids & own]
+        self._early_skips, self._early_clips = {}, {}
 
     def described(self, applied: int) -> dict[str, Any]:
         """For the manifest, once all of ``applied`` steps are over."""
@@ -80,13 +87,13 @@ class Updates:
 
     def unscaled(self, optimizer: Optimizer) -> None:
         """A GradScaler has divided an optimizer's gradients."""
-        if self._is_measured(optimizer):
+        if self._probe is None or self._is_measured(optimizer):
             self._factor = None
 
     @contextlib.contextmanager
     def attempting(self, optimizer: Optimizer) -> Iterator[None]:
         """Around a GradScaler's step of an optimizer."""
-        if self._attempting or not self._is_measured(optimizer):
+        if self._attempting:  # from a scaler's own step, which calls torch's
             yield
             return
         before, self._attempting = self._applied, True
@@ -94,17 +101,23 @@ class Updates:
             yield
         finally:
             self._attempting = False
-        self.scaled, self._factor = True, None
-        if self._applied == before:
-            self.skipped += 1
-            self.when_skipped()
+        self._factor = None
+        if self._probe is None:
+            self._early_skips[_raw(optimizer)] = 1 + self._early_skips.get(_raw(optimizer), 0)
+        elif self._is_measured(optimizer):
+            self.scaled = True
+            if self._applied == before:
+                self.skipped += 1
+                self.when_skipped()
 
     def clipping(self, name: str, parameters: Sequence[Tensor]) -> None:
         """The function ``name`` of torch is about to clip the gradients of ``parameters``."""
-        if self._probe is not None:
-            own = {id(parameter) for parameter in self._probe.parameters.values()}
-            if not any(id(parameter) in own for parameter in parameters):
-                return
+        ids = {id(parameter) for parameter in parameters}
+        if self._probe is None:
+            self._early_clips.setdefault(name, set()).update(ids)
+            return
+        if not any(id(parameter) in ids for parameter in self._probe.parameters.values()):
+            return
         if name not in self.clipped_by:
             self.clipped_by.append(name)
         self.when_clipping(self._factor)
@@ -114,6 +127,10 @@ class Updates:
         return 0 if self._probe is None else self._probe.step
 
     def _is_measured(self, optimizer: Any) -> bool:
-        while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-            optimizer = inner
-        return self._probe is None or optimizer is self._probe.optimizer
+        return self._probe is not None and _raw(optimizer) is self._probe.optimizer
+
+
+def _raw(optimizer: Any) -> Any:
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer

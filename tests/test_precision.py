@@ -266,6 +266,16 @@ def test_a_step_that_clips_nothing_has_the_gradient_that_is_taken_and_one_that_c
     assert np.isnan(unclipped[2::3]).all()
 
 
+def test_the_first_clipping_of_a_script_without_attach_is_not_known_and_all_others_are(
+    tmp_path: Path,
+) -> None:
+    loop = Loop(clipped(by_norm), attached=False)
+    trace = both(loop, tmp_path / "run", before_clipping=True)
+    assert trace.manifest["updates"]["clipped_by"] == ["clip_grad_norm_"]
+    norms = [np.linalg.norm(g) for g in loop.seen]
+    np.testing.assert_allclose(trace["unclipped/grad_norm"], [np.nan, *norms[1:]], rtol=1e-7)
+
+
 def test_clipping_what_is_not_measured_does_not_count_and_asking_for_it_is_refused(tmp_path: Path) -> None:
     other = model()
 
@@ -276,7 +286,11 @@ def test_clipping_what_is_not_measured_does_not_count_and_asking_for_it_is_refus
         by_norm(other.parameters())
         loop.optimizer.step()
 
-    loop, run = Loop(take), tmp_path / "run"
+    def make(loop: Loop) -> None:  # before there is a probe
+        functional.cross_entropy(other(torch.ones(2, 4)), torch.zeros(2, dtype=torch.long)).backward()
+        by_norm(other.parameters())
+
+    loop, run = Loop(take, make), tmp_path / "run"
     assert both(loop, run).manifest["updates"]["clipped_by"] == []
     kept = (run / "trace.h5").read_bytes()
     with pytest.raises(UsageError, match="the recording saw no call of clip_grad_norm_ or clip_grad_value_"):

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import geomprobe
 
-TRIES, SAMPLES, SEED = 8, 16, 5
+EPOCHS, TRIES, SAMPLES, SEED = 2, 8, 16, 5
 
 
 class Net(nn.Module):
@@ -75,6 +75,7 @@ class Case:
     sync_each: bool = False
     compiled: str = ""
     backend: str = "aot_eager"
+    segmented: bool = False
     measured: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
@@ -112,7 +113,9 @@ class Training:
         step = optimizer.step
         if "step" in case.compiled:
             step = torch.compile(optimizer.step, backend=case.backend)
-        for attempt in range(TRIES):
+        for attempt in (
+            epoch * TRIES // EPOCHS + i for epoch in probe.epochs(EPOCHS) for i in range(TRIES // EPOCHS)
+        ):
             optimizer.zero_grad()
             for part, (x, y) in enumerate(shares(case, attempt)[dist.get_rank()]):
                 with syncing(model, case.sync_each or part == case.parts - 1):
@@ -201,10 +204,21 @@ def every_case(cases: list[Case], folder: Path) -> list[Found]:
             plain()
         geomprobe.record(recorded, run, seed=SEED).close()
         trace = geomprobe.replay(replayed, run, **case.measured)
+        if case.segmented:
+            in_segments(case, run)
         runs = (plain, recorded, replayed)
         found.append(Found([each.final for each in runs], [each.skipped for each in runs], trace.manifest))
     dist.destroy_process_group()
     return found
+
+
+def in_segments(case: Case, run: Path) -> None:
+    """Replay a run in two pieces too, the second one first; the trace of the whole stays beside theirs."""
+    if dist.get_rank() == 0:
+        (run / "trace.h5").rename(run.with_suffix(".h5"))
+    dist.barrier()
+    for number in (2, 1):
+        geomprobe.replay(Training(case), run, segment=(number, 2), **case.measured)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from precise_training import TRIES, Case, Found, brute_force, every_case
+from same_file import assert_same
 
 from geomprobe import Trace, open_trace
 from geomprobe.trace.record import open_record
@@ -18,7 +19,7 @@ from geomprobe.trace.record import open_record
 MIXED = Case(
     "", autocast=True, scaled=True, overflow_at=(0, 4), clip="norm", measured={"before_clipping": True}
 )
-ACCUMULATED = Case("", "SGD, for-loop", scaled=True, overflow_at=(3, 7), parts=2)
+ACCUMULATED = Case("", "SGD, for-loop", scaled=True, overflow_at=(2, 7), parts=2)
 LOW = Case("", "float32 state", dtype=torch.bfloat16)
 COMPILED = Case("", "Adam, for-loop", compiled="model and step")
 DOUBLE = Case(
@@ -26,10 +27,10 @@ DOUBLE = Case(
 )
 
 QUICK = [
-    replace(MIXED, kind="DDP"),
+    replace(MIXED, kind="DDP", segmented=True),
     replace(MIXED, kind="FSDP2"),
     replace(ACCUMULATED, kind="DDP"),
-    replace(ACCUMULATED, kind="FSDP2"),
+    replace(ACCUMULATED, kind="FSDP2", segmented=True),
     replace(LOW, kind="FSDP2"),
     replace(COMPILED, kind="DDP"),
 ]
@@ -59,6 +60,7 @@ class Runs:
         if case not in self._seen:
             cases = QUICK if case in QUICK else SLOW
             folder = self._folder / ("quick" if cases is QUICK else "slow")
+            assert not folder.exists(), "the launch failed: see the first test of it"
             folder.mkdir()
             said = launches.start(2, every_case, folder, cases, folder)
             assert [code for code, _ in said] == [0, 0], said
@@ -110,6 +112,12 @@ def test_attempted_and_applied_steps_are_counted_apart_and_alike_on_every_rank(
     assert trace.certificate["steps_attempted"] == TRIES
     with open_record(trace.path) as record:
         assert record.manifest["updates"] == trace.manifest["updates"] == found[0].manifest["updates"]
+
+
+@pytest.mark.parametrize("case", [case for case in QUICK if case.segmented], ids=str)
+def test_a_replay_in_segments_counts_the_attempts_of_a_whole_one(runs: Runs, case: Case) -> None:
+    trace = runs[case][1]
+    assert_same(trace.path / "trace.h5", trace.path.with_suffix(".h5"))
 
 
 @EACH
