@@ -71,15 +71,12 @@ def test_the_manifest_says_how_parameters_are_sharded(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrapped", "says"),
     [
         ({"static_graph": True}, "ranks.ddp[0].static_graph = False, but here it is True"),
-        pytest.param(
-            {"bucket_cap_mb": 1e-4},
-            "ranks.ddp[0].bucket_cap_bytes = 26214400, but here it is 104",
-            marks=pytest.mark.slow,
-        ),
+        ({"bucket_cap_mb": 1e-4}, "ranks.ddp[0].bucket_cap_bytes = 26214400, but here it is 104"),
     ],
 )
 def test_other_buckets_are_refused_by_name(tmp_path: Path, ddp_run: Path, wrapped: Any, says: str) -> None:

@@ -15,6 +15,7 @@ from launches import Training, both_passes, start
 
 import geomprobe
 from geomprobe import heartbeat, open_trace, vigil
+from geomprobe.cli import main
 from geomprobe.heartbeat import SILENCE_S, Beat, Judge
 from geomprobe.trace.record import open_record
 from geomprobe.whereabouts import Followed, Place, Whereabouts
@@ -158,6 +159,13 @@ def test_torchrun_names_a_killed_rank_and_ends_the_others(tmp_path: Path) -> Non
     assert "rank      : 1 " in cause
     assert "exitcode  : -9 " in cause
     assert_readable(tmp_path / "run", 5)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "soon"])
+def test_patience_is_a_number_of_seconds(capsys: pytest.CaptureFixture[str], text: str) -> None:
+    with pytest.raises(SystemExit):
+        main(["replay", f"--patience={text}", "run"])
+    assert f"'{text}' is no number of seconds above 0" in capsys.readouterr().err
 
 
 # The judge, with time that the test makes
