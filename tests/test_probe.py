@@ -8,13 +8,16 @@ import pty
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from cases import CASES, Case, PlainProbe, Watch, classified, mlp, train
+from cases import BATCH, CASES, Case, PlainProbe, Watch, classified, mlp, train
 from oracle import seeded
 from torch import Tensor, nn
+from torch.optim import SGD
 from torch.utils.data import DataLoader
 
 import geomprobe
@@ -474,7 +477,7 @@ def test_the_inert_probe_does_all_that_the_probe_does() -> None:
     def public(kind: type) -> set[str]:
         return {name for name in vars(kind) if not name.startswith("_")}
 
-    of_passes = {"update_due", "require_same_parameters", "epoch", "weights", "buffers"}
+    of_passes = {"update_due", "require_same_parameters", "weights", "buffers"}
     assert public(Probe) - of_passes == public(InertProbe)
     assert public(PlainProbe) <= public(InertProbe)
 
@@ -550,3 +553,31 @@ def test_bars_are_shown_on_a_terminal_and_nowhere_else() -> None:
 def test_without_rich_a_terminal_stays_silent() -> None:
     hidden = "import sys; sys.modules['rich'] = sys.modules['rich.progress'] = None\n"
     assert on_a_terminal(hidden + BARS) == ("done\n", "")
+
+
+def test_a_frameworks_loop_that_names_batches_and_epochs_is_known_as_the_probes_own(tmp_path: Path) -> None:
+    def training(ours: bool) -> Callable[[], None]:
+        def train() -> None:
+            model = mlp()
+            optimizer = SGD(model.parameters(), 0.1)
+            probe = geomprobe.attach(model, optimizer)
+            loader = DataLoader(classified(), BATCH, shuffle=True)
+            for epoch in probe.epochs(2) if ours else range(2):
+                if not ours:
+                    probe.epoch = epoch
+                for batch in probe.batches(loader) if ours else loader:
+                    if not ours:
+                        probe.fetched(batch)
+                    optimizer.zero_grad()
+                    probe.backward(nn.functional.cross_entropy(model(batch[0]), batch[1]))
+                    optimizer.step()
+
+        return train
+
+    found = []
+    for ours in (True, False):
+        with geomprobe.record(training(ours), tmp_path / str(ours), seed=1) as record:
+            prints = {name: record.fingerprints(name, 0, 99) for name in ("batch", "rng", "loss")}
+            found.append(prints | {"epoch": record.steps["epoch"]})
+    for name, values in found[0].items():
+        np.testing.assert_array_equal(values, found[1][name], err_msg=name)
