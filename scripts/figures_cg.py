@@ -53,8 +53,7 @@ def loss_and_error(lines: Lines) -> Figure:
         right.fill_between(epoch, errors.min(0), errors.max(0), color=color, alpha=0.18, linewidth=0)
         right.plot(epoch, errors.mean(0), color=color, label=label, linewidth=1.4)
     scale(left, "loss")
-    right.set_yscale("log")
-    right.set_ylabel("held-out error (%)")
+    scale(right, "error")
     return finish(figure, [left, right])
 
 

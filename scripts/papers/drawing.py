@@ -20,6 +20,9 @@ Array = NDArray[np.float64]
 
 COLORS = (BLUE, ORANGE, GREEN, PINK, "#E69F00", "#56B4E9", "black")
 
+DECADE = 10.0
+"""Ratio of largest to smallest from which an axis is logarithmic; below it its ticks would be crowded."""
+
 NAMES = {
     "rsi": "RSI (1/rate)",
     "eb": "EB (1/rate)",
@@ -29,6 +32,7 @@ NAMES = {
     "loss": "training loss (nats)",
     "hg_norm": "‖Hg‖",
     "lr": "learning rate",
+    "error": "held-out error (%)",
     "corridor_residual": "‖Hg‖ / ‖g‖",
 }
 
@@ -79,7 +83,7 @@ def scale(panel: Any, column: str) -> None:
         return
     drawn = np.concatenate([np.ravel(each.get_paths()[0].vertices[:, 1]) for each in panel.collections])
     if (drawn > 0).all():
-        panel.set_yscale("log")
+        panel.set_yscale("log" if drawn.max() > DECADE * drawn.min() else "linear")
     elif (drawn < 0).any():
         size = np.abs(drawn[drawn != 0])
         panel.set_yscale("symlog", linthresh=10.0 ** math.floor(math.log10(np.quantile(size, 0.1))))
