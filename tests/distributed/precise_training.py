@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -75,12 +76,19 @@ class Case:
     sync_each: bool = False
     compiled: str = ""
     backend: str = "aot_eager"
+    closure: bool = False
     segmented: bool = False
     measured: dict[str, Any] = field(default_factory=dict, hash=False)
 
+    @property
+    def has_hg(self) -> bool:
+        return self.closure or not self.compiled
+
     def __str__(self) -> str:
         said = [self.kind, self.optimizer, str(self.dtype).removeprefix("torch.")]
-        said += [name for name in ("autocast", "policy", "scaled", "sync_each") if getattr(self, name)]
+        said += [
+            name for name in ("autocast", "policy", "scaled", "sync_each", "closure") if getattr(self, name)
+        ]
         said += [
             self.clip and f"clip by {self.clip}",
             self.compiled and f"compiled {self.compiled} by {self.backend}",
@@ -119,8 +127,8 @@ class Training:
             optimizer.zero_grad()
             for part, (x, y) in enumerate(shares(case, attempt)[dist.get_rank()]):
                 with syncing(model, case.sync_each or part == case.parts - 1):
-                    loss = loss_of(case, called, x, y, attempt, dist.get_rank())
-                    probe.backward(scaler.scale(loss))
+                    again = functools.partial(loss_of, case, called, x, y, attempt, dist.get_rank())
+                    probe.backward(scaler.scale(again()), closure=again if case.closure else None)
             if case.clip:
                 scaler.unscale_(optimizer)
                 clip(case, model.parameters())
@@ -249,7 +257,7 @@ def brute_force(case: Case, world: int = 2) -> dict[str, Any]:
             for x, y in share
         ]
         mean = torch.stack(losses).sum() / world
-        gradients = torch.autograd.grad(mean, parameters, create_graph=not case.compiled)
+        gradients = torch.autograd.grad(mean, parameters, create_graph=case.has_hg)
         for p, g in zip(parameters, gradients, strict=True):
             p.grad = g.detach().clone()
         point = {
@@ -261,7 +269,7 @@ def brute_force(case: Case, world: int = 2) -> dict[str, Any]:
         if case.clip:
             clip(case, parameters)
         point["g"] = _grad(parameters)
-        if not case.compiled:
+        if case.has_hg:
             along = [p.grad.clone() for p in parameters]
             point["Hg"] = _flat(torch.autograd.grad(gradients, parameters, along))
         points.append(point)
