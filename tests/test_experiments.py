@@ -48,7 +48,7 @@ def test_every_figure_of_the_papers_has_an_experiment():
 
 
 def test_there_are_experiments_on_what_the_papers_leave_open():
-    assert {"share-of-corridors", "clr-generalization"} <= set(catalog())
+    assert {"share-of-corridors", "clr-generalization", "held-out-gradients"} <= set(catalog())
 
 
 @pytest.mark.parametrize("scale", ["paper", "tiny"])

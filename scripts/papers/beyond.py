@@ -1,4 +1,4 @@
-"""Experiments that neither paper has: CG's open question, and whether CLR generalizes."""
+"""Experiments that neither paper has, on the questions that both leave open."""
 
 from __future__ import annotations
 
@@ -42,5 +42,20 @@ EXPERIMENTS: list[Experiment | Elsewhere] = [
         ("experiment_clr.py",),
         "clr_sgd.png",
         "theory.md#clr-against-sgd",
+    ),
+    Elsewhere(
+        "held-out-gradients",
+        "NWT's section 6 calls it a critical limitation that w* depends on the very gradients that are measured. "
+        "Drawn: the cosine of held-out minibatches and of the whole gradient beside that of the step's own.",
+        ("experiment_held_out.py",),
+        "held_out.png",
+        "../held-out.md",
+    ),
+    Elsewhere(
+        "schedule-from-trace",
+        "NWT's section 6 finds that loLR resembles the schedules in use. Drawn: trainings with one made from it.",
+        ("experiment_schedule.py",),
+        "schedule.png",
+        "schedule.md",
     ),
 ]

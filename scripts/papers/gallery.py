@@ -73,7 +73,7 @@ def section(experiment: Experiment | Elsewhere, scale: str, root: Path) -> str:
     command = f"`python scripts/experiments.py run {experiment.name}{small}`"
     if isinstance(experiment, Elsewhere):
         command = f"`python scripts/{' '.join(experiment.command)}`"
-        seen = f"What it shows is told [on the theory's page]({experiment.page})."
+        seen = f"what it shows is told [on a page of its own]({experiment.page})."
     else:
         seen = account(experiment, scale, root) + (
             f" {found().get(experiment.name, '')}" if scale == "tiny" else ""
