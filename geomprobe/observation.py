@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from geomprobe.across_ranks import across_ranks
 from geomprobe.appointment import Appointment
+from geomprobe.called_models import CalledModels, refuse_another
 from geomprobe.distributed import Layout
 from geomprobe.errors import UnsupportedTraining, UsageError
 from geomprobe.evidence import Evidence
@@ -62,13 +63,12 @@ class Observation(ABC):
         self.updates = Updates()
         self.probe: Probe | None = None
         self.failure: BaseException | None = None
-        self._updates = 0  # begun, whether or not the optimizer finished them
-        self._called: dict[int, nn.Module] = {}
+        self._begun_steps = 0  # begun, whether or not the optimizer finished them
+        self._called = CalledModels()
         self._sources = Sources()
         self._names_its_losses = False
         self._in_backward = False
         self._factor: Tensor | None = None
-        self._roots: set[int] = set()
 
     @property
     def goal(self) -> Position | None:
@@ -111,7 +111,7 @@ class Observation(ABC):
             elif position == self.goal:
                 assert self.probe is not None
                 rest = self.restart.put_back(self.probe, self.evidence, self.layout, self._ignoring_backward)
-                self._updates = self.probe.step
+                self._begun_steps = self.probe.step
                 self.updates.load_state_dict(rest["updates"])
                 self.restored(rest)
 
@@ -152,7 +152,7 @@ class Observation(ABC):
             if (reason := self._sources.stepped(self.probe.epoch)) is not None:
                 self.cannot_go_on(reason)
             self.measure(gradients, grad_scale)
-            self._updates += 1
+            self._begun_steps += 1
 
     def after_update(self) -> None:
         with self._lasting():
@@ -210,20 +210,20 @@ class Observation(ABC):
         with self._lasting():
             if self.probe is None:
                 closure = given_closure(args, kwargs)
-                if closure is not None and not self._models_of(optimizer):
+                if closure is not None and not self._called.of(optimizer):
                     return replace_closure(args, kwargs, self._attaching(optimizer, closure))
                 self._attach_to(optimizer)
             elif optimizer is not self.probe.optimizer:
-                self._meet_another(optimizer)
+                refuse_another(self.probe, optimizer)
         return None
 
     def module_entered(self, module: nn.Module, inputs: Any) -> bool:
         """A module is called from outside any other; returns whether to be told of the next one."""
         if self.probe is not None:
-            if id(module) in self._roots:
+            if any(module is one for one in self._called.several):
                 self.entered(inputs)
-            return bool(self._roots) or self.probe.calls.met(module, inputs)
-        self._called[id(module)] = module
+            return bool(self._called.several) or self.probe.calls.met(module, inputs)
+        self._called.add(module)
         self.evidence.entered(inputs)
         return True
 
@@ -311,24 +311,15 @@ class Observation(ABC):
             raise
 
     def _require_whole_updates(self) -> None:
-        if self.probe is not None and self._updates != self.probe.step:
+        if self.probe is not None and self._begun_steps != self.probe.step:
             name = type(self.probe.optimizer).__name__
             raise UnsupportedTraining(
                 f"{name}.step raised in step {self.probe.step}, and the script went on. What that step did to the "
                 "weights is not known, so no later one can be measured. Mend what raised, or let it end the script."
             )
 
-    def _models_of(self, optimizer: Optimizer) -> list[nn.Module]:
-        """The modules called so far that hold any of an optimizer's parameters."""
-        wanted = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return [m for m in self._called.values() if any(id(p) in wanted for p in m.parameters())]
-
     def _attach_to(self, optimizer: Optimizer) -> None:
-        roots = self._models_of(optimizer)
-        model = roots[0] if len(roots) == 1 else nn.ModuleList(roots) if roots else None
-        self._roots = {id(root) for root in roots} if len(roots) > 1 else set()
-        self._called.clear()
-        Probe(model, optimizer, {}, self)
+        Probe(self._called.trained_by(optimizer), optimizer, {}, self)
 
     def _attaching(self, optimizer: Optimizer, closure: Closure) -> Closure:
         """The first closure, for a script that calls its model in there: only then is the model known."""
@@ -343,18 +334,3 @@ class Observation(ABC):
             return loss
 
         return attach_and_measure
-
-    def _meet_another(self, optimizer: Optimizer) -> None:
-        assert self.probe is not None
-        explicit = self.probe.explicit
-        own = {id(p) for p in self.probe.parameters.values()}
-        if self.probe.model is not None:
-            own |= {id(p) for p in self.probe.model.parameters()}
-        if explicit and not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
-            return  # it trains something else, beside what the script asked to measure
-        raise UnsupportedTraining(
-            f"Two optimizers step in this run: {described(self.probe.optimizer)} and {described(optimizer)} "
-            f"(at step {self.probe.step}). A trace is of one optimizer's path. Put all parameters into one "
-            "optimizer's groups, or, where the second trains another model, call geomprobe.attach(model, "
-            "optimizer) on the one to measure."
-        )

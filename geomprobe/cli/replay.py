@@ -36,12 +36,13 @@ from geomprobe.trace.schema import TRACE_FILE
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument("folder", metavar="RUN", help="a run folder that `geomprobe record` made")
-    _add_measures(parser)
+    _add_cadences(parser)
+    _add_details(parser)
     _add_ways(parser)
 
 
-def _add_measures(parser: argparse.ArgumentParser) -> None:
-    """What is measured."""
+def _add_cadences(parser: argparse.ArgumentParser) -> None:
+    """What is measured, and how often."""
     parser.add_argument(
         "--every", type=int, default=1, metavar="N", help="measure each N-th step (default: 1)"
     )
@@ -82,6 +83,10 @@ def _add_measures(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="measure the gradient over all samples at the end of each N-th epoch (needs probe.full_gradient_of)",
     )
+
+
+def _add_details(parser: argparse.ArgumentParser) -> None:
+    """What else is kept of each measured step."""
     parser.add_argument(
         "--per-parameter", action="store_true", help="keep the inner products of each parameter tensor too"
     )
