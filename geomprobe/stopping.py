@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Protocol
+
+
+_AT_ONCE_S = 1.0
 
 
 class Stoppable(Protocol):
@@ -18,18 +23,25 @@ class Stoppable(Protocol):
 
 @contextlib.contextmanager
 def stopping_when_asked(current: Stoppable) -> Iterator[None]:
-    """Let SIGTERM, by which a queue announces the end, stop the pass where it can go on later; a second one kills."""
+    """Let SIGTERM, by which a queue announces the end, stop the pass where it can go on later.
+
+    Another one kills, unless it comes at once: a queue and a launcher that passes its signals on may both send it.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     own = os.getpid()
+    asked = math.inf
 
     def stop(number: int, frame: object) -> None:
-        signal.signal(number, before)
-        if os.getpid() == own:
-            current.stop_asked = True
-        else:  # in a process that the script has forked
+        nonlocal asked
+        asked = min(asked, time.monotonic())
+        forked = os.getpid() != own  # by the script
+        if forked or time.monotonic() - asked > _AT_ONCE_S:
+            signal.signal(number, before)
             os.kill(os.getpid(), number)
+        else:
+            current.stop_asked = True
 
     before = signal.signal(signal.SIGTERM, stop)
     try:

@@ -31,7 +31,10 @@ def happens(step):
         return
     if do.startswith("SIG"):
         for name in do.split():
-            os.kill(os.getpid(), getattr(signal, name))
+            if name.startswith("SIG"):
+                os.kill(os.getpid(), getattr(signal, name))
+            else:
+                time.sleep(float(name))
     if do == "full disk":
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
     if do == "fault":

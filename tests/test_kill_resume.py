@@ -144,9 +144,14 @@ def test_sigterm_ends_the_step_keeps_everything_and_exits_with_75(bench, path, c
     bench.assert_whole(path, name)
 
 
+def test_sigterm_from_two_at_once_is_one(bench, path, cut):
+    _, go = cut
+    said(go(AT=str(MIDDLE), DO="SIGTERM SIGTERM"), 75, "stopped as asked")
+
+
 def test_a_second_sigterm_kills(bench, path, cut):
     name, go = cut
-    assert go(AT=str(MIDDLE), DO="SIGTERM SIGTERM").code == -signal.SIGTERM
+    assert go(AT=str(MIDDLE), DO="SIGTERM 1.1 SIGTERM").code == -signal.SIGTERM
     assert go().code == 0
     bench.assert_whole(path, name)
 
