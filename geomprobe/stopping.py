@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from typing import Protocol
 
-
 _AT_ONCE_S = 1.0
 
 
