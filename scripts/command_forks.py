@@ -118,4 +118,4 @@ def _leave(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> None:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    ctypes.CDLL(None).exit(code or 0)
+    ctypes.PyDLL(None).exit(code or 0)  # with Python's lock held, since destructors of torch ask for it
