@@ -16,15 +16,16 @@ def with_hg(run: Run, **changed: Option) -> Run:
     return replace(run, options={**run.options, "optimizer": "sgd", **changed}, hg=True)
 
 
-# A rate that all three share, and one that suits the perceptron and the ResNet, or the Transformer, better or worse.
+RATES = (0.01, 0.1)
+
 CORRIDORS = [
     *(
         (f"{name}, rate {{lr}}", [with_hg(nwt.cifar10(model=model, epochs=150), lr=rate)])
         for name, model in (("MLP", "medium-mlp"), ("ResNet", "resnet18"))
-        for rate in (0.01, 0.1)
+        for rate in RATES
     ),
     # Without clipping, so that g is the gradient of the loss whose Hessian is taken.
-    *(("Transformer, rate {lr}", [with_hg(nwt.wikitext2(128), lr=rate, clip=1e9)]) for rate in (0.1, 1.0)),
+    *(("Transformer, rate {lr}", [with_hg(nwt.wikitext2(128), lr=rate, clip=1e9)]) for rate in RATES),
 ]
 
 EXPERIMENTS: list[Experiment | Elsewhere] = [
