@@ -21,7 +21,7 @@ _BATCH = 2**20  # elements updated at a time, so that no temporary is of the mod
 class CLR(Optimizer):
     r"""Gradient descent at the rate that would reach the minimum in one step if the region were a corridor.
 
-    .. math::  h = \min\Big(s \frac{\max(E(\theta) - E^*, 0)}{\|g(\theta)\|^2},\ h_{\max}\Big),
+    .. math::  h = \min\left(s \frac{\max(E(\theta) - E^*, 0)}{\|g(\theta)\|^2},\ h_{\max}\right),
                \qquad \theta' = \theta - h\, g(\theta)
 
     (CG eq. 3 with :math:`E^* = 0`, :math:`s = 1` and no cap; Polyak's step size in general.) The norm is
