@@ -17,7 +17,7 @@ from geomprobe.double_backward import untouched
 from geomprobe.errors import RunError
 from geomprobe.fingerprint import leaves
 
-_STEPS = 2  # after which a run's buckets stay as they are
+_STEPS = 3  # after which a run's buckets stay as they are, with a static graph too, and DDP's log tells them
 
 Aside = Callable[[], contextlib.AbstractContextManager[object]]
 
