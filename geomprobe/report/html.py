@@ -158,7 +158,7 @@ def _numbers(summary: Summary) -> Markup:
     keys = ("first", "last", "minimum", "maximum", "mean")
     rows = [
         [c["name"], *(_number(c[key]) for key in keys), str(c["missing"]), typeset(c["units"])]
-        + [describe(f"steps/{c['name']}").long_name]
+        + [describe(c["name"] if "/" in c["name"] else f"steps/{c['name']}").long_name]
         for c in columns
         if c["measured"]
     ]

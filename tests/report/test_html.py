@@ -421,3 +421,15 @@ def test_a_folder_in_the_way_a_missing_folder_and_no_run_are_told(tmp_path, hist
         write(run, tmp_path / "nowhere" / "report.html")
     with pytest.raises(RunError):
         write(tmp_path / "nothing", tmp_path / "report.html")
+
+
+def test_columns_of_other_gradients_are_among_the_numbers(tmp_path, history):
+    write_run(tmp_path / "run", history)
+    with h5py.File(tmp_path / "run" / "trace.h5", "r+") as file:
+        for group in ("held_out", "full_gradient", "unclipped"):
+            for name in ("grad_norm", "grad_dot_offset", "rsi", "eb", "cosine", "lolr"):
+                file.copy(f"steps/{name}", f"{group}/{name}")
+    write(tmp_path / "run", tmp_path / "run.html")
+    rows = Page((tmp_path / "run.html").read_text()).text("tr")
+    for group in ("held_out", "full_gradient", "unclipped"):
+        assert [row for row in rows if row.startswith(f"{group}/cosine")]
