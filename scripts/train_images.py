@@ -73,7 +73,13 @@ def make_model(options: argparse.Namespace) -> nn.Module:
     if options.model == "vgg16":
         return vgg(16, width=width, classes=classes, image_size=size)
     depth = int(options.model.removeprefix("resnet"))
-    return resnet(depth, width=width, classes=classes, stem="cifar" if size <= 32 else "imagenet")
+    return resnet(
+        depth,
+        width=width,
+        classes=classes,
+        stem="cifar" if size <= 32 else "imagenet",
+        zero_init_residual=options.zero_init_residual,
+    )
 
 
 def make_optimizer(options: argparse.Namespace, model: nn.Module) -> Optimizer:
@@ -116,6 +122,12 @@ def parse() -> argparse.Namespace:
     models = ["resnet18", "resnet50", "resnet152", "medium-mlp", "vgg16"]
     parser.add_argument("--model", choices=models, default="resnet18")
     parser.add_argument("--width", type=float, default=1, help="factor on every channel count")
+    parser.add_argument(
+        "--zero-init-residual",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="start each block of a ResNet as its shortcut",
+    )
     parser.add_argument("--optimizer", choices=["sgd", "momentum", "adam", "clr"], default="momentum")
     parser.add_argument("--lr", type=float, help="of ImageNet, the greatest one")
     parser.add_argument("--max-lr", type=float, help="cap on CLR's rate; CG has 10 on ImageNet")

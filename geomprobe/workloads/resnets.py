@@ -19,7 +19,14 @@ DEPTHS = {
 """By depth, torchvision's block and how many of it each stage has."""
 
 
-def resnet(depth: int, *, width: float = 1, classes: int = 10, stem: str = "cifar") -> ResNet:
+def resnet(
+    depth: int,
+    *,
+    width: float = 1,
+    classes: int = 10,
+    stem: str = "cifar",
+    zero_init_residual: bool = False,
+) -> ResNet:
     """A ResNet (He et al. 2016) on torchvision's blocks, such as NWT's ResNet-18-2 or ResNet-152-0.5.
 
     Args:
@@ -28,10 +35,13 @@ def resnet(depth: int, *, width: float = 1, classes: int = 10, stem: str = "cifa
         classes: number of logits.
         stem: ``"cifar"``, one 3x3 convolution, for images of 32x32 pixels or fewer; ``"imagenet"``, a 7x7
             convolution of stride 2 and a 3x3 max pool of stride 2.
+        zero_init_residual: whether the last BatchNorm of each block starts with weights of 0, so that each block
+            starts as its shortcut (Goyal et al. 2017, section 5.1).
 
     Returns:
         A model from images [batch, 3, height, width] to logits [batch, classes]. With the ImageNet stem and width
-        1, its parameters' names, shapes and initial values are those of torchvision's.
+        1, its parameters' names, shapes and initial values are those of torchvision's, for either
+        ``zero_init_residual``.
 
     Raises:
         UsageError: an unknown depth or stem, a width that makes no whole channel counts, or no torchvision.
@@ -46,7 +56,13 @@ def resnet(depth: int, *, width: float = 1, classes: int = 10, stem: str = "cifa
         raise UsageError(f"resnet(stem={stem!r}): the stems are 'cifar' and 'imagenet'")
     block, blocks = DEPTHS[depth]
     blocks_module = library("torchvision.models.resnet", "vision")
-    return ResNet(getattr(blocks_module, block), blocks, scaled(64, width), classes, stem)
+    model = ResNet(getattr(blocks_module, block), blocks, scaled(64, width), classes, stem)
+    if zero_init_residual:
+        last = {"BasicBlock": "bn2", "Bottleneck": "bn3"}[block]
+        for name, module in model.named_modules():
+            if name.startswith("layer") and name.endswith(last):
+                nn.init.zeros_(module.weight)
+    return model
 
 
 class ResNet(nn.Module):

@@ -15,12 +15,13 @@ def count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("zero", [False, True])
 @pytest.mark.parametrize("depth", [18, 50])
-def test_with_the_imagenet_stem_it_is_torchvisions_to_the_bit(depth: int) -> None:
+def test_with_the_imagenet_stem_it_is_torchvisions_to_the_bit(depth: int, zero: bool) -> None:
     torch.manual_seed(0)
-    reference = getattr(models, f"resnet{depth}")(num_classes=7).eval()
+    reference = getattr(models, f"resnet{depth}")(num_classes=7, zero_init_residual=zero).eval()
     torch.manual_seed(0)
-    ours = resnet(depth, classes=7, stem="imagenet").eval()
+    ours = resnet(depth, classes=7, stem="imagenet", zero_init_residual=zero).eval()
     expected, found = reference.state_dict(), ours.state_dict()
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -59,6 +60,17 @@ def test_the_cifar_stem_keeps_all_pixels_of_a_small_image() -> None:
     model.layer4.register_forward_hook(lambda _, __, output: sizes.append(output.shape))
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
     assert sizes == [(2, 4, 32, 32), (2, 32, 4, 4)]
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_with_branches_that_start_at_zero_every_block_starts_as_its_shortcut(depth: int) -> None:
+    model = resnet(depth, width=1 / 16, zero_init_residual=True)
+    x = torch.randn(4, 3, 8, 8)
+    expected = model.relu(model.bn1(model.conv1(x)))
+    for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
+        shortcut = next(stage.children()).downsample
+        expected = shortcut(expected).relu() if isinstance(shortcut, nn.Module) else expected
+    torch.testing.assert_close(model(x), model.fc(expected.mean((2, 3))))
 
 
 @pytest.mark.parametrize(
