@@ -39,7 +39,7 @@ _STEPS: dict[str, tuple[tuple[str, ...], Callable[..., Array]]] = {
     "flow_drift": (("steps/lr", "Hg.Hg"), geometry.flow_drift),
     "clr": (("steps/loss", "g.g"), geometry.clr),
 }
-_REFERENCE: dict[str, tuple[tuple[str, ...], Callable[..., Array]]] = {
+FROM_PRODUCTS: dict[str, tuple[tuple[str, ...], Callable[..., Array]]] = {
     "distance": (("d.d",), geometry.distance),
     "grad_dot_offset": (("g.d",), np.asarray),
     "rsi": (("g.d", "d.d"), geometry.rsi),
@@ -195,7 +195,7 @@ def _check_products(c: Columns) -> Check:
     checks = []
     for reference in c.trace.references:
         place = "steps" if reference == FINAL else f"references/{escape(reference)}"
-        for column, (inputs, compute) in {**_REFERENCE, **(_STEPS if reference == FINAL else {})}.items():
+        for column, (inputs, compute) in {**FROM_PRODUCTS, **(_STEPS if reference == FINAL else {})}.items():
             values = [c[name] if "/" in name else _product(c, reference, name) for name in inputs]
             checks.append(_derived(f"{place}/{column}", c[f"{place}/{column}"], compute(*values)))
     return worst_of("columns = f(inner products)", checks)

@@ -11,6 +11,7 @@ from geomprobe.report import identities
 from geomprobe.report.check import FAIL, SKIPPED, Check, held, skipped
 from geomprobe.report.plain_sgd import check_plain_sgd
 from geomprobe.report.precision import Precision, precision
+from geomprobe.report.side_identities import check_side_gradients
 from geomprobe.report.table import number, table
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def verify(trace: Trace) -> Verification:
     checks = [
         _check_certificate(trace),
         *identities.check_identities(c, p),
+        *check_side_gradients(c, p),
         *check_plain_sgd(c, p, certified=is_certified(trace.certificate, trace.num_steps)),
     ]
     missing = identities.not_finite(c)
