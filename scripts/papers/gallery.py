@@ -28,7 +28,7 @@ epochs, smaller batches.
 
 - *CIFAR-10 and ImageNet* are scikit-learn's 1,497 training digits of 8x8 pixels; channel counts are an eighth; NWT's
   epochs are a tenth, its batches a quarter (256 becomes 64) and its warm-up one epoch; CG's batches are a 32nd (4096
-  becomes 128), its epochs 30.
+  becomes 128), its epochs 30 for CIFAR-10 and 10 for ImageNet.
 - *WikiText-2* is 40,000 words of Python's standard library, a vocabulary of 1,000; the Transformer has 4 layers of 32
   features for 12 of 128; batches are a quarter (32 becomes 8).
 - *Vaihingen* is scenes of digits, 200 patches an epoch of 32x32 pixels; channel counts are an eighth.
