@@ -39,7 +39,7 @@ steps of the default on CIFAR-10, where it starts at 0.005 in the paper. It is d
 cosines. Lines are the mean of an epoch and bands its minimum to maximum (NWT), or the mean and the range of three
 seeds (CG). NWT's final epoch is left out, as in the paper.
 
-All of it took 54 minutes of processor time, with two trainings at a time half of that on two idle cores.
+All of it takes less than an hour of processor time, with two trainings at a time half of that on two idle cores.
 """
 
 
