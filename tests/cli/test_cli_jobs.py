@@ -67,6 +67,7 @@ def test_a_fault_in_one_segment_is_named_and_the_others_work_is_kept(bench, reco
     bench.assert_whole(recorded, "trace.h5")
 
 
+@pytest.mark.slow
 def test_sigterm_stops_every_segment_and_they_go_on(bench, recorded):
     stopped = jobs(bench, recorded, AT=str(FAULTY), DO="wait")
     while not (bench.folder / "waiting").exists():
@@ -94,6 +95,7 @@ def test_sigterm_before_the_segments_have_begun_is_no_failure(bench, recorded):
     assert "stopped as asked; --resume goes on from here" in err
 
 
+@pytest.mark.slow
 def test_a_killed_segment_is_named_and_run_again_alone(bench, recorded):
     failed = jobs(bench, recorded, AT=str(FAULTY), DO="SIGKILL")
     _, err = failed.communicate()
