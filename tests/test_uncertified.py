@@ -42,6 +42,7 @@ def test_rows_are_the_same_until_the_first_difference_and_never_after_it(tmp_pat
         "steps_recorded": STEPS,
         "steps_compared": STEPS,
         "steps_equal": FIRST,
+        "steps_attempted": STEPS,
         "final_weights_equal": False,
         "components": ["rng", "batch", "weights", "optimizer", "loss", "buffers"],
         "first_difference": {"step": FIRST, "component": "weights", "tensor": "4.bias"},
