@@ -154,7 +154,8 @@ def worker(options: argparse.Namespace) -> None:
         print(json.dumps(dict(zip(LANES, mine.tolist(), strict=True))))
     dist.destroy_process_group()
     sys.stdout.flush()
-    os._exit(0)  # torch's threads now and then abort a process that takes its modules apart, which loses its figures
+    # torch's threads now and then abort a process that takes its modules apart, which would lose its figures.
+    os._exit(0)
 
 
 def measured(options: argparse.Namespace, processes: int, parallel: str) -> dict[str, list[float]]:
