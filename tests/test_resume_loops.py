@@ -205,7 +205,7 @@ LOOPS = [
                 loops, "epoch", id=f"epoch-{loops.__name__}", marks=() if telling else pytest.mark.slow
             )
             for loops in LOOPS
-            for telling in [loops in (loader_of_each_epoch, two_stages, accumulation_across_epochs)]
+            for telling in [loops is loader_of_each_epoch]
         ),
     ],
 )
