@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from geomprobe.errors import GeomprobeError, ReplayDiverged
-    from geomprobe.passes import record, replay, two_pass
-    from geomprobe.probe import attach
+    from geomprobe.passes.api import record, replay, two_pass
+    from geomprobe.probe.probe import attach
     from geomprobe.trace.reader import Trace, open_trace
 
 __version__ = "0.1.0"
@@ -18,11 +18,11 @@ _HOMES = {
     "GeomprobeError": "geomprobe.errors",
     "ReplayDiverged": "geomprobe.errors",
     "Trace": "geomprobe.trace.reader",
-    "attach": "geomprobe.probe",
+    "attach": "geomprobe.probe.probe",
     "open_trace": "geomprobe.trace.reader",
-    "record": "geomprobe.passes",
-    "replay": "geomprobe.passes",
-    "two_pass": "geomprobe.passes",
+    "record": "geomprobe.passes.api",
+    "replay": "geomprobe.passes.api",
+    "two_pass": "geomprobe.passes.api",
 }
 
 __all__ = [
@@ -38,8 +38,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("corridor", "schedules"):
-        return import_module(f"geomprobe.{name}")
+    if name == "corridor":
+        return import_module("geomprobe.corridor")
+    if name == "schedules":
+        return import_module("geomprobe.corridor.schedules")
     if name not in _HOMES:
         raise AttributeError(f"module 'geomprobe' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -8,7 +8,7 @@ run=${1:-runs/digits}
 geomprobe() { .venv/bin/geomprobe "$@"; }
 
 echo "--- pass 1: train, and record the run"
-geomprobe record --force -o "$run" --seed 0 scripts/train_digits.py
+geomprobe record --force -o "$run" --seed 0 scripts/examples/digits.py
 echo "--- pass 2: the same run, bit for bit, measured"
 geomprobe replay --force "$run"
 echo "--- what is in the trace, and the identities it must satisfy"

@@ -1,1 +1,1 @@
-"""Its place puts tests/ on the import path of every test: cases.py, oracle.py, sealed_runs.py."""
+"""Its place puts tests/ on the import path of every test: `from support.cases import ...`."""

@@ -20,8 +20,8 @@ import sys
 from pathlib import Path
 
 from geomprobe.report import corridors
-from geomprobe.report.summary import summarize
-from geomprobe.report.summary_text import next_command, render
+from geomprobe.report.summary.summary import summarize
+from geomprobe.report.summary.text import next_command, render
 from geomprobe.trace.reader import open_trace
 
 

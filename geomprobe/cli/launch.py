@@ -14,8 +14,8 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
+from geomprobe.distributed.ranks import PATIENCE_S
 from geomprobe.errors import GeomprobeError, UsageError
-from geomprobe.ranks import PATIENCE_S
 
 # Read by Python and cuBLAS at start-up only.
 START_UP = {"PYTHONHASHSEED": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}

@@ -105,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("Name the script to record: geomprobe record -o RUN train.py [ARGS...]")
     launch.restart_with(launch.START_UP)
 
-    from geomprobe import passes
+    from geomprobe.passes import api as passes
 
     try:
         with passes.record(

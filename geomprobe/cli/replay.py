@@ -139,9 +139,10 @@ def _add_ways(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Replay, and say what was written and whether it held."""
     _restart_early(arguments.folder)
-    from geomprobe import claims, sealing
-    from geomprobe.cli import parallel
-    from geomprobe.run import Run
+    from geomprobe.cli import jobs as parallel
+    from geomprobe.passes import finalize as sealing
+    from geomprobe.passes import lease as claims
+    from geomprobe.trace.run_folder import Run
 
     _require_sense(arguments)
     run = Run(arguments.folder)
@@ -197,7 +198,7 @@ def _require_sense(arguments: argparse.Namespace) -> None:
 
 
 def _replayed(arguments: argparse.Namespace, script: Mapping[str, Any]) -> Trace:
-    from geomprobe import passes
+    from geomprobe.passes import api as passes
 
     try:
         return passes.replay(

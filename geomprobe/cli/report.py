@@ -15,7 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from geomprobe.report.html import write
+from geomprobe.report.html.page import write
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

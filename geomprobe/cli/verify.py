@@ -15,7 +15,7 @@ import json
 import sys
 from pathlib import Path
 
-from geomprobe.report.verify import render, verify
+from geomprobe.report.verify.verify import render, verify
 from geomprobe.trace.reader import open_trace
 
 _BROKEN = 3

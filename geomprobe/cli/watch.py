@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from geomprobe.errors import UsageError
-from geomprobe.report.watch import Snapshot, Watch
-from geomprobe.report.watch_text import console, render
+from geomprobe.report.watch.snapshot import Snapshot, Watch
+from geomprobe.report.watch.terminal import console, render
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -7,9 +7,9 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from geomprobe.inert import InertProbe
-from geomprobe.probe import Probe
-from geomprobe.probe import attach as attach_to
+from geomprobe.probe.inert import InertProbe
+from geomprobe.probe.probe import Probe
+from geomprobe.probe.probe import attach as attach_to
 
 
 def attach(accelerator: Accelerator, model: nn.Module, optimizer: Any, **stateful: Any) -> Probe | InertProbe:

@@ -7,8 +7,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from geomprobe.errors import UnsupportedTraining
-from geomprobe.inert import InertProbe
-from geomprobe.probe import Probe, attach
+from geomprobe.probe.inert import InertProbe
+from geomprobe.probe.probe import Probe, attach
 
 
 class GeomprobeCallback(Callback):

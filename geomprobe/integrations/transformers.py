@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from geomprobe.inert import InertProbe
-from geomprobe.probe import Probe, attach
+from geomprobe.probe.inert import InertProbe
+from geomprobe.probe.probe import Probe, attach
 
 
 class GeomprobeCallback(TrainerCallback):

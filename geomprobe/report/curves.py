@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from geomprobe import geometry
 from geomprobe.errors import UsageError
+from geomprobe.trace import geometry
 from geomprobe.trace.schema import TRACE_FILE
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def groups(trace: Trace, *, skip_last_epoch: bool = False) -> Groups:
     >>> import tempfile
     >>> from pathlib import Path
     >>> from geomprobe.trace.reader import open_trace
-    >>> from geomprobe.trace.writer import PartWriter, Table
+    >>> from geomprobe.trace.stream.writer import PartWriter, Table
     >>> path = Path(tempfile.mkdtemp()) / "part.h5"
     >>> table = Table("values", ("steps/epoch", "steps/loss"), "float64")
     >>> with PartWriter(path, schema="geomprobe-trace", tables=[table], attributes={}) as part:

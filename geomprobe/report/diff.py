@@ -80,7 +80,7 @@ def diff(a: Path, b: Path) -> RunDifference:
         RunError: the two have neither both a record nor both a trace that can be read.
 
     >>> import tempfile
-    >>> from geomprobe.trace.writer import PartWriter, Table
+    >>> from geomprobe.trace.stream.writer import PartWriter, Table
     >>> path = Path(tempfile.mkdtemp()) / "part.h5"
     >>> table = Table("values", ("steps/loss",), "float64")
     >>> with PartWriter(path, schema="geomprobe-trace", tables=[table], attributes={}) as part:

@@ -44,7 +44,7 @@ def export(trace: Trace, form: str, path: Path, *, force: bool = False) -> list[
 
     >>> import tempfile
     >>> from geomprobe.trace.reader import open_trace
-    >>> from geomprobe.trace.writer import PartWriter, Table
+    >>> from geomprobe.trace.stream.writer import PartWriter, Table
     >>> folder = Path(tempfile.mkdtemp())
     >>> table = Table("values", ("steps/loss",), "float64")
     >>> with PartWriter(folder / "part.h5", schema="geomprobe-trace", tables=[table], attributes={}) as part:

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from geomprobe import geometry
-from geomprobe.trace import schema
+from geomprobe.trace import geometry, schema
 
 Array = NDArray[np.float64]
 Formula = Callable[[Callable[[str], Array]], Array]

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from geomprobe.errors import UsageError
 from geomprobe.trace import schema
 from geomprobe.trace.derive import Array, Derived
-from geomprobe.trace.failure import damage_named
-from geomprobe.trace.part import stream_part
-from geomprobe.trace.source import Source, read_settled, spans
+from geomprobe.trace.hdf5_errors import damage_named
+from geomprobe.trace.locate import Source, read_settled, spans
+from geomprobe.trace.stream.reader import stream_part
 
 _CERTIFICATE_JSON = ("components", "first_difference")
 
@@ -50,7 +50,7 @@ class Trace:
         certificate: what the replay's comparison with the recording found; empty where it did not end.
 
     >>> import tempfile
-    >>> from geomprobe.trace.writer import PartWriter, Table
+    >>> from geomprobe.trace.stream.writer import PartWriter, Table
     >>> path = Path(tempfile.mkdtemp()) / "part.h5"
     >>> table = Table("values", ("steps/epoch", "steps/loss"), "float64")
     >>> with PartWriter(path, schema="geomprobe-trace", tables=[table], attributes={}) as part:
@@ -166,7 +166,7 @@ def open_trace(path: str | os.PathLike[str]) -> Trace:
         RunError: there is no trace; the message says what there is instead.
 
     >>> import tempfile
-    >>> from geomprobe.trace.writer import PartWriter, Table
+    >>> from geomprobe.trace.stream.writer import PartWriter, Table
     >>> run = Path(tempfile.mkdtemp())
     >>> (run / "stream").mkdir()
     >>> table = Table("values", ("inner_products/g.d", "inner_products/d.d"), "float64")

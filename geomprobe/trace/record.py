@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from geomprobe.errors import RunError
 from geomprobe.trace import schema
 from geomprobe.trace.derive import Array
-from geomprobe.trace.failure import damage_named
-from geomprobe.trace.part import stream_part
-from geomprobe.trace.reference import read_reference
-from geomprobe.trace.source import Source, Span, read_settled, spans
+from geomprobe.trace.hdf5_errors import damage_named
+from geomprobe.trace.locate import Source, Span, read_settled, spans
+from geomprobe.trace.stream.reader import stream_part
+from geomprobe.trace.weights import read_reference
 
 Reference = dict[str, tuple[NDArray[Any], str]]
 
@@ -116,7 +116,7 @@ def open_record(path: str | os.PathLike[str], rank: int = 0) -> Record:
         RunError: there is no recording; the message says what there is instead.
 
     >>> import tempfile
-    >>> from geomprobe.trace.writer import PartWriter, Table
+    >>> from geomprobe.trace.stream.writer import PartWriter, Table
     >>> path = Path(tempfile.mkdtemp()) / "part.h5"
     >>> tables = [Table("steps", ("epoch", "loss", "lr"), "float64"), Table("fingerprints/loss", ("loss",), "int64")]
     >>> with PartWriter(path, schema="geomprobe-record", tables=tables, attributes={}) as part:

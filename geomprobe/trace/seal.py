@@ -12,11 +12,11 @@ import numpy as np
 
 from geomprobe.errors import RunError
 from geomprobe.trace import schema
-from geomprobe.trace.aside import written_aside
+from geomprobe.trace.atomic_file import written_aside
 from geomprobe.trace.derive import Derived, sealed_columns
-from geomprobe.trace.part import TIMEOUT_S, Block, Header, PartNotBegun, read_header, stream_part
-from geomprobe.trace.reference import copy_reference, write_reference
-from geomprobe.trace.source import Span, spans
+from geomprobe.trace.locate import Span, spans
+from geomprobe.trace.stream.reader import TIMEOUT_S, Block, Header, PartNotBegun, read_header, stream_part
+from geomprobe.trace.weights import copy_reference, write_reference
 
 __all__ = ["seal_record", "seal_trace", "write_reference"]
 
@@ -54,7 +54,7 @@ def seal_trace(
         WriteFailed: the disk refused a write.
 
     >>> import tempfile
-    >>> from geomprobe.trace.writer import PartWriter, Table
+    >>> from geomprobe.trace.stream.writer import PartWriter, Table
     >>> run = Path(tempfile.mkdtemp())
     >>> table = Table("values", ("inner_products/g.g",), "float64")
     >>> with PartWriter(run / "part.h5", schema="geomprobe-trace", tables=[table], attributes={}) as part:
@@ -112,7 +112,7 @@ def seal_record(
         WriteFailed: the disk refused a write.
 
     >>> import tempfile
-    >>> from geomprobe.trace.writer import PartWriter, Table
+    >>> from geomprobe.trace.stream.writer import PartWriter, Table
     >>> run = Path(tempfile.mkdtemp())
     >>> tables = [Table("steps", ("loss",), "float64"), Table("fingerprints/loss", ("loss",), "int64")]
     >>> with PartWriter(run / "part.h5", schema="geomprobe-record", tables=tables, attributes={}) as part:

@@ -1,0 +1,178 @@
+"""Replay a run in several processes of this machine, each of them a segment of it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from types import FrameType
+from typing import IO, Any
+
+from geomprobe.errors import GeomprobeError, ReplayDiverged, Stopped, UsageError
+from geomprobe.passes import lease as claims
+from geomprobe.passes.checkpoint.resume_point import cuts, segments
+from geomprobe.trace.record import Record
+from geomprobe.trace.run_folder import Run
+
+# So that threads of several processes that wait for their like do not keep the others from the cores. It moves no bits.
+_YIELDING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+
+
+class SegmentsFailed(GeomprobeError):
+    """Some of the segments failed; what the others did is kept."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def replay(arguments: argparse.Namespace, recorded: Record) -> None:
+    """Run a process for each segment to its end, and show what they print on standard error.
+
+    Args:
+        arguments: those of ``geomprobe replay``.
+        recorded: the recording.
+
+    Raises:
+        UsageError: there are no checkpoints to split the run at, or the options do not go together.
+        SegmentsFailed: some failed.
+        Stopped: SIGTERM came.
+    """
+    run = Run(arguments.folder)
+    ranges = segments(_cuts(recorded, run), recorded.num_steps, arguments.jobs)
+    if not claims.ready_for_segments(run, force=arguments.force, resume=arguments.resume):
+        return
+    steps = ", ".join(f"{first} to {stop - 1}" for first, stop in ranges)
+    print(
+        f"geomprobe: {len(ranges)} segments, of steps {steps}; `geomprobe watch {arguments.folder}` shows how far they "
+        "are",
+        file=sys.stderr,
+    )
+    commands = [_command(arguments, i) for i in range(1, len(ranges) + 1)]
+    shares = [_share(recorded.manifest, i, len(ranges)) for i in range(len(ranges))]
+    codes = _run(commands, shares)
+    failed = {i: code for i, code in enumerate(codes, 1) if code}
+    if {Stopped.exit_code, -signal.SIGTERM} & set(failed.values()):  # the latter before its replay had begun
+        raise Stopped
+    if failed:
+        raise SegmentsFailed(_account(failed, ranges, arguments), _worst(failed))
+
+
+def pieces(run: Run, recorded: Record, count: int) -> int:
+    """How many segments there are when ``count`` are asked for."""
+    return len(segments(cuts(run, claims.world_size(recorded.manifest)), recorded.num_steps, count))
+
+
+def _cuts(recorded: Record, run: Run) -> list[int]:
+    steps = cuts(run, claims.world_size(recorded.manifest))
+    if len(steps) < 2:
+        kept = recorded.manifest.get("recording", {})
+        reason = "its loop over epochs is not `for epoch in probe.epochs(n)`, or has one epoch only"
+        if "no_checkpoints" in kept:
+            reason = kept["no_checkpoints"]
+        elif kept.get("checkpoint_every") == "never":
+            reason = "it was recorded with --checkpoint-every never"
+        raise UsageError(
+            f"{run.path} has no checkpoints to split it at, because {reason}. Replay it without --jobs, or record it "
+            "anew, perhaps with --checkpoint-every 500steps."
+        )
+    return steps
+
+
+def _command(arguments: argparse.Namespace, number: int) -> list[str]:
+    command = [sys.executable, "-m", "geomprobe", "replay", arguments.folder]
+    command += ["--segment", f"{number}/{arguments.jobs}", "--every", str(arguments.every)]
+    if arguments.curvature_every is not None:
+        command += (
+            ["--curvature-every", str(arguments.curvature_every)]
+            if arguments.curvature_every
+            else ["--no-curvature"]
+        )
+    for name in ("sharpness_every", "held_out_every", "full_gradient_every"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+    for name, path in arguments.reference:
+        command += ["--reference", f"{name}={path}"]
+    flags = ("finite_step", "per_parameter", "before_clipping", "compile", "debug")
+    return command + [f"--{flag.replace('_', '-')}" for flag in flags if getattr(arguments, flag)]
+
+
+def _share(manifest: Mapping[str, Any], place: int, count: int) -> dict[str, str]:
+    """The environment of one of several processes: a GPU of its own, and threads that wait without spinning."""
+    environment = dict(os.environ)
+    # The same devices in another order, so that everything looks as it did, and its first one is its own.
+    devices = [str(i) for i in range(len(manifest["hardware"]["devices"]))]
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(devices)).split(",")
+    if len(devices) > 1:
+        place %= len(devices)
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices[place:] + devices[:place])
+    # The number of threads is the recorded one: another would change bits.
+    if count * manifest["flags"]["num_threads"] > (os.cpu_count() or 1):
+        environment = {**_YIELDING, **environment}
+    return environment
+
+
+def _run(commands: Sequence[Sequence[str]], environments: Sequence[Mapping[str, str]]) -> list[int]:
+    processes: list[subprocess.Popen[str]] = []
+    asked: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        for process in processes:
+            process.send_signal(number)
+
+    # Ctrl-C in a terminal reaches the children by itself.
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        for command, environment in zip(commands, environments, strict=True):
+            processes.append(
+                subprocess.Popen(
+                    command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                )
+            )
+        if asked:  # some of them may have started after that
+            pass_on(signal.SIGTERM, None)
+        readers = [
+            threading.Thread(target=_show, args=(process.stdout, f"[{i}/{len(processes)}]"))
+            for i, process in enumerate(processes, 1)
+        ]
+        for reader in readers:
+            reader.start()
+        codes = [process.wait() for process in processes]
+        for reader in readers:
+            reader.join()
+    finally:
+        for process in processes:
+            process.wait()
+        signal.signal(signal.SIGTERM, before)
+    return codes
+
+
+def _show(output: IO[str], name: str) -> None:
+    with output:
+        for line in output:
+            print(name, line, end="", file=sys.stderr)
+
+
+def _worst(failed: Mapping[int, int]) -> int:
+    return (
+        ReplayDiverged.exit_code if ReplayDiverged.exit_code in failed.values() else GeomprobeError.exit_code
+    )
+
+
+def _account(
+    failed: Mapping[int, int], ranges: Sequence[tuple[int, int]], arguments: argparse.Namespace
+) -> str:
+    how = {ReplayDiverged.exit_code: "diverged", -signal.SIGKILL: "was killed"}
+    what = [
+        f"segment {i}/{arguments.jobs} (steps {ranges[i - 1][0]} to {ranges[i - 1][1] - 1}) "
+        f"{how.get(code, f'ended with exit code {code}')}"
+        for i, code in failed.items()
+    ]
+    return (
+        f"{', '.join(what)}; see its lines above. What the others measured is kept. Once that is mended, "
+        f"`geomprobe replay {arguments.folder} --jobs {arguments.jobs} --resume` does only what is left."
+    )

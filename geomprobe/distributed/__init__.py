@@ -1,0 +1,1 @@
+"""How one training lies across processes, how these processes talk, and who among them has failed."""

@@ -1,0 +1,88 @@
+"""What of a training across processes moves bits, for the manifest: devices, exchanges, buckets and shards."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from geomprobe.distributed.dtensor import is_dtensor, local
+from geomprobe.distributed.layout import Layout, fsdp_modules
+from geomprobe.distributed.ranks import Ranks
+
+
+def across_ranks(
+    model: nn.Module | None, parameters: Mapping[str, Tensor], layout: Layout, ranks: Ranks
+) -> dict[str, Any]:
+    """The manifest's section ``ranks``, and ``hosts`` to read; nothing where there is one process.
+
+    Every process must call this at once: they tell one another of their devices, beside the training.
+
+    Args:
+        model: the trained module, if it is known.
+        parameters: the measured ones by name.
+        layout: of the training.
+        ranks: the processes of the run.
+
+    >>> across_ranks(None, {}, Layout(), Ranks())
+    {}
+    """
+    if ranks.alone:
+        return {}
+    own = [
+        _device(next(iter(parameters.values())).device),
+        sum(local(p).numel() for p in parameters.values()),
+    ]
+    devices, values, hosts = zip(*ranks.said_by_all("placed", [*own, socket.gethostname()]), strict=True)
+    section: dict[str, Any] = ranks.described()["ranks"] | layout.described() | _exchanges()
+    section |= {"devices": list(devices), "values": list(values)}
+    if layout.replicas:
+        section["ddp"] = [_buckets(replica) for replica in layout.replicas]
+    meshes = {p.device_mesh: None for p in parameters.values() if is_dtensor(p)}  # type: ignore[attr-defined]
+    if meshes:
+        section["meshes"] = [[list(mesh.shape), list(mesh.mesh_dim_names or ())] for mesh in meshes]
+        section["fsdp"] = [_group(module) for module in fsdp_modules(model)]
+    return {"ranks": section, "hosts": list(hosts)}
+
+
+def _device(device: torch.device) -> str:
+    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    return f"{device}{name}"
+
+
+def _exchanges() -> dict[str, Any]:
+    """What sums over the processes are made by."""
+    if not dist.is_initialized():
+        return {}
+    backend = dist.get_backend()
+    nccl: Any = getattr(torch.cuda, "nccl", None)
+    version = ".".join(map(str, nccl.version())) if "nccl" in backend and nccl is not None else None
+    return {"backend": backend, "nccl": version}
+
+
+def _buckets(replica: Any) -> dict[str, Any]:
+    """What decides which gradients DDP sums together, and in which order."""
+    logged = replica._get_ddp_logging_data()
+    return {
+        "buckets": logged.get("bucket_sizes"),
+        "bucket_cap_bytes": replica.bucket_bytes_cap,
+        "static_graph": replica.static_graph,
+        "find_unused_parameters": replica.find_unused_parameters,
+        "gradient_as_bucket_view": replica.gradient_as_bucket_view,
+        "comm_hook": logged.get("comm_hook"),
+    }
+
+
+def _group(module: Any) -> dict[str, Any]:
+    """What one call of ``fully_shard`` sums together, and in which precision."""
+    policy = getattr(module._get_fsdp_state(), "_mp_policy", None)
+    return {
+        "class": type(module).__name__.removeprefix("FSDP"),
+        "values": sum(p.numel() for p in module.parameters()),
+        "param_dtype": str(getattr(policy, "param_dtype", None)),
+        "reduce_dtype": str(getattr(policy, "reduce_dtype", None)),
+    }

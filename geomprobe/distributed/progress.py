@@ -1,0 +1,145 @@
+"""Where a process of a run stands: how far its training has come, in which line, and since when."""
+
+from __future__ import annotations
+
+import os
+import sys
+import sysconfig
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple, TypeVar, cast
+
+Observation = TypeVar("Observation")
+
+STAGES = (
+    "",
+    "waiting for a batch",
+    "with its batch",
+    "in the forward pass",
+    "in the backward pass",
+    "at the optimizer's step",
+)
+# How far within a step a process has come at each event that a pass is told of.
+_STAGE_OF = {
+    "after_update": 0,
+    "between_steps": 0,
+    "fetching": 1,
+    "fetch_ended": 2,
+    "fetched": 2,
+    "entered": 3,
+    "backward": 4,
+    "backward_called": 4,
+    "before_update": 5,
+}
+# What lies in these is not the user's own.
+_FOREIGN = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), str(Path(__file__).parents[1]), "<")
+
+_EXCHANGES = os.sep.join(("", "torch", "distributed", ""))
+
+
+class Place(NamedTuple):
+    """Where a process stands.
+
+    Attributes:
+        step: the step that it is in.
+        stage: how far within it; an index into `STAGES`.
+        exchanging: whether it waits in a call of torch.distributed.
+        line: of the user's code, empty where there is none.
+        still: for how long, in seconds.
+        left: whether it has left the run.
+
+    >>> print(Place(117, 1, False, "train.py:31", 1800.0))
+    at step 117, waiting for a batch, train.py:31
+    >>> print(Place(0, 0, False, "", 0.0))
+    before step 0
+    """
+
+    step: int
+    stage: int
+    exchanging: bool
+    line: str
+    still: float
+    left: bool = False
+
+    def __str__(self) -> str:
+        where = f"{'at' if self.stage else 'before'} step {self.step}"
+        what = "in an exchange" if self.exchanging else ""
+        return ", ".join(filter(None, (where, STAGES[self.stage], what, self.line)))
+
+    @property
+    def progress(self) -> tuple[int, int, bool]:
+        """How far it has come: of two processes that wait for each other, the one with less holds the other up."""
+        return self.step, self.stage, self.exchanging
+
+
+class Whereabouts:
+    """Follows one process: its main thread says at each event where it is, and another thread looks now and then.
+
+    >>> whereabouts = Whereabouts()
+    >>> whereabouts.at(3, 4)
+    >>> [whereabouts.look(1.0).still for _ in range(3)]
+    [0.0, 1.0, 2.0]
+    """
+
+    def __init__(self) -> None:
+        self._step = self._stage = self._moves = 0
+        self._seen = -1
+        self._still = 0.0
+
+    def at(self, step: int, stage: int) -> None:
+        """The main thread is there."""
+        self._step, self._stage = step, stage
+        self._moves += 1
+
+    def look(self, elapsed: float, left: bool = False) -> Place:
+        """Where it stands, ``elapsed`` seconds after the last look."""
+        self._still = self._still + elapsed if self._moves == self._seen else 0.0
+        self._seen = self._moves
+        frame = main_frame()
+        return Place(self._step, self._stage, _exchanges(frame), line(frame), self._still, left)
+
+
+class Followed:
+    """An observation whose whereabouts are noted as its events are called.
+
+    Args:
+        observation: it, with the number of its ``steps``.
+        whereabouts: where they are noted.
+    """
+
+    def __init__(self, observation: Any, whereabouts: Whereabouts) -> None:
+        self._observation, self._whereabouts = observation, whereabouts
+
+    def __getattr__(self, name: str) -> Any:
+        stage = _STAGE_OF.get(name)
+        if stage is not None:
+            self._whereabouts.at(self._observation.steps, stage)
+        return getattr(self._observation, name)
+
+
+def followed(observation: Observation, whereabouts: Whereabouts) -> Observation:
+    """``observation``, noting in ``whereabouts`` where its training is."""
+    return cast(Observation, Followed(observation, whereabouts))
+
+
+def main_frame() -> FrameType | None:
+    """What the main thread is executing."""
+    return sys._current_frames().get(threading.main_thread().ident or 0)
+
+
+def line(frame: FrameType | None) -> str:
+    """The innermost line of the user's own code that a frame was reached from, such as ``train.py:31``.
+
+    >>> line(None)
+    ''
+    """
+    while frame is not None:
+        if not frame.f_code.co_filename.startswith(_FOREIGN):
+            return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+def _exchanges(frame: FrameType | None) -> bool:
+    return frame is not None and _EXCHANGES in frame.f_code.co_filename

@@ -1,0 +1,1 @@
+"""A step's gradient in, one row of numbers out."""

@@ -1,0 +1,247 @@
+"""The global loss: what each process differentiates of it, and how their products become those of the whole.
+
+The loss whose gradient the optimizer gets is the mean of the processes' own losses, times a factor (see
+`geomprobe.measure.curvature.reduction_factor`). Its Hessian is linear in them: each process takes ``H v`` of its own loss with the
+global ``v``, and the mean of these is the global one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from geomprobe.distributed.dtensor import like_local, local, local_gradient
+from geomprobe.distributed.layout import Layout, fsdp_modules
+from geomprobe.measure.curvature.autograd_graph import Obstacle
+
+Closure = Callable[[], Tensor]
+
+_MIXED_PRECISION = Obstacle(
+    "DDP's mixed_precision",
+    "frees the weights that the backward pass used",
+    "Train under torch.autocast, without it.",
+)
+
+
+class Alone:
+    """One process: its loss is the global one.
+
+    Attributes:
+        later: whether the graph of a loss's gradients is only made where products are taken of it.
+        obstacle: what stops all of it, if anything does.
+
+    >>> w = torch.ones(1)
+    >>> with Alone([w]).tensors() as tensors:
+    ...     tensors[0] is w
+    True
+    """
+
+    later = False
+    obstacle: Obstacle | None = None
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters = list(parameters)
+
+    @contextmanager
+    def tensors(self) -> Iterator[list[Tensor]]:
+        """The tensors that this process's loss is differentiated by, one a parameter, whole."""
+        yield self.parameters
+
+    def vectors(self, values: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> list[Tensor | None]:
+        """Local values, one tensor a parameter, as vectors that fit ``tensors``."""
+        return list(values)
+
+    def mean(self, products: Sequence[Tensor]) -> list[Tensor]:
+        """The mean over the processes of what each found for its ``tensors``: local values of it."""
+        return list(products)
+
+    def beside(self, closure: Closure) -> Closure:
+        """``closure``, evaluated without a trace in what averages the gradients, and sending nothing."""
+        return closure
+
+
+class Replicas(Alone):
+    """DDP. `torch.autograd.grad` passes its reducer by, so each process's graph is that of its own loss."""
+
+    def __init__(self, parameters: Sequence[Tensor], layout: Layout) -> None:
+        super().__init__(parameters)
+        self._layout = layout
+        if any(getattr(replica, "mixed_precision", None) is not None for replica in layout.replicas):
+            self.obstacle = _MIXED_PRECISION
+
+    def mean(self, products: Sequence[Tensor]) -> list[Tensor]:
+        return _mean(products, self._layout.world_size)
+
+    def beside(self, closure: Closure) -> Closure:
+        def evaluate() -> Tensor:
+            with ExitStack() as stack:
+                for replica in self._layout.replicas:
+                    stack.enter_context(_without_reducer(replica))
+                return closure()
+
+        return evaluate
+
+
+class Shards(Alone):
+    """FSDP2. All parameters are gathered at once, and its hooks neither reduce nor free anything meanwhile."""
+
+    later = True
+
+    def __init__(self, parameters: Sequence[Tensor], layout: Layout, module: nn.Module) -> None:
+        super().__init__(parameters)
+        self._layout = layout
+        self._modules = fsdp_modules(module)
+        slots = {id(p): (m, name) for m in module.modules() for name, p in m._parameters.items()}
+        self._slots = [slots[id(parameter)] for parameter in parameters]
+
+    @contextmanager
+    def tensors(self) -> Iterator[list[Tensor]]:
+        gradients = [parameter.grad for parameter in self.parameters]
+        with ExitStack() as stack:
+            for module in self._modules:
+                stack.enter_context(_gathered(module))
+            for parameter in self.parameters:
+                parameter.grad = None
+            try:
+                gathered = [owner._parameters[name] for owner, name in self._slots]
+                yield [tensor for tensor in gathered if tensor is not None]
+            finally:
+                for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                    parameter.grad = gradient
+
+    def vectors(self, values: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> list[Tensor | None]:
+        rows = zip(values, self.parameters, tensors, strict=True)
+        return [None if v is None else like_local(v, p).full_tensor().to(t.dtype) for v, p, t in rows]  # type: ignore[attr-defined]
+
+    def mean(self, products: Sequence[Tensor]) -> list[Tensor]:
+        whole = _mean(products, self._layout.world_size)
+        return [_shard(tensor, p) for tensor, p in zip(whole, self.parameters, strict=True)]
+
+
+class GlobalTensors(Alone):
+    """Replicated DTensors: the loss is a DTensor itself, and global."""
+
+    def vectors(self, values: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> list[Tensor | None]:
+        return [None if v is None else like_local(v, t) for v, t in zip(values, tensors, strict=True)]
+
+    def mean(self, products: Sequence[Tensor]) -> list[Tensor]:
+        rows = zip(products, self.parameters, strict=True)
+        return [h for product, p in rows if (h := local_gradient(product.detach(), p)) is not None]
+
+
+def global_loss(parameters: Sequence[Tensor], layout: Layout, module: nn.Module | None) -> Alone:
+    """What differentiates the global loss of a training that is laid out as ``layout`` says.
+
+    >>> type(global_loss([torch.ones(1)], Layout(), None)).__name__
+    'Alone'
+    """
+    if layout.kind == "DDP":
+        return Replicas(parameters, layout)
+    if layout.kind == "FSDP2":
+        assert module is not None  # the layout was found in it
+        return Shards(parameters, layout, module)
+    return GlobalTensors(parameters) if layout.kind == "DTensor" else Alone(parameters)
+
+
+def without_gradients(parameters: Iterable[Tensor], module: nn.Module | None) -> bool:
+    """Whether no backward pass has left a gradient: none in the parameters, and none that FSDP2 holds back.
+
+    It keeps those of a micro-batch to itself where they are not to be reduced before the last one's.
+
+    Args:
+        parameters: which.
+        module: what they are of.
+
+    >>> without_gradients([torch.ones(1)], None)
+    True
+    """
+    if any(parameter.grad is not None for parameter in parameters):
+        return False
+    groups = [group for owner in fsdp_modules(module) for group in _groups(owner)]
+    members = [member for group in groups for member in group.fsdp_params]
+    held = [getattr(group, "_partial_reduce_output", None) for group in groups]
+    held += [member.unsharded_accumulated_grad for member in members]
+    held += [getattr(getattr(member, "_unsharded_param", None), "grad", None) for member in members]
+    return all(gradient is None for gradient in held)
+
+
+def _groups(module: Any) -> list[Any]:
+    """The groups of parameters that one FSDP2 module manages."""
+    state = module._get_fsdp_state()
+    groups: list[Any] | None = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:  # a module had at most one before torch named it so
+        groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+    return groups
+
+
+def _mean(tensors: Sequence[Tensor], world_size: int) -> list[Tensor]:
+    """In one all-reduce a dtype, of no less than single precision."""
+    if world_size == 1:
+        return list(tensors)
+    wide = [torch.promote_types(tensor.dtype, torch.float32) for tensor in tensors]
+    found: dict[int, Tensor] = {}
+    for dtype in dict.fromkeys(wide):
+        indices = [i for i, of_tensor in enumerate(wide) if of_tensor == dtype]
+        flat = torch.cat([tensors[i].detach().reshape(-1).to(dtype) for i in indices])
+        dist.all_reduce(flat)
+        pieces = (flat / world_size).split([tensors[i].numel() for i in indices])
+        found |= {i: piece.view(tensors[i].shape) for i, piece in zip(indices, pieces, strict=True)}
+    return [found[i] for i in range(len(tensors))]
+
+
+def _shard(whole: Tensor, parameter: Any) -> Tensor:
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = parameter.device_mesh
+    everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return local(everywhere.redistribute(placements=parameter.placements)).clone()
+
+
+@contextmanager
+def _gathered(module: Any) -> Iterator[None]:
+    """Hold the parameters that one FSDP2 module manages whole, and its hooks still."""
+    state, groups = module._get_fsdp_state(), _groups(module)
+    stilled = {"reduce_grads": False, "reshard_after_backward": False, "post_forward_mesh_info": None}
+    kept = [({name: getattr(group, name) for name in stilled}, group.is_unsharded) for group in groups]
+    for group in groups:
+        for name, value in stilled.items():
+            setattr(group, name, value)
+    try:
+        module.unshard()
+        yield
+    finally:
+        if state._state_ctx.post_backward_final_callback_queued:  # a backward pass failed before its end
+            state._root_post_backward_final_callback()
+        for group, (values, was_whole) in zip(groups, kept, strict=True):
+            for name, value in values.items():
+                setattr(group, name, value)
+            if not was_whole:
+                group.reshard()
+
+
+@contextmanager
+def _without_reducer(replica: Any) -> Iterator[None]:
+    """Let a DDP module run the module in it, and nothing else."""
+
+    def forward(*inputs: Any, **options: Any) -> Any:
+        if replica.device_ids:
+            device = torch.device(replica.device_type, replica.device_ids[0])
+            inputs, options = torch.utils._pytree.tree_map_only(
+                Tensor, lambda tensor: tensor.to(device), (inputs, options)
+            )
+        return replica.module(*inputs, **options)
+
+    before = replica.__dict__.get("forward")
+    replica.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del replica.__dict__["forward"]
+        else:
+            replica.__dict__["forward"] = before

@@ -1,0 +1,356 @@
+"""Hg of each optimizer step's own loss, by the route that fits the model.
+
+Two routes lead to the exact product. The first differentiates the training graph itself again: no second
+forward pass. The second evaluates the loss again on the side, by kernels that have a second derivative.
+
+Across processes the loss is the global one: see `geomprobe.measure.curvature.global_loss`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from geomprobe.distributed.dtensor import is_dtensor
+from geomprobe.distributed.layout import Layout
+from geomprobe.errors import UsageError
+from geomprobe.measure.curvature.autograd_graph import (
+    Anatomy,
+    CurvatureUnavailable,
+    Obstacle,
+    coarsest_epsilon,
+    dissect,
+)
+from geomprobe.measure.curvature.consensus import fail_together
+from geomprobe.measure.curvature.double_backward import (
+    Graph,
+    backward_with_graph,
+    compared_backward,
+    graph_of,
+    hessian_vector_product,
+    untouched,
+)
+from geomprobe.measure.curvature.global_loss import global_loss
+from geomprobe.measure.curvature.reduction_factor import Reduction
+from geomprobe.measure.curvature.side_evaluation import (
+    Closure,
+    ClosureMismatch,
+    FiniteStep,
+    finite_step,
+    loss_tolerance,
+    side_graph,
+    side_product,
+)
+from geomprobe.reproducibility.environment import RNGState
+
+__all__ = [
+    "ClosureMismatch",
+    "Curvature",
+    "CurvatureUnavailable",
+    "FiniteStep",
+    "Graph",
+    "backward_with_graph",
+    "finite_step",
+    "hessian_vector_product",
+    "side_product",
+]
+
+
+@dataclass
+class _Part:
+    """One micro-batch of the step: its graph, or what it takes to make one.
+
+    ``live`` is the loss with its graph, where that of the gradients is made later.
+    """
+
+    loss: Tensor
+    closure: Closure | None
+    rng: RNGState | None
+    scale: Tensor | None
+    obstacles: list[Obstacle]
+    tolerance: float = 0.0
+    graph: Graph | None = None
+    live: Tensor | None = None
+
+
+class Curvature:
+    """``H v`` of the loss of each optimizer step: `backward` for each micro-batch, then one `product`.
+
+    The first `backward` finds out which route fits, see `route`.
+
+    Args:
+        parameters: the tensors to differentiate by.
+        module: its buffers are kept as they are by everything but the training's own passes.
+        layout: how the training lies across processes. Then vectors and products are local values, and every
+            process must take the products at once.
+
+    Attributes:
+        route: None before the first `backward`; then ``"graph"`` (the training's own backward pass, made
+            differentiable), ``"graph, apart"`` (a second backward pass, where a differentiable one has other
+            bits) or ``"closure"`` (the loss evaluated again on the side).
+
+    >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> curvature = Curvature([w])
+    >>> curvature.backward((w**3).sum())
+    >>> curvature.product([w.grad]), curvature.route
+    ([tensor([ 18., 144.])], 'graph')
+    """
+
+    def __init__(
+        self, parameters: Sequence[Tensor], module: nn.Module | None = None, layout: Layout | None = None
+    ) -> None:
+        self.route: str | None = None
+        self._layout = Layout() if layout is None else layout
+        self._loss = global_loss(parameters, self._layout, module)
+        self._reduction = Reduction(self._loss, self._layout)
+        self._module = module
+        self._parts: list[_Part] = []
+
+    def obstacle(self, loss: Tensor, closure: Closure | None) -> Obstacle | None:
+        """What is known beforehand to stop the product of ``loss``; see `backward`."""
+        return self._obstacle(dissect(loss), closure)
+
+    def backward(
+        self,
+        loss: Tensor,
+        *,
+        closure: Closure | None = None,
+        rng: RNGState | None = None,
+        scale: Tensor | None = None,
+    ) -> None:
+        """``loss.backward()``, to the bit, remembering what the step's `product` needs.
+
+        Under accumulation it is called once per micro-batch, and each one's graph stays in memory until
+        `product`, or `discard` for a step that does not come.
+
+        Args:
+            loss: a scalar; times ``scale`` where a GradScaler is at work.
+            closure: evaluates the same loss again, unscaled: the second route.
+            rng: the RNG streams before this micro-batch's forward pass, for ``closure``.
+            scale: the GradScaler's factor. ``H`` is of the unscaled loss.
+
+        Raises:
+            CurvatureUnavailable: the graph holds an operation without a second derivative, and there is no
+                ``closure``.
+        """
+        anatomy = dissect(loss)
+        if (obstacle := self._obstacle(anatomy, closure)) is not None:
+            raise CurvatureUnavailable(obstacle)
+        value = loss.detach() if scale is None else loss.detach() / scale
+        part = _Part(value, closure, rng, scale, anatomy.obstacles)
+        if closure is not None:
+            part.tolerance = loss_tolerance(coarsest_epsilon(loss))
+        self._parts.append(part)
+        with self._reduction.watching(anatomy.leaves):
+            self._backward(loss, part)
+
+    def product(self, vectors: Sequence[Tensor | None], *, keep: bool = False) -> list[Tensor]:
+        """``H v`` of the summed losses since the last `product` or `discard`.
+
+        Args:
+            vectors: one per parameter, of its shape and dtype, such as the gradient; None stands for zero.
+            keep: leave everything fit for another product with the same ``H``.
+
+        Returns:
+            One tensor per parameter, of its shape, to be read only; zeros where the gradient does not depend
+            on the parameter.
+
+        Raises:
+            UsageError: there was no `backward` to take the product of.
+            CurvatureUnavailable: naming the operation without a second derivative, and the way round.
+            ClosureMismatch: a closure returned another loss than its micro-batch's.
+        """
+        if not self._parts:
+            raise UsageError(
+                "Curvature.product was called with no backward since the last product: no loss is known whose "
+                "Hessian it would be. Call Curvature.backward(loss) instead of loss.backward()."
+            )
+        total = self._globally(lambda tensors: self._summed(tensors, vectors, keep))
+        if not keep:
+            self.discard()
+        return total
+
+    def products_of(self, closure: Closure) -> Callable[[Sequence[Tensor | None]], list[Tensor]]:
+        """``H v`` for any number of vectors ``v``, of the loss that ``closure`` evaluates, once, at the first.
+
+        >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> Curvature([w]).products_of(lambda: (w**3).sum())([torch.ones(2)])
+        [tensor([ 6., 12.])]
+        """
+        graphs: list[Graph] = []
+
+        def product(vectors: Sequence[Tensor | None], tensors: list[Tensor]) -> list[Tensor]:
+            whole = self._loss.vectors(vectors, tensors)
+            if not graphs:
+                with untouched(self._module), torch.enable_grad():
+                    loss = self._loss.beside(closure)()
+                    graphs.append(graph_of(loss, tensors, module=self._module))
+            return hessian_vector_product(graphs, tensors, whole, module=self._module, keep_graphs=True)
+
+        return lambda vectors: self._globally(functools.partial(product, vectors), scaled=False)
+
+    def over_step(self, direction: Sequence[Tensor | None], lr: float) -> FiniteStep | None:
+        """How the gradient and the summed loss change over a whole step; see `finite_step`.
+
+        Args:
+            direction: one tensor per parameter, such as the gradient; None stands for zero.
+            lr: the step along it, not 0.
+
+        Returns:
+            The change, or None where a micro-batch came without a closure that evaluates its loss again, or
+            that loss is a DTensor.
+
+        Raises:
+            ClosureMismatch: a closure returned another loss than its micro-batch's.
+        """
+        missing = sum(part.closure is None or is_dtensor(part.loss) for part in self._parts)
+        if self._layout.largest([missing], self._device)[0]:
+            return None
+        gap = torch.zeros((), dtype=torch.float64, device=self._device)
+
+        def turned(tensors: list[Tensor]) -> list[Tensor]:
+            along = self._loss.vectors(direction, tensors)
+            total = [torch.zeros_like(t, requires_grad=False) for t in tensors]
+            for part in self._parts:
+                step = self._over_part(part, tensors, along, lr)
+                total = [a + b for a, b in zip(total, step.turned, strict=True)]
+                gap.add_(step.gap)
+            return total
+
+        found = self._globally(turned)
+        mean = self._layout.exchange(gap.new_empty(0), gap.reshape(1))[1][0]
+        return FiniteStep(found, mean * (self._reduction.factor or 1.0))
+
+    def discard(self) -> None:
+        """Forget the losses so far and free their graphs: the gradients they left were thrown away."""
+        self._parts.clear()
+        self._reduction.discard()
+
+    @property
+    def _device(self) -> torch.device:
+        return self._loss.parameters[0].device
+
+    def _obstacle(self, anatomy: Anatomy, closure: Closure | None) -> Obstacle | None:
+        if self._loss.obstacle is not None or closure is not None:
+            return self._loss.obstacle
+        return next(iter(anatomy.obstacles), None)
+
+    def _globally(
+        self, compute: Callable[[list[Tensor]], list[Tensor]], *, scaled: bool = True
+    ) -> list[Tensor]:
+        """What ``compute`` finds of this process's loss, made that of the global one, on every process."""
+        failure: Exception | None = None
+        found: list[Tensor] = []
+        with self._loss.tensors() as tensors:
+            try:
+                found = compute(tensors)
+            except Exception as error:
+                failure = error
+            fail_together(self._layout, failure, self._device)
+            factor = self._reduction.find(tensors) if scaled else 1.0
+            mean = self._loss.mean(found)
+        return mean if factor == 1.0 else [factor * tensor for tensor in mean]
+
+    def _backward(self, loss: Tensor, part: _Part) -> None:
+        if part.obstacles or self.route == "closure":
+            self.route = "closure"
+            loss.backward()
+        elif self._loss.later:
+            self.route = "graph, apart"
+            loss.backward(retain_graph=True)
+            part.live = loss
+        else:
+            try:
+                part.graph = self._backward_with_graph(loss)
+            except CurvatureUnavailable as blocked:  # found on the way; the gradients are complete
+                self._fall_back(blocked)
+
+    def _backward_with_graph(self, loss: Tensor) -> Graph:
+        parameters = self._loss.parameters
+        if self.route is None:
+            graph, equal = compared_backward(loss, parameters, module=self._module)
+            self.route = "graph" if equal else "graph, apart"
+            return graph
+        apart = self.route == "graph, apart"
+        return backward_with_graph(loss, parameters, apart=apart, module=self._module)
+
+    def _summed(
+        self, tensors: Sequence[Tensor], vectors: Sequence[Tensor | None], keep: bool
+    ) -> list[Tensor]:
+        whole = self._loss.vectors(vectors, tensors)
+        try:
+            total = self._through_graphs(tensors, whole, keep)
+        except CurvatureUnavailable as blocked:
+            self._fall_back(blocked)
+            total = [torch.zeros_like(t, requires_grad=False) for t in tensors]
+        for part in self._parts:
+            if part.graph is None:
+                total = [a + b for a, b in zip(total, self._aside(part, tensors, whole, keep), strict=True)]
+        return total
+
+    def _through_graphs(
+        self, tensors: Sequence[Tensor], vectors: Sequence[Tensor | None], keep: bool
+    ) -> list[Tensor]:
+        for part in self._parts:
+            if part.live is not None:
+                part.graph, part.live = graph_of(part.live, tensors, module=self._module), None
+        return hessian_vector_product(
+            [part.graph for part in self._parts if part.graph is not None],
+            tensors,
+            vectors,
+            scale=self._parts[0].scale,
+            module=self._module,
+            keep_graphs=keep,
+        )
+
+    def _aside(
+        self, part: _Part, tensors: Sequence[Tensor], vectors: Sequence[Tensor | None], keep: bool
+    ) -> list[Tensor]:
+        assert part.closure is not None
+        with ExitStack() as plain_kernels:
+            for plain in {obstacle.plain for obstacle in part.obstacles if obstacle.plain is not None}:
+                plain_kernels.enter_context(plain())
+            graph = side_graph(
+                self._loss.beside(part.closure),
+                tensors,
+                loss=part.loss,
+                rng=part.rng,
+                module=self._module,
+                tolerance=part.tolerance,
+                scale=part.scale,
+            )
+            product = hessian_vector_product(
+                [graph], tensors, vectors, scale=part.scale, module=self._module, keep_graphs=keep
+            )
+        part.graph = graph if keep else None
+        return product
+
+    def _over_part(
+        self, part: _Part, tensors: Sequence[Tensor], along: Sequence[Tensor | None], lr: float
+    ) -> FiniteStep:
+        assert part.closure is not None
+        return finite_step(
+            self._loss.beside(part.closure),
+            tensors,
+            along,
+            lr,
+            loss=part.loss,
+            rng=part.rng,
+            module=self._module,
+            tolerance=part.tolerance,
+        )
+
+    def _fall_back(self, blocked: CurvatureUnavailable) -> None:
+        """Take the second route for every part of this step and from then on, or say why there is none."""
+        if any(part.closure is None for part in self._parts):
+            self.discard()
+            raise blocked
+        self.route = "closure"
+        for part in self._parts:
+            part.graph = part.live = None
+            part.obstacles.append(blocked.obstacle)

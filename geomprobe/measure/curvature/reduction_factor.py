@@ -1,0 +1,108 @@
+"""How the processes' gradients make the one that the optimizer gets: measured, once, not assumed.
+
+DDP and FSDP2 take the mean. A communication hook, ``set_gradient_divide_factor`` or the like may take a
+sum, or any multiple; whatever it is, the Hessian must be that of the same loss as the gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from geomprobe.distributed.dtensor import local_gradient
+from geomprobe.distributed.layout import Layout
+from geomprobe.measure.curvature.autograd_graph import CurvatureUnavailable, Obstacle
+from geomprobe.measure.curvature.global_loss import Alone
+from geomprobe.measure.inner_products import InnerProducts
+from geomprobe.measure.per_rank import OwnGradients
+
+_SKEW = 0.05  # as far as compression to 8 bits of mantissa turns a gradient, and more than any rounding
+_ROUND = 1e-3  # a factor this near to a whole number of processes is one
+
+
+class Reduction:
+    """Finds the factor between the mean of the processes' gradients and what becomes of them.
+
+    Args:
+        global_loss: whose gradients they are.
+        layout: of the processes.
+
+    Attributes:
+        factor: None until it is known.
+
+    >>> w = torch.ones(1, requires_grad=True)
+    >>> reduction = Reduction(Alone([w]), Layout())
+    >>> reduction.factor
+    1.0
+    """
+
+    def __init__(self, global_loss: Alone, layout: Layout) -> None:
+        self._loss, self._layout = global_loss, layout
+        self.factor: float | None = 1.0 if layout.kind in ("one process", "DTensor") else None
+        self._own = OwnGradients()
+        self._reduced: list[Tensor | None] = []
+
+    @contextmanager
+    def watching(self, leaves: Sequence[Tensor]) -> Iterator[None]:
+        """Around a backward pass, while the factor is unknown: see what each leaf gets, and what comes of it."""
+        if self.factor is not None:
+            yield
+            return
+        try:
+            with self._own.watching(leaves):
+                yield
+        finally:  # also of a pass that found out that it has no second derivative
+            self._see_reduced()
+
+    def find(self, tensors: Sequence[Tensor]) -> float:
+        """The factor; where it is unknown, from the backward passes watched since the last `discard`.
+
+        Every process must call this at once.
+
+        Args:
+            tensors: what the losses were differentiated by.
+
+        Raises:
+            CurvatureUnavailable: the reduced gradient is no multiple of the mean.
+            UnsupportedTraining: that is so because some processes did not use a parameter that others did.
+        """
+        if self.factor is not None:
+            return self.factor
+        own = [self._own.of.get(t, torch.zeros_like(t, requires_grad=False)) for t in tensors]
+        sums = InnerProducts(self._loss.mean(own), {}, owned=self._layout.owned)
+        measured = self._layout.sum(sums.measure(self._reduced)).tolist()
+        of = dict(zip(sums.names, measured, strict=True))  # here g is what came of it, and w the mean
+        if not of["w.w"] or not math.isfinite(of["w.w"] + of["g.g"]):
+            return 1.0  # no gradient, or none that is finite: look again at the next step
+        factor, skew = of["w.g"] / of["w.w"], 1 - of["w.g"] ** 2 / (of["w.w"] * (of["g.g"] or 1.0))
+        if not skew < _SKEW**2:
+            used = {f"parameter {i}": tensor in self._own.of for i, tensor in enumerate(tensors)}
+            self._layout.require_same_use(used, self._loss.parameters[0].device)
+            raise CurvatureUnavailable(_obstacle(factor, skew**0.5))
+        counts = factor * self._layout.world_size
+        near = abs(counts - round(counts)) <= _ROUND * counts
+        self.factor = round(counts) / self._layout.world_size if near else factor
+        self.discard()
+        return self.factor
+
+    def discard(self) -> None:
+        """Forget what was seen: the gradients were thrown away, or the factor is known."""
+        self._own.clear()
+        self._reduced = []
+
+    def _see_reduced(self) -> None:
+        gradients = [local_gradient(p.grad, p) for p in self._loss.parameters]
+        self._reduced = [None if g is None else g.detach().clone() for g in gradients]
+
+
+def _obstacle(factor: float, skew: float) -> Obstacle:
+    return Obstacle(
+        "the reduction of the gradients",
+        f"gives no multiple of the mean of the processes' gradients (the sine of the angle between them is "
+        f"{skew:.3g}, the factor along it {factor:.3g})",
+        "Average them by DDP or fully_shard within the last backward of a step, without a lossy communication hook.",
+    )

@@ -1,0 +1,1 @@
+"""The training's whole state on disk, and back."""

@@ -1,0 +1,107 @@
+"""DDP's first steps made up for where a run begins in the middle, since they decide the order of its sums.
+
+After its first backward pass DDP puts the gradients into other buckets, in the order in which they came. From three
+processes on a sum's bits depend on its place in a bucket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from geomprobe.errors import RunError
+from geomprobe.measure.curvature.double_backward import untouched
+from geomprobe.reproducibility.digest import leaves
+
+_STEPS = 3  # after which a run's buckets stay as they are, with a static graph too, and DDP's log tells them
+
+Aside = Callable[[], contextlib.AbstractContextManager[object]]
+
+
+def buckets(replicas: Sequence[nn.Module]) -> list[str | None]:
+    """How each DDP module has its gradients in buckets now; None while it has not regrouped them.
+
+    >>> buckets([])
+    []
+    """
+    return [_logged(replica).get("rebuilt_per_bucket_param_indices") for replica in replicas]
+
+
+class WarmUp:
+    """Takes each DDP module through some passes before its first real one, and puts all back but the buckets.
+
+    Args:
+        replicas: the DDP modules.
+        step: from which the run goes on.
+        aside: entered for the passes, which nobody is to take for the run's own.
+    """
+
+    def __init__(self, replicas: Sequence[nn.Module], step: int, aside: Aside) -> None:
+        self._passes, self._aside = min(step, _STEPS), aside
+        self._hooks = {
+            replica: replica.register_forward_pre_hook(self._entered, prepend=True, with_kwargs=True)
+            for replica in (replicas if self._passes else ())
+        }
+
+    def _entered(self, replica: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.is_grad_enabled() or replica not in self._hooks:
+            return
+        self._hooks.pop(replica).remove()
+        with untouched(replica), _gradients_kept(replica), _synchronizing(replica), self._aside():
+            for _ in range(self._passes):
+                for parameter in replica.parameters():
+                    parameter.grad = None
+                outputs = [t for t in leaves(replica.forward(*args, **kwargs))[0] if t.requires_grad]
+                if not outputs:
+                    raise RunError(
+                        "the run cannot go on in the middle under DDP: the model's output holds no tensor with a "
+                        "gradient, so its buckets cannot be brought to what they were. Begin anew, with --force."
+                    )
+                torch.stack([output.float().sum() for output in outputs]).sum().backward()
+
+
+def require_buckets(then: Sequence[str | None], replicas: Sequence[nn.Module]) -> None:
+    """Hold DDP's buckets to those of the run that goes on.
+
+    Args:
+        then: what `buckets` gave when the checkpoint was taken.
+        replicas: the DDP modules, after the first backward pass.
+
+    Raises:
+        RunError: they are others, so sums over the processes would come in another order.
+    """
+    for before, now in zip(then, buckets(replicas), strict=True):
+        if before is not None and before != now:
+            raise RunError(
+                f"DDP had its gradients in the buckets {before} when the checkpoint was taken, and has them in "
+                f"{now} now: sums would come in another order, and the run would be another one. Does the model use "
+                "its parameters in another order from step to step? It can only be made anew, from its start."
+            )
+
+
+@contextlib.contextmanager
+def _gradients_kept(replica: nn.Module) -> Iterator[None]:
+    gradients = [(parameter, parameter.grad) for parameter in replica.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+@contextlib.contextmanager
+def _synchronizing(replica: Any) -> Iterator[None]:
+    before, replica.require_backward_grad_sync = replica.require_backward_grad_sync, True
+    try:
+        yield
+    finally:
+        replica.require_backward_grad_sync = before
+
+
+def _logged(replica: Any) -> dict[str, Any]:
+    found: dict[str, Any] = replica._get_ddp_logging_data()
+    return found

@@ -1,0 +1,166 @@
+"""Seal a pass that is over, so that a kill or a full disk in the middle of it costs nothing but a second try.
+
+What is to be sealed is first written down beside the parts; whoever comes next finishes it from there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from geomprobe.passes.attempts import begun, frontier
+from geomprobe.trace.run_folder import Kind, Run
+from geomprobe.trace.schema import SEALING_PREFIX
+from geomprobe.trace.seal import seal_record, seal_trace
+
+_PATIENCE_S = 600.0  # a block: the parts are our own, so what is slow is the disk, not a torn file
+
+
+def seal(
+    run: Run,
+    kind: Kind,
+    *,
+    status: str,
+    manifest: Mapping[str, Any],
+    references: Sequence[str] = (),
+    certificate: Mapping[str, Any] | None = None,
+    num_steps: int | None = None,
+) -> None:
+    """Seal the parts of a pass into ``record.h5`` or ``trace.h5``, and remove them.
+
+    Where the pass failed or diverged they stay, so that it can go on with ``--resume``.
+
+    Args:
+        run: whose parts, which must be closed.
+        kind: which pass.
+        status: what the sealed file says of itself.
+        manifest: the environment, complete.
+        references: names of stored references, for a record.
+        certificate: what the comparison found, for a trace.
+        num_steps: how many steps; all that there are when None.
+
+    Raises:
+        WriteFailed: the disk refused; `finish` takes it up again once there is space.
+    """
+    plan = {
+        "status": status,
+        "manifest": dict(manifest),
+        "references": list(references),
+        "certificate": certificate,
+        "num_steps": num_steps,
+    }
+    write_down(_plan(run, kind), plan)
+    _carry_out(run, kind)
+
+
+def seal_whole(run: Run, total: int) -> bool:
+    """Seal a trace that was replayed in segments, if this was the last of them.
+
+    Args:
+        run: the run; its segments have ended, or are held by others.
+        total: steps of the run.
+
+    Returns:
+        Whether the trace is sealed now.
+
+    Raises:
+        WriteFailed: the disk refused; `finish` takes it up again once there is space.
+    """
+    with run.sealing():
+        if run.trace.exists():
+            return True
+        last = run.proof("trace", total)
+        if not last.exists() or frontier(run, "trace", begun(run, "trace")) < total:
+            return False
+        seal(run, "trace", status="complete", **json.loads(last.read_text()))
+        return True
+
+
+def finish(run: Run) -> list[Kind]:
+    """Finish a sealing that was cut off, if there is one.
+
+    Returns:
+        What was sealed.
+
+    Raises:
+        RunError: another process is writing there, or the parts are damaged.
+        WriteFailed: the disk refused.
+
+    >>> finish(Run("nowhere"))
+    []
+    """
+    kinds: tuple[Kind, ...] = ("record", "trace")
+    cut_off = [kind for kind in kinds if planned(run, kind)]
+    for kind in cut_off:
+        with run.writing():
+            _carry_out(run, kind)
+    return cut_off
+
+
+def planned(run: Run, kind: Kind) -> bool:
+    """Whether a sealing was begun and not finished.
+
+    >>> planned(Run("nowhere"), "trace")
+    False
+    """
+    return _plan(run, kind).exists()
+
+
+def _of_ranks(run: Run, plan: Mapping[str, Any]) -> dict[int, tuple[list[Path], dict[str, Path]]]:
+    """The parts, and the shards of references, that the other processes of a run have left."""
+    found = {}
+    for rank in range(1, plan["manifest"].get("ranks", {}).get("world_size", 1)):
+        own = run.of_rank(rank)
+        files = {name: own.stored_reference(name) for name in plan["references"]}
+        found[rank] = own.parts("record"), {name: path for name, path in files.items() if path.exists()}
+    return found
+
+
+def _plan(run: Run, kind: Kind) -> Path:
+    return run.stream / f"{SEALING_PREFIX}{kind}.json"
+
+
+def write_down(path: Path, plan: Mapping[str, Any]) -> None:
+    """Write JSON so that it is there whole or not at all, whatever comes next."""
+    aside = path.with_suffix(".new")
+    with open(aside, "w") as file:
+        json.dump(plan, file)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(path)
+
+
+def _carry_out(run: Run, kind: Kind) -> None:
+    plan = json.loads(_plan(run, kind).read_text())
+    manifest, num_parameters = plan["manifest"], plan["manifest"]["model"]["num_parameters"]
+    parts, status = run.parts(kind), plan["status"]
+    if kind == "record":
+        references = {name: run.stored_reference(name) for name in plan["references"]}
+        seal_record(
+            parts,
+            run.record,
+            status=status,
+            manifest=manifest,
+            num_parameters=num_parameters,
+            references=references,
+            ranks=_of_ranks(run, plan),
+            num_steps=plan["num_steps"],
+            timeout_s=_PATIENCE_S,
+        )
+    else:
+        seal_trace(
+            parts,
+            run.trace,
+            status=status,
+            manifest=manifest,
+            num_parameters=num_parameters,
+            certificate=plan["certificate"],
+            num_steps=plan["num_steps"],
+            timeout_s=_PATIENCE_S,
+        )
+    _plan(run, kind).unlink()  # first: from here on there is nothing to take up again
+    if status not in ("failed", "diverged"):
+        run.clear_stream()

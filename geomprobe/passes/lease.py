@@ -1,0 +1,276 @@
+"""Hold a run for a pass: from its start, from where one was cut off, or for one segment of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from geomprobe.distributed.ranks import Ranks
+from geomprobe.errors import EnvironmentMismatch, RunError, UsageError
+from geomprobe.passes import finalize as sealing
+from geomprobe.passes.attempts import begun, committed, frontier, manifest_of
+from geomprobe.passes.checkpoint.resume_point import Resumption, cuts, resumption, segments
+from geomprobe.trace.reader import Trace, open_trace
+from geomprobe.trace.record import Record, open_record
+from geomprobe.trace.run_folder import Run
+
+
+class Stretch(NamedTuple):
+    """The part of a run that a replay covers.
+
+    Attributes:
+        first: the first step whose row is wanted.
+        stop: the step after the last; None for the end of the run.
+        reached: how far the rows of earlier attempts reach.
+        latest: where the replay begins at the latest, since what it finds there is to be compared.
+    """
+
+    first: int = 0
+    stop: int | None = None
+    reached: int = 0
+    latest: int = 0
+
+
+def claim(
+    target: Run, recorded: Record, force: bool, resume: bool, segment: tuple[int, int] | None
+) -> contextlib.AbstractContextManager[Stretch | None]:
+    """Hold a run for a replay; gives what of it is to be replayed, or None where nothing is left to do.
+
+    Args:
+        target: the run.
+        recorded: its recording.
+        force: remove an earlier trace.
+        resume: go on where one was cut off.
+        segment: ``(i, k)``: hold only the i-th of k pieces, from 1.
+
+    Raises (on entering):
+        UsageError: there is a trace, or no such segment; with few checkpoints there are fewer than k.
+        RunError: another process is writing there, or what is there is damaged.
+    """
+    if segment is not None:
+        return _segment(target, recorded, segment)
+    return _going_on(target, recorded) if resume else _anew(target, force)
+
+
+@contextlib.contextmanager
+def _anew(target: Run, force: bool) -> Iterator[Stretch | None]:
+    """Hold a run for a replay from the start."""
+    with target.replaying(force):
+        yield Stretch()
+
+
+@contextlib.contextmanager
+def _going_on(target: Run, recorded: Record) -> Iterator[Stretch | None]:
+    """Hold a run for a replay that goes on where it was cut off."""
+    with target.going_on():
+        if _is_done(target):
+            yield None
+            return
+        reached = min(frontier(target, "trace", committed(target, "trace")), recorded.num_steps)
+        yield Stretch(reached=reached, latest=reached - 1)
+
+
+@contextlib.contextmanager
+def _segment(target: Run, recorded: Record, segment: tuple[int, int]) -> Iterator[Stretch | None]:
+    """Hold a segment of a run, beside others."""
+    number, count = segment
+    pieces = segments(cuts(target, world_size(recorded.manifest)), recorded.num_steps, count)
+    if not 1 <= number <= len(pieces):
+        raise UsageError(
+            f"segment {number}/{count}: the checkpoints of {target.path} cut it into {len(pieces)} pieces; there is "
+            "none of that number, and nothing was replayed."
+        )
+    if target.trace.exists():
+        if (status := open_trace(target.path).status) != "complete":
+            raise UsageError(
+                f"{target.trace} is of a replay that ended {status}: no segment was replayed. `geomprobe replay "
+                f"{target.path} --resume` goes on with one that diverged; --force begins anew."
+            )
+        with target.writing(shared=True), target.sealing():
+            target.clear_stream()  # of what a kill left
+        yield None
+        return
+    first, stop = pieces[number - 1]
+    with target.segment(first):
+        parts = committed(target, "trace", first, stop)
+        reached = min(frontier(target, "trace", parts, first), stop)
+        if reached == stop and target.proof("trace", stop).exists():
+            yield None
+            return
+        # At least the last row that is there is made again, so that its gradient is seen to lead to what follows.
+        yield Stretch(first, stop, reached, max(first, reached - 1))
+
+
+def ready_for_segments(run: Run, *, force: bool = False, resume: bool = False) -> bool:
+    """Make a run ready to be replayed in segments, by other processes.
+
+    Args:
+        run: the run.
+        force: remove an earlier trace.
+        resume: keep what segments have measured before.
+
+    Returns:
+        Whether there is anything left to do.
+
+    Raises:
+        UsageError: there is a trace, or a part of one, and neither is set.
+        RunError: another process is writing there.
+    """
+    if not resume:
+        with run.replaying(force):
+            return True
+    with run.going_on():
+        return not _is_done(run)
+
+
+@contextlib.contextmanager
+def unfinished_recording(target: Run) -> Iterator[bool]:
+    """Hold a run to go on with its recording, or to begin it; gives whether anything is left to do.
+
+    Raises (on entering):
+        UsageError: the folder holds something that is no run.
+        RunError: another process is writing there, or what is there is damaged.
+    """
+    sealing.finish(target)
+    with target.going_on():
+        if not target.record.exists() or drop_unfinished(target.record, open_record(target.path)):
+            yield True
+        else:
+            target.clear_stream()  # of what a kill left
+            yield False
+
+
+def _is_done(run: Run) -> bool:
+    """Whether there is a trace that was not cut short; then what a kill left of its parts goes."""
+    if not run.trace.exists() or drop_unfinished(run.trace, open_trace(run.path)):
+        return False
+    run.clear_stream()
+    return True
+
+
+def begun_recording(
+    target: Run, seed: int | None, ranks: Ranks
+) -> tuple[dict[str, Any] | None, Resumption | None]:
+    """The manifest of a recording that was cut off, and how this process goes on with it, if there is one.
+
+    Raises:
+        UsageError: ``seed`` is not the one that it was begun with.
+        EnvironmentMismatch: it was begun by another number of processes.
+    """
+    own = target.of_rank(ranks.rank)
+    parts = committed(own, "record")
+    manifests = [
+        found for found in ranks.said_by_all("begun", manifest_of(parts) if parts else None) if found
+    ]
+    if not manifests:
+        return None, None
+    begun = manifests[0]
+    require_world_size(begun, ranks, target.path)
+    if seed not in (None, begun["seed"]):
+        raise UsageError(
+            f"seed {seed}: the recording in {target.path} was begun with seed {begun['seed']}. Leave the seed out, or "
+            "begin anew with --force."
+        )
+    reached = frontier(own, "record", parts)
+    mine = manifest_of(parts) if parts else begun
+    return begun, resumption(own, mine, parts, reached, reached, ranks=ranks)
+
+
+def replayed_before(target: Run, recorded: Record, stretch: Stretch, ranks: Ranks) -> Resumption:
+    """How a process goes on with a replay; only rank 0 has rows of it."""
+    earlier = begun(target, "trace") if ranks.first else []
+    own, (first, _, reached, latest) = target.of_rank(ranks.rank), stretch
+    return resumption(own, recorded.manifest, earlier, reached, latest, first, ranks)
+
+
+def finished_record(run: Run, finish: bool = True) -> Record:
+    """The sealed record of a run, ready to be replayed.
+
+    Args:
+        run: the run.
+        finish: first finish a sealing that was cut off.
+
+    Raises:
+        RunError: the recording is missing, unfinished or failed.
+    """
+    if finish:
+        sealing.finish(run)
+    recorded = open_record(run.path)
+    if recorded.status == "complete":
+        return recorded
+    status, steps = recorded.status, recorded.num_steps
+    recorded.close()
+    reason = {
+        "failed": f"its script failed after {steps} steps, so it has no final weights",
+        "incomplete": f"it is unfinished ({steps} steps so far): still running, or killed",
+    }[status]
+    raise RunError(
+        f"{run.path} cannot be replayed: {reason}. `geomprobe inspect {run.path}` shows what is there; record it "
+        "again with `geomprobe record --force`."
+    )
+
+
+@contextlib.contextmanager
+def led(ranks: Ranks, claim: contextlib.AbstractContextManager[Any]) -> Iterator[Any]:
+    """Let rank 0 hold a run for all, and the others wait until it does.
+
+    Raises (on entering):
+        RunError: rank 0 could not, or did not in time.
+    """
+    if not ranks.first:
+        yield ranks.said_by_first("held")
+        return
+    with claim as held:
+        ranks.said_by_first("held", held)
+        yield held
+
+
+def own_record(target: Run, ranks: Ranks) -> Record:
+    """What this process has recorded, in a run of as many.
+
+    Raises:
+        EnvironmentMismatch: it was recorded by another number of processes.
+        RunError: the recording is missing, unfinished or failed.
+    """
+    recorded = finished_record(target, ranks.first)
+    if world_size(recorded.manifest) == ranks.size and ranks.first:
+        return recorded
+    recorded.close()
+    require_world_size(recorded.manifest, ranks, target.path)
+    return open_record(target.path, ranks.rank)
+
+
+def world_size(manifest: Mapping[str, Any]) -> int:
+    """How many processes a run is of.
+
+    >>> world_size({})
+    1
+    """
+    size: int = manifest.get("ranks", {}).get("world_size", 1)
+    return size
+
+
+def require_world_size(manifest: Mapping[str, Any], ranks: Ranks, path: Path) -> None:
+    """Refuse to go on with a run that another number of processes has begun.
+
+    Raises:
+        EnvironmentMismatch: it is one.
+    """
+    then = world_size(manifest)
+    if then != ranks.size:
+        raise EnvironmentMismatch(
+            f"{path} was recorded by {then} process{'es' if then > 1 else ''}, and here are {ranks.size}: the ranks' "
+            f"batches, and the order of sums over them, would be others. Nothing was done. Start {then}."
+        )
+
+
+def drop_unfinished(path: Path, found: Record | Trace) -> bool:
+    """Whether a sealed pass was cut short; then its file goes, since its parts hold the same."""
+    if isinstance(found, Record):
+        found.close()
+    if found.status not in ("failed", "diverged"):
+        return False
+    path.unlink()
+    return True

@@ -1,0 +1,140 @@
+"""A script's loops over epochs and batches: where they stand, and how they go on in the middle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+
+from geomprobe.errors import RunError
+from geomprobe.probe import progress_bar as progress
+
+Item = TypeVar("Item")
+
+TOP = -1  # as a sweep: at the top of the epoch, before any
+
+
+class Position(NamedTuple):
+    """Where between two steps a script's loops stand.
+
+    Attributes:
+        loop: which of the script's loops over epochs.
+        epoch: its epoch.
+        sweep: which of that epoch's loops over batches; -1 at the top of the epoch.
+        batch: how many batches that loop has given.
+    """
+
+    loop: int
+    epoch: int
+    sweep: int = TOP
+    batch: int = 0
+
+
+class Watcher(Protocol):
+    """What a pass does as the loops go on.
+
+    Attributes:
+        goal: where the loops have to get to before training goes on, or None.
+    """
+
+    @property
+    def goal(self) -> Position | None: ...
+
+    def fetching(self) -> None: ...
+    def fetch_ended(self, came: bool) -> None: ...
+    def fetched(self, batch: Any) -> None: ...
+    def iterating(self, loader: Any, position: Position | None) -> int: ...
+    def between_steps(self, position: Position) -> None: ...
+    def weights_will_change(self) -> None: ...
+
+
+class Loops:
+    """The loops of one training.
+
+    A pass that goes on in the middle has a goal. Up to there the loops give nothing: what they did is in the state that
+    the pass then puts back.
+
+    Args:
+        watcher: the pass.
+
+    Attributes:
+        epoch: the current epoch, or None while unknown.
+        named: whether the script names its epochs.
+    """
+
+    def __init__(self, watcher: Watcher) -> None:
+        self._watcher = watcher
+        self.epoch: int | None = None
+        self.named = False
+        self._loop = TOP
+        self._sweeps = 0
+
+    def epochs(self, count: int) -> Iterator[int]:
+        """Iterate over the epochs ``0 .. count - 1``, or those from the goal on."""
+        self.named = True
+        self._loop += 1
+        goal = self._watcher.goal
+        if goal is not None and self._loop < goal.loop:
+            return
+        first = goal.epoch if goal is not None else 0
+        if first >= count:
+            raise RunError(
+                f"the checkpoint is of epoch {first}, and the script's loop has {count} epochs. Run the script as it "
+                "was run when the recording began."
+            )
+        try:
+            with progress.bar("epoch", count, first) as advance:
+                for self.epoch in range(first, count):
+                    self._sweeps = 0
+                    self._watcher.between_steps(Position(self._loop, self.epoch))
+                    yield self.epoch
+                    advance()
+        finally:  # after a break, too, what follows the loop may load other weights
+            self._watcher.weights_will_change()
+
+    def batches(self, loader: Iterable[Item], length: int | None) -> Iterator[Item]:
+        """Iterate over a loader, or over what it has from the goal on."""
+        sweep = self._sweeps
+        self._sweeps += 1
+        goal = self._watcher.goal
+        if goal is not None and sweep < goal.sweep:
+            return
+        position = None
+        if self.named and self.epoch is not None and torch.is_grad_enabled():  # evaluation takes no steps
+            position = Position(self._loop, self.epoch, sweep)
+        with progress.bar("batch", length, goal.batch if goal is not None else 0) as advance:
+            for batch in self._fetched(loader, position):
+                yield batch
+                advance()
+
+    def _fetched(self, loader: Iterable[Item], position: Position | None) -> Iterator[Item]:
+        watcher = self._watcher
+        watcher.fetching()  # making the iterator draws from the RNG already
+        goal = watcher.goal
+        skipped = watcher.iterating(loader, position)
+        iterator = iter(loader)
+        if not _skip(iterator, skipped):
+            raise RunError(
+                f"the checkpoint is of batch {skipped} of epoch {self.epoch}, and the loader has fewer. Run the script "
+                "on the data that it had when the recording began."
+            )
+        given = goal.batch if goal is not None else 0
+        while True:
+            if position is not None:
+                watcher.between_steps(position._replace(batch=given))
+            watcher.fetching()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                watcher.fetch_ended(False)
+                return
+            given += 1
+            watcher.fetch_ended(True)
+            watcher.fetched(batch)
+            yield batch
+
+
+def _skip(iterator: Iterator[Any], count: int) -> bool:
+    """Whether an iterator had ``count`` items to skip."""
+    return all(next(iterator, iterator) is not iterator for _ in range(count))

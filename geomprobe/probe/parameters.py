@@ -1,0 +1,91 @@
+"""Which parameters are measured: those of the optimizer, by their names in the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+from torch.optim import LBFGS, Optimizer
+
+from geomprobe.distributed.layout import fsdp_modules
+from geomprobe.errors import UnsupportedTraining
+
+
+def measured_parameters(model: nn.Module | None, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+    """The optimizer's parameters by their names in the model, each tensor once however often it is tied.
+
+    Modules that `fully_shard` manages are resharded: gathered weights are not what the optimizer holds.
+
+    Raises:
+        UnsupportedTraining: for LBFGS, complex parameters, or none at all.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(2, 1)
+    >>> list(measured_parameters(model, torch.optim.SGD(model.parameters(), lr=0.1)))
+    ['weight', 'bias']
+    """
+    if isinstance(optimizer, LBFGS):
+        raise UnsupportedTraining(
+            "LBFGS evaluates its closure several times a step, so a step has no one gradient to measure. "
+            "Use an optimizer that takes one gradient a step."
+        )
+    for module in fsdp_modules(model):
+        module.reshard()
+    names = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
+    found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for index, group in enumerate(optimizer.param_groups):
+        for position, parameter in enumerate(group["params"]):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            name = names.get(id(parameter), f"group{index}.parameter{position}")
+            if parameter.is_complex():
+                raise UnsupportedTraining(
+                    f"{name} is complex ({parameter.dtype}), and RSI and EB are defined for real parameters. "
+                    "Store it as a real tensor of shape [..., 2] (torch.view_as_real) to measure it."
+                )
+            found[name] = parameter
+    if not found:
+        raise UnsupportedTraining(
+            f"{type(optimizer).__name__} holds no parameters: there is nothing to measure."
+        )
+    return found
+
+
+class Membership:
+    """Which parameters an optimizer holds, and of which shapes: fixed for the time of a pass.
+
+    Args:
+        parameters: the measured ones by name.
+        optimizer: the optimizer.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:
+        self._parameters, self._optimizer = parameters, optimizer
+        self._sizes, self._shapes = self._now()
+
+    def require(self, step: int) -> None:
+        """Hold the optimizer's parameters to those that it had at the start.
+
+        Raises:
+            UnsupportedTraining: parameters were added, removed or resized before ``step``.
+        """
+        sizes, shapes = self._now()
+        if sizes == self._sizes and shapes == self._shapes:
+            return
+        if sizes != self._sizes:
+            what = f"the optimizer's parameter groups held {self._sizes} tensors and now hold {sizes}"
+        else:
+            pairs = zip(self._parameters, self._shapes, shapes, strict=True)
+            name, before, now = next(row for row in pairs if row[1] != row[2])
+            what = f"{name} had shape {before} and now has {now}"
+        raise UnsupportedTraining(
+            f"The parameters changed before step {step}: {what}. The distance to the final weights is "
+            "only defined for a fixed set of parameters. Create all of them before the first step (freezing "
+            "one by requires_grad_(False) or grad = None is fine), or record the stages as separate runs."
+        )
+
+    def _now(self) -> tuple[list[int], list[tuple[int, ...]]]:
+        sizes = [len(group["params"]) for group in self._optimizer.param_groups]
+        return sizes, [tuple(p.shape) for p in self._parameters.values()]

@@ -1,0 +1,348 @@
+"""The probe: what a training loop calls, and the optimizer hook that sees each gradient before it is used.
+
+A probe knows nothing of files. It turns what happens in the loop into the events of an `Observer`, which a
+pass implements; where no pass is running, `attach` returns a probe that only does what the loop asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+from torch.utils.hooks import RemovableHandle
+
+from geomprobe.errors import UnsupportedTraining, UsageError
+from geomprobe.probe.hooks.model_calls import ModelCalls
+from geomprobe.probe.hooks.step_calls import Args, Kwargs, given_closure, nested_step, replace_closure
+from geomprobe.probe.inert import InertProbe
+from geomprobe.probe.loops import Loops, Watcher
+from geomprobe.probe.parameters import Membership, measured_parameters
+
+Item = TypeVar("Item")
+
+
+class Oracle(NamedTuple):
+    """A loss whose gradient a script wants measured beside the step's own; see `Probe.held_out`."""
+
+    loss: Callable[..., Tensor]
+    loader: DataLoader[Any] | None
+
+
+class Observer(Watcher, Protocol):
+    """What a pass does at each event of a probe; see `geomprobe.passes.api`."""
+
+    def attached(self, probe: Probe) -> None: ...
+    def begin(self) -> None: ...
+    def entered(self, inputs: Any) -> None: ...
+    def backward(self, loss: Tensor, **options: Any) -> None: ...
+    def before_update(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None: ...
+    def after_update(self) -> None: ...
+    def reference(self, name: str, if_lower: float | None = None) -> None: ...
+    def sharpness_of(self, closure: Callable[[], Tensor]) -> None: ...
+    def detached(self) -> None: ...
+
+
+_current: Observer | None = None
+
+
+def observe(observer: Observer | None) -> Observer | None:
+    """Make ``observer`` the one that `attach` reports to; returns the one before it."""
+    global _current
+    before, _current = _current, observer
+    return before
+
+
+def observing() -> Observer | None:
+    """The running pass, if there is one.
+
+    >>> observing() is None
+    True
+    """
+    return _current
+
+
+def attach(model: nn.Module | None, optimizer: Optimizer, **stateful: Any) -> Probe | InertProbe:
+    """Put a probe on a training loop.
+
+    Under ``geomprobe record`` and ``replay`` (or `geomprobe.two_pass`) the probe reports to the running
+    pass; otherwise it is inert, at no measurable cost, so the line can stay in the script for good.
+
+    Args:
+        model: the module that is trained; its parameters' names and its buffers are what a trace shows.
+        optimizer: the raw optimizer. A wrapper that holds it as ``.optimizer`` (accelerate) is unwrapped.
+        **stateful: further objects with ``state_dict`` and ``load_state_dict``, such as
+            ``scheduler=scheduler, scaler=scaler``. ``None`` values are ignored.
+
+    Returns:
+        A handle: ``.remove()`` takes it off, and it is a context manager.
+
+    Raises:
+        UsageError: for an object without ``state_dict``, or a second probe in one run.
+        UnsupportedTraining: for LBFGS, complex parameters, or an optimizer with nothing to train.
+
+    >>> model = torch.nn.Linear(2, 1)
+    >>> probe = attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    >>> [epoch for epoch in probe.epochs(2)]
+    [0, 1]
+    """
+    for name, thing in stateful.items():
+        if thing is not None and not (hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")):
+            raise UsageError(
+                f"attach(..., {name}={type(thing).__name__}): it has no state_dict and load_state_dict, "
+                "so its state can be neither kept nor compared. Pass an object that has both, or leave it out."
+            )
+    if _current is None:
+        return InertProbe()
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return Probe(
+        model, optimizer, {k: v for k, v in stateful.items() if v is not None}, _current, explicit=True
+    )
+
+
+class Probe:
+    """A probe on one model and one optimizer, reporting to a pass. Made by `attach`.
+
+    Attributes:
+        model: the trained module, or None where a script without `attach` never called one.
+        optimizer: the raw optimizer.
+        parameters: the measured parameters by name: those of the optimizer, each once.
+        calls: those of the model.
+        step: number of updates so far.
+        loops: the script's loops over epochs and batches.
+        oracles: the gradients that the script names beside the step's own.
+        explicit: whether the script asked for it by `attach`.
+    """
+
+    active = True
+
+    def __init__(
+        self,
+        model: nn.Module | None,
+        optimizer: Optimizer,
+        stateful: Mapping[str, Any],
+        observer: Observer,
+        explicit: bool = False,
+    ) -> None:
+        self.explicit = explicit
+        self.model = model
+        self.optimizer = optimizer
+        self.stateful = dict(stateful)
+        self.parameters = measured_parameters(model, optimizer)
+        self._membership = Membership(self.parameters, optimizer)
+        self.oracles: dict[str, Oracle] = {}
+        self.step = 0
+        self.loops = Loops(observer)
+        self._observer = observer
+        self._begun = False
+        self._measured = self._skipped = False
+        observer.attached(self)
+        self._handles: list[RemovableHandle] = [
+            optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),
+            optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),
+        ]
+        if model is not None:
+            self._handles.append(model.register_load_state_dict_pre_hook(self._loading))
+        self.calls = ModelCalls(model, self._entered)
+
+    @property
+    def epoch(self) -> int | None:
+        """The current epoch, or None while unknown. A framework that has the loop over epochs may set it."""
+        return self.loops.epoch
+
+    @epoch.setter
+    def epoch(self, number: int) -> None:
+        self.loops.epoch = number
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """Every parameter of the model, and of the optimizer where the model lacks it."""
+        found: dict[str, Tensor] = dict(self.model.named_parameters()) if self.model is not None else {}
+        known = {id(weight) for weight in found.values()}
+        return found | {name: p for name, p in self.parameters.items() if id(p) not in known}
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """The model's buffers, those that ``state_dict`` leaves out among them."""
+        return dict(self.model.named_buffers()) if self.model is not None else {}
+
+    # What the loop calls
+
+    def epochs(self, count: int) -> Iterator[int]:
+        """Iterate over epochs ``0 .. count-1``, so that the trace knows them and the terminal shows them.
+
+        Args:
+            count: number of epochs.
+        """
+        self._begin()
+        yield from self.loops.epochs(count)
+
+    def batches(self, loader: Iterable[Item]) -> Iterator[Item]:
+        """Iterate over ``loader``, fingerprinting each batch as it comes.
+
+        Args:
+            loader: any iterable of batches: tensors, or nested tuples, mappings and strings.
+        """
+        self._begin()
+        if self.loops.epoch is None:
+            self.loops.epoch = 0
+        first_step = self.step
+        try:
+            yield from self.loops.batches(loader, _length(loader))
+        finally:  # of a break, too
+            if not self.loops.named and self.step > first_step:  # an evaluation loop is no epoch
+                self.loops.epoch += 1
+
+    def fetched(self, batch: Any) -> None:
+        """Fingerprint a batch that came by another way than :meth:`batches`: from a framework's loop.
+
+        Args:
+            batch: as for :meth:`batches`.
+        """
+        self._begin()
+        self._observer.fetched(batch)
+
+    def backward(self, loss: Tensor, closure: Callable[[], Tensor] | None = None, **options: Any) -> None:
+        """``loss.backward(**options)``, letting the pass see the loss.
+
+        Args:
+            loss: the step's scalar loss, or its part under accumulation; scaled by a GradScaler or not.
+            closure: evaluates the loss of this very minibatch again, for models whose training kernels have
+                no second derivative.
+            **options: as for :meth:`torch.Tensor.backward`.
+        """
+        self._observer.backward(loss, closure=closure, **options)
+
+    def reference(self, name: str, if_lower: float | None = None) -> None:
+        """Keep the weights as they are now as the reference ``name``, replacing an earlier one.
+
+        Args:
+            name: letters, digits, ``-``, ``_`` and ``.``; ``final`` is taken by the final iterate.
+            if_lower: only where this is lower than at every call before, as a validation loss is at the best iterate;
+                geomprobe remembers the lowest across a resumption.
+        """
+        self._observer.reference(name, if_lower)
+
+    def sharpness_of(self, closure: Callable[[], Tensor]) -> None:
+        """Take ``replay --sharpness-every``'s eigenvalue of a fixed loss instead of each minibatch's.
+
+        Args:
+            closure: evaluates that loss, such as the model's on one batch kept for it.
+        """
+        self._observer.sharpness_of(closure)
+
+    def held_out(self, loss: Callable[..., Tensor], loader: DataLoader[Any] | None = None) -> None:
+        """Name the minibatches of ``replay --held-out-every``, which the updates do not use.
+
+        Args:
+            loss: of a batch, its mean over the samples; without ``loader`` it takes nothing, and draws its own.
+            loader: each time a batch is drawn anew from its data set, by a random stream that belongs to the step.
+        """
+        self.oracles["held_out"] = Oracle(loss, loader)
+
+    def full_gradient_of(self, loss: Callable[..., Tensor], loader: DataLoader[Any] | None = None) -> None:
+        """Name the loss of ``replay --full-gradient-every``.
+
+        Args:
+            loss: of a batch, its mean over the samples; without ``loader`` it takes nothing and is the whole loss.
+            loader: all samples of its data set, in batches of its size.
+        """
+        self.oracles["full_gradient"] = Oracle(loss, loader)
+
+    def remove(self) -> None:
+        """Take the hooks off; the pass ends with the steps seen so far."""
+        for handle in self._handles:
+            handle.remove()
+        if self._handles:
+            self._handles.clear()
+            self.calls.remove()
+            self._observer.detached()
+
+    def __enter__(self) -> Probe:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    # What the hooks call
+
+    def _begin(self) -> None:
+        if not self._begun:
+            self._begun = True
+            self._observer.begin()
+
+    def _entered(self, inputs: Any) -> None:
+        self._begin()
+        self._observer.entered(inputs)
+
+    def _loading(self, *_: Any) -> None:
+        self._observer.weights_will_change()
+
+    def _before_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        if nested_step(optimizer):
+            return None
+        self._begin()
+        self._measured = False
+        closure = given_closure(args, kwargs)
+        if closure is None:
+            self._measure()
+            return None
+
+        def measured_closure() -> Any:
+            # Lightning runs forward and backward in here, so only now is there a gradient to look at.
+            loss = closure()
+            torch.compiler.disable(self.update_due)()
+            return loss
+
+        return replace_closure(args, kwargs, measured_closure)
+
+    def update_due(self) -> None:
+        """A closure has been evaluated: the present gradients are the step's.
+
+        Raises:
+            UnsupportedTraining: it was evaluated for the second time in one step.
+        """
+        if self._measured:
+            raise UnsupportedTraining(
+                f"{type(self.optimizer).__name__} evaluated its closure twice in step {self.step}: which of "
+                "the gradients is the step's is not defined. Use an optimizer that evaluates it once."
+            )
+        self._begin()
+        self._measure()
+
+    @torch.no_grad()
+    def _measure(self) -> None:
+        self._measured, self._skipped = True, self._overflowed()
+        if not self._skipped:
+            gradients = [parameter.grad for parameter in self.parameters.values()]
+            self._observer.before_update(gradients, getattr(self.optimizer, "grad_scale", None))
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if self._measured and not self._skipped and not nested_step(optimizer):
+            self.step += 1
+            self._observer.after_update()
+
+    def _overflowed(self) -> bool:
+        # A fused optimizer under a GradScaler is called on overflow too, and skips on its own. Asking costs
+        # one synchronization, the same that the scaler itself pays with every other optimizer.
+        found = getattr(self.optimizer, "found_inf", None)
+        return found is not None and bool(found.item())
+
+    def require_same_parameters(self) -> None:
+        """Hold the optimizer's parameters to those that it had when the probe was attached.
+
+        Raises:
+            UnsupportedTraining: parameters were added, removed or resized.
+        """
+        self._membership.require(self.step)
+
+
+def _length(loader: Iterable[Any]) -> int | None:
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:  # iterable data sets have none
+        return None

@@ -1,0 +1,1 @@
+"""What `geomprobe inspect` says of a run."""

@@ -1,0 +1,137 @@
+"""What is in a run and whether its replay held, as JSON values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from geomprobe.errors import RunError
+from geomprobe.trace.reader import open_trace
+from geomprobe.trace.record import open_record
+from geomprobe.trace.schema import COMPONENTS, RECORD_SCHEMA, describe
+from geomprobe.trace.stream.reader import part_state, read_header
+
+Summary = dict[str, Any]
+
+
+def summarize(path: Path) -> Summary:
+    """What a run folder, a trace file or a record file holds, as JSON values.
+
+    ``record`` and ``trace`` are each None where ``path`` is a file of the other kind, and ``{"error": why}``
+    where that pass left nothing that can be read. Columns' numbers are over their finite values; what does
+    not exist is None.
+
+    Raises:
+        RunError: there is nothing of geomprobe at ``path``.
+
+    >>> import tempfile
+    >>> from geomprobe.trace.stream.writer import PartWriter, Table
+    >>> path = Path(tempfile.mkdtemp()) / "part.h5"
+    >>> table = Table("values", ("steps/loss",), "float64")
+    >>> with PartWriter(path, schema="geomprobe-trace", tables=[table], attributes={}) as part:
+    ...     part.append({"values": np.array([[0.5], [0.25]])})
+    >>> summary = summarize(path)
+    >>> summary["record"], summary["trace"]["status"], summary["trace"]["num_steps"]
+    (None, 'incomplete', 2)
+    """
+    is_file = path.is_file()
+    is_record = is_file and _is_record(path)
+    record = None if is_file and not is_record else _read(_record, path)
+    trace = None if is_record else _read(_trace, path)
+    readable = [each for each in (record, trace) if each and "error" not in each]
+    if not readable:
+        raise RunError((record or trace or {})["error"])
+    return {
+        "path": str(path),
+        "record": record,
+        "trace": trace,
+        "manifest": readable[0].pop("manifest"),
+        "files": _files(path),
+    }
+
+
+def _is_record(path: Path) -> bool:
+    try:
+        if part_state(path) != "closed":
+            return read_header(path).schema == RECORD_SCHEMA
+        with h5py.File(path, "r") as file:
+            return bool(file.attrs.get("schema") == RECORD_SCHEMA)
+    except (OSError, RunError):
+        return False  # what is wrong with it, open_trace says
+
+
+def _read(read: Callable[[Path], Summary], path: Path) -> Summary:
+    try:
+        return read(path)
+    except RunError as error:
+        return {"error": str(error)}
+
+
+def _record(path: Path) -> Summary:
+    with open_record(path) as record:
+        steps = record.steps
+        return {
+            "path": str(record.path),
+            "status": record.status,
+            "num_steps": record.num_steps,
+            "num_parameters": record.num_parameters,
+            "num_epochs": _epochs(steps["epoch"]),
+            "references": record.references,
+            "fingerprints": {name: len(record.names(name)) for name in COMPONENTS if record.names(name)},
+            "columns": [_column(name, steps[name]) for name in steps],
+            "manifest": record.manifest,
+        }
+
+
+def _trace(path: Path) -> Summary:
+    trace = open_trace(path)
+    return {
+        "path": str(trace.path),
+        "status": trace.status,
+        "num_steps": trace.num_steps,
+        "num_parameters": trace.num_parameters,
+        "num_epochs": _epochs(trace["epoch"]),
+        "references": trace.references,
+        "per_parameter": trace.parameters,
+        "measure": trace.manifest.get("measure") or {},
+        "certificate": trace.certificate,
+        "columns": [_column(name, trace[name]) for name in (*trace.columns, *trace.oracle_columns)],
+        "manifest": trace.manifest,
+    }
+
+
+def _epochs(epoch: NDArray[np.float64]) -> int:
+    return len(np.unique(epoch[np.isfinite(epoch)]))
+
+
+def _column(name: str, values: NDArray[np.float64]) -> Summary:
+    """A column's first and last rows, and the range and mean of its finite values."""
+    finite = values[np.isfinite(values)]
+    numbers = {
+        "first": values[0] if len(values) else np.nan,
+        "last": values[-1] if len(values) else np.nan,
+        "minimum": finite.min() if len(finite) else np.nan,
+        "maximum": finite.max() if len(finite) else np.nan,
+        "mean": finite.mean() if len(finite) else np.nan,
+    }
+    stated = {key: float(value) if np.isfinite(value) else None for key, value in numbers.items()}
+    described = {"name": name, "units": describe(name if "/" in name else f"steps/{name}").units}
+    return {**described, **stated, "missing": int(np.isnan(values).sum()), "measured": len(finite)}
+
+
+def _files(path: Path) -> Mapping[str, int]:
+    """Bytes of each file of the run; a folder of checkpoints counts as one."""
+    if path.is_file():
+        return {path.name: path.stat().st_size}
+    sizes: dict[str, int] = {}
+    for file in sorted(path.rglob("*")):
+        if file.is_file():
+            place = file.relative_to(path).parts
+            name = f"{place[0]}/" if len(place) > 2 else "/".join(place)
+            sizes[name] = sizes.get(name, 0) + file.stat().st_size
+    return sizes

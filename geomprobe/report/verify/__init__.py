@@ -1,0 +1,1 @@
+"""The identities that `geomprobe verify` checks."""

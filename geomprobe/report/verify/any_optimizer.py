@@ -1,0 +1,288 @@
+"""What holds in the trace of any run, whatever the optimizer: columns against inner products, and bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import h5py
+import numpy as np
+
+from geomprobe.report.verify.check import DERIVED, Array, Check, Rows, compare, held, skipped, worst_of
+from geomprobe.report.verify.rounding import Precision
+from geomprobe.trace import geometry
+from geomprobe.trace.schema import (
+    FINAL,
+    FINAL_LINKS,
+    TRACE_FILE,
+    canonical,
+    escape,
+    parameter_column,
+    product_column,
+)
+
+if TYPE_CHECKING:
+    from geomprobe.trace.reader import Trace
+
+WEIGHTS = ("w.w", "w.d", "d.d")
+GRADIENT = ("g.g", "w.g", "g.d")
+
+# column: (what it is computed from, how)
+_STEPS: dict[str, tuple[tuple[str, ...], Callable[..., Array]]] = {
+    "grad_norm": (("g.g",), geometry.grad_norm),
+    "hg_norm": (("Hg.Hg",), geometry.grad_norm),
+    "g_hg": (("g.Hg",), np.asarray),
+    "corridor_residual": (("Hg.Hg", "g.g"), geometry.corridor_residual),
+    "relative_residual": (("steps/lr", "Hg.Hg", "g.g"), geometry.relative_residual),
+    "flow_drift": (("steps/lr", "Hg.Hg"), geometry.flow_drift),
+    "clr": (("steps/loss", "g.g"), geometry.clr),
+}
+FROM_PRODUCTS: dict[str, tuple[tuple[str, ...], Callable[..., Array]]] = {
+    "distance": (("d.d",), geometry.distance),
+    "grad_dot_offset": (("g.d",), np.asarray),
+    "rsi": (("g.d", "d.d"), geometry.rsi),
+    "eb": (("g.g", "d.d"), geometry.eb),
+    "cosine": (("g.d", "g.g", "d.d"), geometry.cosine),
+    "lolr": (("g.d", "g.g"), geometry.lolr),
+}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A trace's columns by path, with NaN for those it does not have, and the rows that it should hold."""
+
+    trace: Trace
+    measured: Rows
+
+    def __getitem__(self, path: str) -> Array:
+        if path not in self.trace:
+            return np.full(self.trace.num_steps, np.nan)
+        return np.asarray(self.trace[path], float)
+
+    def finite(self, *paths: str) -> Rows:
+        """Rows where each of these columns holds a number."""
+        return np.logical_and.reduce([np.isfinite(self[path]) for path in paths])
+
+
+def columns(trace: Trace) -> Columns:
+    """The columns of a trace; rows are measured at each ``manifest["measure"]["every"]``-th step."""
+    every = (trace.manifest.get("measure") or {}).get("every", 1)
+    return Columns(trace, trace["step"] % every == 0)
+
+
+def relative(stored: Array, expected: Array) -> Array:
+    """``|stored - expected| / |expected|``; 0 where equal, infinite where only one of them is a number.
+
+    >>> [float(x) for x in relative(np.array([1.5, 0.0, np.nan]), np.array([1.0, 0.0, 2.0]))]
+    [0.5, 0.0, inf]
+    """
+    with np.errstate(all="ignore"):
+        deviation = np.abs(stored - expected) / np.abs(expected)
+    return np.where(stored == expected, 0.0, np.where(np.isnan(deviation), np.inf, deviation))
+
+
+def check_identities(c: Columns, p: Precision) -> list[Check]:
+    """Every check that holds for any optimizer, in the order of a report.
+
+    Raises:
+        RunError: a column of the trace is damaged.
+    """
+    return [
+        _check_step(c),
+        _check_present(c),
+        _check_products(c),
+        _check_cosine(c),
+        _check_lolr(c),
+        _check_clr(c),
+        _check_bound(c, p),
+        _check_distance(c, p),
+        _check_cauchy_schwarz(c, p),
+        _check_reference_norm(c, p),
+        _check_final(c),
+        _check_parameters(c, p),
+    ]
+
+
+def _derived(name: str, stored: Array, expected: Array) -> Check:
+    rows = np.isfinite(stored) | np.isfinite(expected)
+    return compare(name, relative(stored, expected), DERIVED, rows)
+
+
+def _follows(name: str, stored: Array, expected: Array) -> Check:
+    """A column from other columns, in the rows where those are numbers (loLR outlives RSI at ``w = w*``)."""
+    return compare(name, relative(stored, expected), DERIVED, np.isfinite(expected))
+
+
+def _check_step(c: Columns) -> Check:
+    """``step`` counts 0, 1, 2, ... without a gap; in an unfinished trace, whose parts may not join yet, it rises."""
+    stored = c["steps/step"]
+    everywhere = np.ones(len(stored), bool)
+    if c.trace.status == "incomplete":
+        falls = np.append(False, np.diff(stored) <= 0)
+        return compare("step rises", np.where(falls, np.inf, 0.0), 0.0, everywhere)
+    return compare("step = 0, 1, ..., T-1", stored - np.arange(len(stored)), 0.0, everywhere)
+
+
+def _check_present(c: Columns) -> Check:
+    """Each row that should be measured is there; only weights or a gradient that overflowed excuse a NaN."""
+    finite = {name: np.isfinite(c[f"inner_products/{name}"]) for name in WEIGHTS + GRADIENT}
+    weights, gradient = finite["w.w"], finite["w.w"] & finite["g.g"]
+    missing = weights & ~(finite["w.d"] & finite["d.d"])
+    missing |= gradient & ~(finite["w.g"] & finite["g.d"])
+    nothing = np.logical_and.reduce([np.isnan(c[f"inner_products/{name}"]) for name in finite])
+    loss = c["steps/loss"]
+    missing |= nothing & (np.isfinite(loss) | np.isnan(loss).all())
+    return compare("no measured row is missing", np.where(missing, np.inf, 0.0), 0.0, c.measured)
+
+
+def not_finite(c: Columns) -> int:
+    """How many measured rows hold a loss, a weight or a gradient that is not finite (legal, and left out)."""
+    rows = c.finite(*(f"inner_products/{name}" for name in WEIGHTS + GRADIENT))
+    loss = c["steps/loss"]
+    if not np.isnan(loss).all():
+        rows &= np.isfinite(loss)
+    return int((c.measured & ~rows).sum())
+
+
+def _check_cosine(c: Columns) -> Check:
+    """``cosine = rsi / eb`` (NWT section 3)."""
+    with np.errstate(all="ignore"):
+        return _follows("cosine = rsi / eb", c["steps/cosine"], c["steps/rsi"] / c["steps/eb"])
+
+
+def _check_lolr(c: Columns) -> Check:
+    """``lolr = rsi / eb^2`` (NWT eq. 5)."""
+    with np.errstate(all="ignore"):
+        return _follows("lolr = rsi / eb^2", c["steps/lolr"], c["steps/rsi"] / c["steps/eb"] ** 2)
+
+
+def _check_clr(c: Columns) -> Check:
+    """``clr = loss / grad_norm^2`` (CG eq. 3)."""
+    name = "clr = loss / grad_norm^2"
+    if np.isnan(c["steps/loss"]).all():
+        return skipped(name, "the trace holds no loss")
+    with np.errstate(all="ignore"):
+        return _follows(name, c["steps/clr"], c["steps/loss"] / c["steps/grad_norm"] ** 2)
+
+
+def _check_bound(c: Columns, p: Precision) -> Check:
+    """``|cosine| <= 1``, up to the errors of ``G.d`` (``sums``) and of both norms (``sums / 2`` each)."""
+    cosine = c["steps/cosine"]
+    over = np.maximum(np.abs(cosine) - 1, 0)
+    return compare("|cosine| <= 1", over, 2 * p.sums, np.isfinite(cosine))
+
+
+def _check_distance(c: Columns, p: Precision) -> Check:
+    """``distance > 0`` before T, unless the weights stand still to the end for a reason that shows.
+
+    They may: a step whose learning rate is 0, whose gradient is 0, or that is too short to survive
+    the rounding of the weights moves nothing.
+    """
+    distance, rows = c["steps/distance"], np.isfinite(c["steps/distance"])
+    step_norm = np.abs(c["steps/lr"]) * c["steps/grad_norm"]
+    still = (distance == 0) & (step_norm <= p.update_error(np.sqrt(c["inner_products/w.w"]), step_norm))
+    tail = np.logical_and.accumulate((still | ~rows)[::-1])[::-1]
+    broken = (distance == 0) & ~tail
+    stopped = np.flatnonzero(tail & rows)
+    note = f"the weights stand still from step {stopped[0]} on" if len(stopped) else ""
+    return compare("distance > 0 before T", np.where(broken, np.inf, 0.0), 0.0, rows, note)
+
+
+def _check_products(c: Columns) -> Check:
+    """Every derived column is what ``/inner_products`` (and loss, lr) give."""
+    checks = []
+    for reference in c.trace.references:
+        place = "steps" if reference == FINAL else f"references/{escape(reference)}"
+        for column, (inputs, compute) in {**FROM_PRODUCTS, **(_STEPS if reference == FINAL else {})}.items():
+            values = [c[name] if "/" in name else _product(c, reference, name) for name in inputs]
+            checks.append(_derived(f"{place}/{column}", c[f"{place}/{column}"], compute(*values)))
+    return worst_of("columns = f(inner products)", checks)
+
+
+def _product(c: Columns, reference: str, name: str) -> Array:
+    """An inner product by name; those with d are the reference's own."""
+    return c[product_column(name, reference if "d" in name else FINAL)]
+
+
+def _parameter_product(c: Columns, parameter: str, name: str) -> Array:
+    return c[parameter_column(parameter, name)]
+
+
+def _check_cauchy_schwarz(c: Columns, p: Precision) -> Check:
+    """``|a.b| <= ||a|| ||b||`` for every pair of vectors measured, by reference and by parameter."""
+    checks = []
+    for reference in c.trace.references:
+        find = partial(_product, c, reference)
+        checks += [_cauchy_schwarz(p, reference, find, pair) for pair in ("w.g", "g.d", "w.d")]
+    for parameter in c.trace.parameters:
+        find = partial(_parameter_product, c, parameter)
+        checks += [_cauchy_schwarz(p, parameter, find, pair) for pair in ("w.g", "g.d", "w.d", "g.Hg")]
+    checks.append(_cauchy_schwarz(p, FINAL, partial(_product, c, FINAL), "g.Hg"))
+    return worst_of("Cauchy-Schwarz", checks)
+
+
+def _cauchy_schwarz(p: Precision, where: str, find: Callable[[str], Array], pair: str) -> Check:
+    a, b = pair.split(".")
+    product, squares = find(pair), find(f"{a}.{a}") * find(f"{b}.{b}")
+    with np.errstate(all="ignore"):
+        over = np.maximum(np.abs(product) / np.sqrt(squares) - 1, 0)
+    over = np.where((squares == 0) & (product == 0), 0.0, over)
+    return compare(f"{pair} of {where}", over, 2 * p.sums, np.isfinite(product) & np.isfinite(squares))
+
+
+def _check_reference_norm(c: Columns, p: Precision) -> Check:
+    """``||w - d||^2 = w.w - 2 w.d + d.d`` is ``||w*||^2``: the same number at every step.
+
+    Its error in a row is ``sums (||w|| + ||d||)^2``; each row is held against the most exact one.
+    """
+    return worst_of("||w - d|| = ||w*|| is constant", [_constant(c, p, each) for each in c.trace.references])
+
+
+def _constant(c: Columns, p: Precision, reference: str) -> Check:
+    w_w, w_d, d_d = (_product(c, reference, name) for name in WEIGHTS)
+    rows = np.isfinite(w_w + w_d + d_d)
+    if not rows.any():
+        return skipped(reference, "not measured")
+    with np.errstate(all="ignore"):
+        scale = (np.sqrt(w_w) + np.sqrt(d_d)) ** 2
+    value = w_w - 2 * w_d + d_d
+    best = int(np.argmin(np.where(rows, scale, np.inf)))
+    scale = np.where(scale == 0, 1.0, scale)
+    return compare(reference, (value - value[best]) / scale, p.sums * (1 + scale[best] / scale), rows)
+
+
+def _check_final(c: Columns) -> Check:
+    """``/references/final`` holds the very numbers of ``/steps`` and ``/inner_products``, in the file itself."""
+    name = "references/final = steps"
+    if c.trace.status == "incomplete":
+        return skipped(name, "not sealed yet")
+    path = c.trace.path
+    with h5py.File(path / TRACE_FILE if path.is_dir() else path, "r") as file:
+        unlike = [path for path in FINAL_LINKS if not _same_numbers(file, path, canonical(path))]
+    return held(name, not unlike, f"{', '.join(unlike)} differ" if unlike else "")
+
+
+def _same_numbers(file: Any, path: str, other: str) -> bool:
+    if path not in file or other not in file:
+        return False
+    return file[path] == file[other] or np.array_equal(file[path][:], file[other][:], equal_nan=True)
+
+
+def _check_parameters(c: Columns, p: Precision) -> Check:
+    """Each inner product is the sum of its parameters' (both sides off by ``sums ||a|| ||b||`` at most)."""
+    name = "sum over parameters = whole"
+    if not c.trace.parameters:
+        return skipped(name, "not measured per parameter")
+    checks = []
+    for product in WEIGHTS + GRADIENT:
+        a, b = product.split(".")
+        whole = c[f"inner_products/{product}"]
+        total = sum(
+            (_parameter_product(c, each, product) for each in c.trace.parameters), np.zeros(len(whole))
+        )
+        scale = np.sqrt(c[f"inner_products/{a}.{a}"] * c[f"inner_products/{b}.{b}"])
+        gap = np.abs(total - whole) / np.where(scale == 0, 1.0, scale)
+        checks.append(compare(product, gap, 2 * p.sums, np.isfinite(whole)))
+    return worst_of(name, checks)

@@ -1,0 +1,339 @@
+"""What a pass looks like at a moment, while it is written: progress, rate, last values, curves."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from geomprobe.errors import RunError
+from geomprobe.trace import schema
+from geomprobe.trace.derive import Array, Derived
+from geomprobe.trace.locate import find, spans
+from geomprobe.trace.lock_holders import Writer, present, writers
+from geomprobe.trace.reader import open_trace
+from geomprobe.trace.record import open_record
+from geomprobe.trace.stream.reader import Block, Header
+from geomprobe.trace.stream.tail import TABLES, Following, Kind, parts
+
+State = Literal["waiting", "starting", "running", "stopped", "unknown", "sealing", "sealed"]
+
+COLUMNS: dict[Kind, tuple[str, ...]] = {
+    "record": ("loss", "lr"),
+    "trace": (
+        "loss",
+        "lr",
+        "grad_norm",
+        "distance",
+        "rsi",
+        "eb",
+        "cosine",
+        "lolr",
+        "clr",
+        "relative_residual",
+    ),
+}
+CURVES: dict[Kind, tuple[str, ...]] = {"record": ("loss",), "trace": ("cosine", "relative_residual")}
+
+SAME = schema.SAME.name
+"""0 in the rows of an uncertified replay from its first difference on."""
+
+_SEALED = {"record": schema.RECORD_FILE, "trace": schema.TRACE_FILE}
+_SCHEMAS = {"record": schema.RECORD_SCHEMA, "trace": schema.TRACE_SCHEMA}
+_ENDED = ("complete", "incomplete", "uncertified")  # with any other status a pass may still be taken up again
+_BUCKETS = 1024
+_RATE_LOOKS = 10
+
+
+@dataclass(frozen=True)
+class Last:
+    """The newest number of a column, and the step that it was measured at."""
+
+    step: int
+    value: float
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A pass at a moment.
+
+    Attributes:
+        path: the run.
+        kind: which pass.
+        state: ``"sealed"``; ``"sealing"``; ``"running"`` or, before the first row, ``"starting"``; ``"stopped"`` where
+            the writer is gone; ``"unknown"`` where that cannot be told from this machine; ``"waiting"`` for a replay.
+        status: of a sealed pass, such as ``"complete"``.
+        steps: how many steps are committed.
+        total: how many there will be, where that is known.
+        covered: first step and the step after the last of each stretch of committed rows.
+        rate: steps a second over the last looks; None where fewer than two found any.
+        age_s: seconds since the last write; None where there was none.
+        writers: who holds the run.
+        last: by column, the newest number.
+        curves: by column, steps and means [points] over stretches of steps.
+        problems: what cannot be read, and why.
+    """
+
+    path: Path
+    kind: Kind
+    state: State
+    status: str
+    steps: int
+    total: int | None
+    covered: tuple[tuple[int, int], ...]
+    rate: float | None
+    age_s: float | None
+    writers: tuple[Writer, ...]
+    last: Mapping[str, Last]
+    curves: Mapping[str, tuple[Array, Array]]
+    problems: tuple[str, ...]
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds that are left at the present rate, where both are known."""
+        if self.total is None or not self.rate:
+            return None
+        return max(0, self.total - self.steps) / self.rate
+
+
+class Curve:
+    """The mean of a column over stretches of steps, in memory that does not grow with their number.
+
+    >>> curve = Curve(buckets=2)
+    >>> curve.add(np.arange(4), np.array([1.0, 3.0, 5.0, np.nan]))
+    >>> [part.tolist() for part in curve.points()]
+    [[0.5, 2.5], [2.0, 5.0]]
+    """
+
+    def __init__(self, buckets: int = _BUCKETS) -> None:
+        self._width = 1
+        self._sums = np.zeros(buckets)
+        self._counts = np.zeros(buckets)
+
+    def add(self, step: NDArray[np.int64], values: Array) -> None:
+        """Take the finite ones of some rows' values."""
+        finite = np.isfinite(values)
+        step, values = step[finite], values[finite]
+        while len(step) and step.max() // self._width >= len(self._sums):
+            self._width *= 2
+            self._sums, self._counts = _halved(self._sums), _halved(self._counts)
+        np.add.at(self._sums, step // self._width, values)
+        np.add.at(self._counts, step // self._width, 1)
+
+    def points(self) -> tuple[Array, Array]:
+        """The middle step and the mean of each stretch that holds a number."""
+        full = np.flatnonzero(self._counts)
+        middle = full.astype(float) * self._width + (self._width - 1) / 2
+        return middle, self._sums[full] / self._counts[full]
+
+
+def _halved(buckets: Array) -> Array:
+    pairs = buckets.reshape(-1, 2).sum(axis=1)
+    return np.concatenate([pairs, np.zeros(len(buckets) - len(pairs))])
+
+
+class _Seen:
+    """What the rows that were read so far amount to."""
+
+    def __init__(self, kind: Kind) -> None:
+        self._kind: Kind = kind
+        self.forget()
+
+    def forget(self) -> None:
+        self.last: dict[str, Last] = {}
+        self.curves = {name: Curve() for name in CURVES[self._kind]}
+
+    def take(self, header: Header, block: Block) -> None:
+        table = TABLES[self._kind]
+        raw: dict[str, Array] = dict(zip(header.tables[table].columns, block[table].T, strict=True))
+        if self._kind == "trace":
+            derived = Derived(block["step"], raw)
+            names = (name for name in _names("trace") if f"steps/{name}" in derived)
+            raw = {name: derived[f"steps/{name}"] for name in names}
+        self.add(block["step"], raw)
+
+    def add(self, step: NDArray[np.int64], columns: Mapping[str, Array]) -> None:
+        """Take rows, by column."""
+        for name in (name for name in _names(self._kind) if name in columns):
+            values = columns[name]
+            measured = np.flatnonzero(~np.isnan(values))
+            if len(measured):
+                self.last[name] = Last(int(step[measured[-1]]), float(values[measured[-1]]))
+            if name in self.curves:
+                self.curves[name].add(step, values)
+
+
+def _names(kind: Kind) -> tuple[str, ...]:
+    return ("epoch", *COLUMNS[kind], SAME)
+
+
+def _joined(stretches: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Stretches in the order of steps, those that touch made one."""
+    joined: list[tuple[int, int]] = []
+    for first, stop in stretches:
+        if joined and joined[-1][1] == first:
+            first = joined.pop()[0]
+        joined.append((first, stop))
+    return tuple(joined)
+
+
+class Watch:
+    """Looks at a run again and again; each look costs what is new since the one before.
+
+    Nothing is written, no lock is tried, and the passes may start, die, go on, and be sealed in between.
+
+    Args:
+        path: the run folder.
+        waits: take a run that is recorded, and not replayed yet, for a replay that is about to begin.
+        clock: seconds, for the rate.
+
+    Raises:
+        RunError: there is no run.
+
+    >>> import tempfile
+    >>> from geomprobe.trace.stream.writer import PartWriter, Table
+    >>> run = Path(tempfile.mkdtemp())
+    >>> (run / "stream").mkdir()
+    >>> table, part = Table("values", ("steps/loss",), "float64"), run / "stream" / "trace-00000000.h5"
+    >>> with PartWriter(part, schema="geomprobe-trace", tables=[table], attributes={}) as writer:
+    ...     writer.append({"values": np.array([[4.0], [2.0]])})
+    >>> snapshot = Watch(run).look()
+    >>> snapshot.kind, snapshot.state, snapshot.steps, snapshot.last["loss"]
+    ('trace', 'stopped', 2, Last(step=1, value=2.0))
+    """
+
+    def __init__(
+        self, path: Path, *, waits: bool = False, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._path, self._waits, self._clock = Path(path), waits, clock
+        self._stream = self._path / schema.STREAM_DIR
+        if not self._path.is_dir():
+            raise RunError(
+                f"{path} is a file; name a run folder" if self._path.exists() else f"{path} does not exist"
+            )
+        if not any(place.exists() for place in (self._sealed("record"), self._sealed("trace"), self._stream)):
+            raise RunError(f"{path} is no run of geomprobe. Make one: geomprobe record -o {path} train.py")
+        self._begin(self._latest())
+
+    def look(self) -> Snapshot:
+        """The pass now; once it is sealed, for good."""
+        status = self._status(self._kind)
+        if not status and not parts(self._stream, self._kind) and self._latest() != self._kind:
+            self._begin(self._latest())
+            status = self._status(self._kind)
+        holders = tuple(writers(self._stream))
+        held = any(holder.alive is not False for holder in holders)
+        if status in _ENDED or (status and not held):
+            return self._snapshot("sealed", status, self._read_sealed(), holders)
+        covered = self._read_parts()
+        if not (status or covered) and self._status(self._kind):  # it was sealed while we looked
+            return self.look()
+        return self._snapshot(self._state(covered, holders), status, covered, holders)
+
+    def _begin(self, kind: Kind) -> None:
+        self._kind: Kind = kind
+        self._seen = _Seen(kind)
+        self._following = Following(self._stream, kind)
+        self._looks: deque[tuple[float, int]] = deque(maxlen=_RATE_LOOKS)
+        self._total: int | None = None
+
+    def _latest(self) -> Kind:
+        """The pass that is going on, or was the last to."""
+        if self._status("trace") or parts(self._stream, "trace"):
+            return "trace"
+        recorded = self._status("record") in _ENDED
+        return "trace" if recorded and (self._waits or writers(self._stream)) else "record"
+
+    def _sealed(self, kind: Kind) -> Path:
+        return self._path / _SEALED[kind]
+
+    def _status(self, kind: Kind) -> str:
+        """What a sealed file says of itself; nothing where there is none."""
+        file = self._sealed(kind)
+        try:
+            return find(file, _SCHEMAS[kind]).status
+        except RunError:
+            if file.exists():
+                raise
+            return ""
+
+    def _state(self, covered: tuple[tuple[int, int], ...], holders: tuple[Writer, ...]) -> State:
+        if present(self._stream, f"{schema.SEALING_PREFIX}{self._kind}.json"):
+            return "sealing"
+        grew = len(self._looks) > 1 and self._looks[-1][1] > self._looks[-2][1]
+        if grew or any(holder.alive for holder in holders):
+            return "running" if covered else "starting"
+        if any(holder.alive is None for holder in holders):
+            return "unknown"
+        return "stopped" if covered or holders or self._kind == "record" else "waiting"
+
+    def _read_parts(self) -> tuple[tuple[int, int], ...]:
+        headers = self._following.look(self._seen)
+        covered = _joined((span.first_step, span.part.first_step + span.stop) for span in spans(headers))
+        steps = sum(stop - first for first, stop in covered)
+        if self._looks and steps < self._looks[-1][1]:  # it was begun anew
+            self._looks.clear()
+        if steps:  # to start up is not to step
+            self._looks.append((self._clock(), steps))
+        return covered
+
+    def _read_sealed(self) -> tuple[tuple[int, int], ...]:
+        self._seen.forget()
+        if self._kind == "trace":
+            trace = open_trace(self._sealed("trace"))
+            steps = trace.num_steps
+            columns = {name: trace[name] for name in _names("trace") if name in trace}
+            self._seen.add(np.arange(steps), columns)
+        else:
+            with open_record(self._sealed("record")) as record:
+                steps = record.num_steps
+                self._seen.add(np.arange(steps), record.steps)
+        return ((0, steps),) if steps else ()
+
+    def _snapshot(
+        self, state: State, status: str, covered: tuple[tuple[int, int], ...], holders: tuple[Writer, ...]
+    ) -> Snapshot:
+        sealed = state == "sealed"
+        return Snapshot(
+            path=self._path,
+            kind=self._kind,
+            state=state,
+            status=status if sealed else "",
+            steps=sum(stop - first for first, stop in covered),
+            total=self._find_total(),
+            covered=covered,
+            rate=None if sealed else self._rate(),
+            age_s=None if sealed else self._age_s(),
+            writers=holders,
+            last=dict(self._seen.last),
+            curves={name: curve.points() for name, curve in self._seen.curves.items()},
+            problems=tuple(self._following.problems.values()),
+        )
+
+    def _find_total(self) -> int | None:
+        """A replay has as many steps as its recording."""
+        if self._total is None and self._kind == "trace" and self._sealed("record").exists():
+            with open_record(self._sealed("record")) as record:
+                self._total = record.num_steps
+        return self._total
+
+    def _rate(self) -> float | None:
+        if len(self._looks) < 2:
+            return None
+        (then, before), (now, steps) = self._looks[0], self._looks[-1]
+        return (steps - before) / (now - then) if now > then else None
+
+    def _age_s(self) -> float | None:
+        times = []
+        for path in parts(self._stream, self._kind):
+            try:
+                times.append(path.stat().st_mtime)
+            except FileNotFoundError:
+                continue
+        return max(0.0, time.time() - max(times)) if times else None

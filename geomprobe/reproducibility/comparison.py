@@ -1,0 +1,139 @@
+"""Compare a replay with its recording, block by block, and say in what they differ first."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from geomprobe.errors import ReplayDiverged
+from geomprobe.reproducibility.fingerprint import Difference, Layout, first_difference
+from geomprobe.trace.record import Record
+
+_LIKELY = {
+    "rng": "something drew a different number of random numbers before this step",
+    "batch": "the samples, their order or their augmentation changed",
+    "weights": "something other than the optimizer moved the weights, or an operation has no deterministic form",
+    "optimizer": "something changed the optimizer's state or hyperparameters",
+    "loss": "an operation of the forward pass has no deterministic form, or the loss itself changed",
+    "buffers": "something changed a buffer, such as BatchNorm's running statistics",
+    "length": "the script does not stop where it stopped before",
+}
+
+
+class Comparison:
+    """How far a replay is the recorded run.
+
+    Args:
+        record: the recording.
+        run: the run's folder, for messages.
+        start: the step that the replay begins at; those before it were found equal earlier.
+        rank: which of several processes this is; None where there is one.
+
+    Attributes:
+        compared: steps compared.
+        equal: steps that were equal before the first difference.
+        difference: the first one, with its step; None where there is none.
+        final_equal: whether the weights were the final iterate, bit for bit, after the last step.
+    """
+
+    def __init__(self, record: Record, run: Path, start: int, rank: int | None = None) -> None:
+        self._record, self._run, self._rank = record, run, rank
+        self.compared = self.equal = start
+        self.difference: tuple[int, Difference] | None = None
+        self.final_equal = False
+
+    def block(self, layout: Layout, prints: Mapping[str, NDArray[np.int64]], count: int) -> int:
+        """Compare the next ``count`` steps; gives how many rows come before the first difference.
+
+        Args:
+            layout: column names by component.
+            prints: fingerprints [count, columns] by component.
+            count: how many steps.
+        """
+        start = self.compared
+        self.compared += count
+        if self.difference is not None:
+            return 0
+        recorded = {name: self._record.fingerprints(name, start, start + count) for name in layout}
+        known = min(count, self._record.num_steps - start)
+        different = np.zeros(count, bool)
+        different[known:] = True
+        for name in layout:
+            different[:known] |= (recorded[name] != prints[name][:known]).any(axis=1)
+        row = int(different.argmax()) if different.any() else count
+        self.equal += row
+        if row < known:
+            pair = ({name: rows[name][row] for name in layout} for rows in (recorded, prints))
+            difference = first_difference(layout, *pair)
+            assert difference is not None
+            self.difference = start + row, difference
+        elif row < count:
+            self.difference = start + row, Difference("length", "steps", ())
+        return row
+
+    def differs(self, step: int, component: str, tensor: str) -> None:
+        """Something that is in no fingerprint differs."""
+        self.difference = step, Difference(component, tensor, ())
+
+    def found(self) -> dict[str, Any]:
+        """What one of several processes tells the others, in the end."""
+        step, difference = self.difference or (None, None)
+        return {
+            "equal": self.equal,
+            "final_equal": self.final_equal,
+            "difference": None if difference is None else [step, difference.component, difference.tensor],
+        }
+
+    def join(self, found: Sequence[Mapping[str, Any]]) -> None:
+        """Make it what all processes have found, each in its own part, by rank."""
+        self.equal = min(each["equal"] for each in found)
+        self.final_equal = all(each["final_equal"] for each in found)
+        differing = [(each["difference"], rank) for rank, each in enumerate(found) if each["difference"]]
+        if differing and len(found) > 1:
+            (step, component, tensor), self._rank = min(differing, key=lambda of: of[0][0])
+            self.differs(step, component, tensor)
+
+    def certificate(self, layout: Layout) -> dict[str, Any]:
+        """What was compared, and whether it held; see `geomprobe.trace`."""
+        found: dict[str, Any] = {
+            "steps_recorded": self._record.num_steps,
+            "steps_compared": self.compared,
+            "steps_equal": self.equal,
+            "final_weights_equal": self.final_equal,
+            "components": json.dumps(list(layout)),
+        }
+        if self.difference is not None:
+            step, difference = self.difference
+            first = {"step": step, "component": difference.component, "tensor": difference.tensor}
+            found["first_difference"] = json.dumps(
+                first if self._rank is None else {**first, "rank": self._rank}
+            )
+        return found
+
+    def error(self) -> ReplayDiverged:
+        """The first difference, as what stops a replay."""
+        assert self.difference is not None
+        step, difference = self.difference
+        total, run = self._record.num_steps, self._run
+        if difference.component == "length":
+            what = f"was recorded with {total} steps, and the replay took {'more' if step >= total else step}"
+        elif step >= total:
+            what = f"reached the end, but the weights after step {total - 1} are not w_T bit for bit"
+        else:
+            what = f"differed from its recording at step {step} of {total}: first the {difference.component} "
+            what += f"({difference.tensor})"
+        also = f", then {', '.join(difference.also)}" if difference.also else ""
+        where = "" if self._rank is None else f" on rank {self._rank}"
+        return ReplayDiverged(
+            f"The replay of {run}{where} {what}{also}. All {self.equal} steps before it were equal. "
+            f"Likely, {_LIKELY[difference.component]}. `geomprobe inspect {run}` shows what was measured up to "
+            f"there; `geomprobe replay {run} --force --uncertified` goes on past it and marks every later row.",
+            step=step,
+            component=difference.component,
+            tensor=difference.tensor,
+        )

@@ -1,0 +1,321 @@
+"""Seeds, strict flags, RNG states, and the manifest of everything in the environment that moves bits."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import os
+import platform
+import random
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from geomprobe import __version__
+
+# A difference in one of these can change bits although every flag below reads the same.
+BIT_CHANGING_VARIABLES = (
+    "ATEN_CPU_CAPABILITY",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "NCCL_ALGO",
+    "NCCL_BUFFSIZE",
+    "NCCL_COLLNET_ENABLE",
+    "NCCL_CROSS_NIC",
+    "NCCL_GRAPH_FILE",
+    "NCCL_MAX_CTAS",
+    "NCCL_MAX_NCHANNELS",
+    "NCCL_MIN_CTAS",
+    "NCCL_MIN_NCHANNELS",
+    "NCCL_NTHREADS",
+    "NCCL_NVLS_ENABLE",
+    "NCCL_P2P_DISABLE",
+    "NCCL_P2P_LEVEL",
+    "NCCL_PROTO",
+    "NCCL_SHM_DISABLE",
+    "NCCL_TOPO_FILE",
+    "NCCL_TUNER_PLUGIN",
+    "NVIDIA_TF32_OVERRIDE",
+    "ONEDNN_MAX_CPU_ISA",
+    "PYTHONHASHSEED",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators (all devices).
+
+    Args:
+        seed: 0 to 2**32 - 1, the range that NumPy accepts.
+
+    Raises:
+        ValueError: for a seed outside that range.
+
+    >>> seed_everything(3); first = torch.rand(1)
+    >>> seed_everything(3); bool(first == torch.rand(1))
+    True
+    """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed {seed} is outside 0 .. 4294967295, the range that NumPy accepts")
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def draw_seed() -> int:
+    """A fresh seed from the operating system, for a run that names none.
+
+    >>> 0 <= draw_seed() < 2**32
+    True
+    """
+    return int.from_bytes(os.urandom(4), "little")
+
+
+@contextlib.contextmanager
+def strict_mode(enabled: bool) -> Iterator[None]:
+    """Deterministic algorithms while inside, and the caller's own settings afterwards.
+
+    Filling uninitialized memory, which torch switches on with it, is left off: it costs a write per
+    allocation, and a run that reads uninitialized memory is caught by the replay's comparison.
+
+    >>> with strict_mode(True):
+    ...     torch.are_deterministic_algorithms_enabled()
+    True
+    """
+    if not enabled:
+        yield
+        return
+    memory: Any = torch.utils.deterministic
+    fill = memory.fill_uninitialized_memory
+    before = torch.get_deterministic_debug_mode()
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    memory.fill_uninitialized_memory = False
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
+        memory.fill_uninitialized_memory = fill
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
+
+
+@dataclass(frozen=True)
+class RNGState:
+    """The global generators' states: Python, NumPy, torch's CPU and, where initialized, each CUDA device."""
+
+    python: Any
+    numpy: Any
+    torch: Tensor
+    cuda: tuple[Tensor, ...]
+
+
+def capture_rng() -> RNGState:
+    """The state of every global generator, drawing nothing from any.
+
+    >>> state = capture_rng(); first = random.random()
+    >>> restore_rng(state); first == random.random()
+    True
+    """
+    cuda = tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else ()
+    return RNGState(random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state(), cuda)
+
+
+def restore_rng(state: RNGState) -> None:
+    """Set every global generator back to ``state``; see :func:`capture_rng`."""
+    random.setstate(state.python)
+    np.random.set_state(state.numpy)
+    torch.set_rng_state(state.torch)
+    if state.cuda:
+        torch.cuda.set_rng_state_all(list(state.cuda))
+
+
+@contextlib.contextmanager
+def untouched_rng() -> Iterator[None]:
+    """Put every global generator back on leaving.
+
+    >>> before = capture_rng().torch
+    >>> with untouched_rng():
+    ...     _ = torch.rand(3)
+    >>> torch.equal(before, capture_rng().torch)
+    True
+    """
+    state = capture_rng()
+    try:
+        yield
+    finally:
+        restore_rng(state)
+
+
+def file_digest(path: Path) -> str | None:
+    """SHA-256 of a file, None where it cannot be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
+def source_digests(root: Path) -> dict[str, str]:
+    """SHA-256 of every imported module's file below ``root``: the user's own code beside the script.
+
+    Args:
+        root: the script's folder.
+
+    Returns:
+        Digests by path relative to ``root``; installed packages below it are left out.
+    """
+    package = Path(__file__).parents[1]
+    found = {}
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None)
+        path = Path(file) if isinstance(file, str) else None
+        if path is None or not path.is_relative_to(root) or path.is_relative_to(package):
+            continue
+        if "site-packages" in path.parts or (digest := file_digest(path)) is None:
+            continue
+        found[str(path.relative_to(root))] = digest
+    return dict(sorted(found.items()))
+
+
+def function_script(train: Callable[[], Any]) -> dict[str, Any]:
+    """Describe a function as what is run; its source counts where Python can find it.
+
+    >>> function_script(draw_seed)["path"]
+    'draw_seed'
+    """
+    try:
+        digest = hashlib.sha256(inspect.getsource(train).encode()).hexdigest()
+    except (OSError, TypeError):
+        digest = None
+    name = getattr(train, "__qualname__", type(train).__qualname__)
+    return {"kind": "function", "path": name, "argv": [], "cwd": None, "root": None, "sha256": digest}
+
+
+def start_manifest(*, seed: int, strict: bool, script: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of the environment before the script runs.
+
+    Args:
+        seed: the seed given to every global generator.
+        strict: whether deterministic algorithms are enforced.
+        script: what is run: kind, path, argv, cwd, sha256.
+
+    Returns:
+        A JSON-serializable dict of sections; ``host`` is for reading only.
+    """
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "geomprobe": __version__,
+        "seed": seed,
+        "strict": strict,
+        "script": dict(script),
+        "software": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "cuda": torch.version.cuda if devices else None,
+            "cudnn": torch.backends.cudnn.version() if devices else None,
+        },
+        "hardware": {
+            "machine": platform.machine(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "devices": devices,
+        },
+        "environment": {name: os.environ.get(name) for name in BIT_CHANGING_VARIABLES},
+        "host": {
+            "name": socket.gethostname(),
+            "platform": platform.platform(),
+            "h5py": h5py.__version__,
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
+        },
+    }
+
+
+def flags() -> dict[str, Any]:
+    """torch's switches that move bits, as they stand now.
+
+    >>> flags()["num_threads"] == torch.get_num_threads()
+    True
+    """
+    return {
+        "num_threads": torch.get_num_threads(),
+        "num_interop_threads": torch.get_num_interop_threads(),
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "default_dtype": str(torch.get_default_dtype()),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "mkldnn": bool(torch.backends.mkldnn.enabled),
+        "cudnn": bool(torch.backends.cudnn.enabled),
+        "cudnn_benchmark": bool(torch.backends.cudnn.benchmark),
+        "cudnn_deterministic": bool(torch.backends.cudnn.deterministic),
+        "flush_denormal": _flushes_denormals(),
+    }
+
+
+def _flushes_denormals() -> bool:
+    return float(torch.tensor(1e-310, dtype=torch.float64) * 1.0) == 0.0
+
+
+def training_manifest(
+    model: nn.Module | None,
+    optimizer: Optimizer,
+    parameters: Mapping[str, Tensor],
+    loader: DataLoader[Any] | None,
+) -> dict[str, Any]:
+    """What is known of the training when its first step is about to be taken: see `FIRST_STEP_SECTIONS`.
+
+    Args:
+        model: the trained module, if it is known.
+        optimizer: the optimizer.
+        parameters: the measured ones by name.
+        loader: the one that gave the first step's batch, if one did.
+
+    >>> parameters = {"w": torch.zeros(3)}
+    >>> training_manifest(None, torch.optim.SGD(parameters.values(), lr=0.1), parameters, None)["model"]["dtype"]
+    'float32'
+    """
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters.values()})
+    groups = optimizer.param_groups
+    found = {
+        "flags": flags(),
+        "optimizer": {
+            "class": type(optimizer).__name__,
+            "groups": [
+                {**{k: _plain(v) for k, v in g.items() if k != "params"}, "num_parameters": len(g["params"])}
+                for g in groups
+            ],
+        },
+        "model": {
+            "class": type(model).__name__ if model is not None else None,
+            "dtype": dtypes[0] if len(dtypes) == 1 else dtypes,
+            "num_parameters": sum(p.numel() for p in parameters.values()),
+            "parameters": list(parameters),
+            "device": str(next(iter(parameters.values())).device),
+        },
+    }
+    if loader is not None:
+        names = ("batch_size", "num_workers", "persistent_workers", "drop_last")
+        found["loader"] = {name: getattr(loader, name) for name in names}
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A hyperparameter as JSON has it."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return repr(value)

@@ -1,0 +1,172 @@
+"""Find what a path holds, a sealed file or the parts of a pass, and refuse everything else by what it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import h5py
+
+from geomprobe.errors import RunError
+from geomprobe.trace import schema
+from geomprobe.trace.hdf5_errors import damage_named
+from geomprobe.trace.stream.reader import Header, PartNotBegun, part_state, read_header
+
+T = TypeVar("T")
+
+_FILES = {schema.TRACE_SCHEMA: schema.TRACE_FILE, schema.RECORD_SCHEMA: schema.RECORD_FILE}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a pass's rows are: in one sealed `file`, or still in `parts`; `path` is what was asked for."""
+
+    path: Path
+    status: str
+    num_parameters: int
+    manifest: dict[str, Any]
+    file: Path | None = None
+    parts: tuple[Header, ...] = ()
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows ``start`` to ``stop`` (excluded) of a part."""
+
+    part: Header
+    start: int
+    stop: int
+
+    @property
+    def first_step(self) -> int:
+        """The step of row ``start``."""
+        return self.part.first_step + self.start
+
+
+def find(path: Path, kind: str) -> Source:
+    """What a run folder or a file holds of one kind, sealed or streaming.
+
+    Args:
+        path: a run folder, a sealed file or a part.
+        kind: ``"geomprobe-trace"`` or ``"geomprobe-record"``.
+
+    Raises:
+        RunError: there is nothing of that kind; the message says what there is instead.
+
+    >>> find(Path("nowhere"), "geomprobe-trace")
+    Traceback (most recent call last):
+        ...
+    geomprobe.errors.RunError: nowhere does not exist
+    """
+    if not path.exists():
+        raise RunError(f"{path} does not exist")
+    if not path.is_dir():
+        return _of_file(path, path, kind)
+    sealed = path / _FILES[kind]
+    if sealed.exists():
+        return _of_file(path, sealed, kind)
+    headers = _headers(path / schema.STREAM_DIR)
+    wanted = tuple(header for header in headers if header.schema == kind)
+    if wanted:
+        return _of_parts(path, wanted, kind)
+    raise _nothing(path, kind, headers)
+
+
+def read_settled(path: Path, kind: str, read: Callable[[Source], T]) -> T:
+    """`read` what `find` finds; once more if the pass sealed its parts in between."""
+    sealed = path / _FILES[kind]
+    was_sealed = sealed.exists()
+    try:
+        return read(find(path, kind))
+    except RunError:
+        if was_sealed or not sealed.exists():
+            raise
+        return read(find(path, kind))
+
+
+def spans(parts: Sequence[Header]) -> list[Span]:
+    """The rows of parts in the order of steps, each step once: where two hold a step, the earlier part has it.
+
+    >>> first = Header(Path("a"), "geomprobe-trace", 1, 0, {}, {}, rows=10)
+    >>> resumed = Header(Path("b"), "geomprobe-trace", 1, 8, {}, {}, rows=10)
+    >>> [(span.part.path.name, span.first_step, span.stop - span.start) for span in spans([first, resumed])]
+    [('a', 0, 10), ('b', 10, 8)]
+    """
+    found = []
+    step = 0
+    for part in sorted(parts, key=lambda part: part.first_step):
+        step = max(step, part.first_step)
+        if step < part.stop_step:
+            found.append(Span(part, step - part.first_step, part.rows))
+            step = part.stop_step
+    return found
+
+
+def _of_file(path: Path, file: Path, kind: str) -> Source:
+    state = part_state(file)
+    if state == "foreign":
+        raise RunError(f"{file} is no HDF5 file; name a run folder, or a file that geomprobe wrote")
+    if state == "closed":
+        attributes = _attributes(file)
+        _check(file, kind, attributes)
+        if "tables" not in attributes:
+            with damage_named("the header", file):
+                return Source(path, attributes["status"], **_facts(attributes), file=file)
+    return _of_parts(path, (read_header(file),), kind)
+
+
+def _attributes(path: Path) -> dict[str, Any]:
+    with damage_named("the header", path), h5py.File(path, "r") as file:
+        return dict(file.attrs)
+
+
+def _of_parts(path: Path, parts: tuple[Header, ...], kind: str) -> Source:
+    for part in parts:
+        _check(part.path, kind, {"schema": part.schema, "schema_version": part.schema_version})
+        if part.tables != parts[0].tables:
+            raise RunError(f"{parts[0].path} and {part.path} hold different columns; they are of two passes")
+    return Source(path, "incomplete", **_facts(parts[0].attributes), parts=parts)
+
+
+def _facts(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    manifest = json.loads(attributes.get("manifest", "{}"))
+    return {"num_parameters": int(attributes.get("num_parameters", 0)), "manifest": manifest}
+
+
+def _check(path: Path, kind: str, attributes: Mapping[str, Any]) -> None:
+    found, version = attributes.get("schema"), attributes.get("schema_version")
+    if found not in _FILES:
+        raise RunError(f"{path} is an HDF5 file, but geomprobe did not make it; name a run folder")
+    if found != kind:
+        raise RunError(f"{path} holds {found}, not {kind}; name the run folder or its {_FILES[kind]}")
+    if version != schema.SCHEMA_VERSION:
+        raise RunError(
+            f"{path} is of schema version {version}, and this geomprobe reads version {schema.SCHEMA_VERSION}. "
+            "Open it with the geomprobe that wrote it, or make it again"
+        )
+
+
+def _headers(stream: Path) -> list[Header]:
+    headers = []
+    for path in sorted(stream.glob("[!.]*.h5")):
+        if not path.name.startswith(schema.REFERENCE_PREFIX):
+            try:
+                headers.append(read_header(path))
+            except PartNotBegun:
+                continue
+    return headers
+
+
+def _nothing(path: Path, kind: str, headers: list[Header]) -> RunError:
+    if kind == schema.TRACE_SCHEMA and (path / schema.RECORD_FILE).exists():
+        return RunError(f"{path} was recorded, but not replayed yet. Run: geomprobe replay {path}")
+    if kind == schema.TRACE_SCHEMA and headers:
+        return RunError(
+            f"{path} is still being recorded, or was cut off; it has no trace yet. Record it to the end"
+        )
+    if (path / schema.STREAM_DIR).is_dir():
+        return RunError(f"{path} holds no rows yet: its first pass has only begun, or was cut off as it did")
+    return RunError(f"{path} is no run of geomprobe. Make one: geomprobe record -o {path} train.py")

@@ -1,0 +1,303 @@
+"""A replay that is not the same run is caught at the first step that differs, with the cause by name."""
+
+import random
+import shutil
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from support.faulty_training import STEPS, STYLES, at_step, one_step, one_ulp, trainer
+
+import geomprobe
+from geomprobe.errors import EnvironmentMismatch, ReplayDiverged
+
+DEEP = 65  # past the first block of rows, and the first step of an epoch
+
+
+class Fault(NamedTuple):
+    """What is done at a point of a step, and what must be named: a component, and a tensor by style."""
+
+    point: str
+    do: object
+    component: str
+    tensor: str
+    elsewhere: tuple[str, str] | None = None  # component and tensor in scripts that do not show their batches
+
+    def expected(self, style):
+        return self.elsewhere if self.elsewhere and style != "batches" else (self.component, self.tensor)
+
+
+def swap_samples(t):
+    t.data.swap = True
+
+
+def change_noise(t):
+    t.data.noise *= 1.01
+
+
+def change_label(t):
+    t.batch[1][0] = (t.batch[1][0] + 1) % 3
+
+
+def smooth(t):
+    t.smoothing = 1e-3
+
+
+def group(name, value):
+    return lambda t: t.optimizer.param_groups[0].update({name: value})
+
+
+def state(tensor, name):
+    return lambda t: one_ulp(t.optimizer.state[t.model.get_parameter(tensor)][name])
+
+
+FAULTS = {
+    "a draw from Python's RNG before the fetch": Fault(
+        "fetch", lambda t: random.random(), "rng", "fetch/python"
+    ),
+    "a draw from NumPy's RNG before the fetch": Fault(
+        "fetch", lambda t: np.random.rand(), "rng", "fetch/numpy"
+    ),
+    "a draw from torch's RNG before the fetch": Fault("fetch", lambda t: torch.rand(1), "rng", "fetch/torch"),
+    "a draw from Python's RNG after the fetch": Fault(
+        "forward", lambda t: random.random(), "rng", "step/python"
+    ),
+    "a draw from NumPy's RNG after the fetch": Fault(
+        "forward", lambda t: np.random.rand(), "rng", "step/numpy"
+    ),
+    "a draw from torch's RNG after the fetch": Fault("forward", lambda t: torch.rand(1), "rng", "step/torch"),
+    "an ulp in a weight": Fault("forward", lambda t: one_ulp(t.model[4].weight), "weights", "4.weight"),
+    "an ulp in a weight before its update": Fault(
+        "update", lambda t: one_ulp(t.model[1].bias), "weights", "1.bias"
+    ),
+    "an ulp in a momentum": Fault("forward", state("0.weight", "momentum_buffer"), "optimizer", "0.weight"),
+    "an ulp in a running mean": Fault(
+        "forward", lambda t: one_ulp(t.model[1].running_mean), "buffers", "1.running_mean"
+    ),
+    "a count of batches": Fault(
+        "update", lambda t: one_ulp(t.model[1].num_batches_tracked), "buffers", "1.num_batches_tracked"
+    ),
+    "two samples swapped": Fault("fetch", swap_samples, "batch", "fetched", ("batch", "inputs")),
+    "another augmentation": Fault("fetch", change_noise, "batch", "fetched", ("batch", "inputs")),
+    "another loss": Fault("forward", smooth, "loss", "loss"),
+    "another learning rate": Fault("forward", group("lr", 0.0500001), "optimizer", "hyperparameters"),
+    "another momentum": Fault("update", group("momentum", 0.8), "optimizer", "hyperparameters"),
+    "another weight decay": Fault("fetch", group("weight_decay", 1e-5), "optimizer", "hyperparameters"),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny tensors gain nothing from more, and a fault may change the number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Recorded:
+    """Recordings without a fault, and their undisturbed replays; each made once."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def run(self, style, **options):
+        name = "-".join([style, *(getattr(value, "__name__", str(value)) for value in options.values())])
+        run = self.folder / name
+        if not run.exists():
+            train = trainer(style, **options)
+            geomprobe.record(train, run, seed=1)
+            geomprobe.replay(train, run)
+        return run
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    return Recorded(tmp_path_factory.mktemp("recorded"))
+
+
+def replayable(recorded_run, folder):
+    """A run that has been recorded as another was, and not replayed yet."""
+    run = folder / "run"
+    run.mkdir()
+    shutil.copy(recorded_run / "record.h5", run)
+    return run
+
+
+def diverge(recorded, folder, style, fault, **options):
+    """The divergence of a replay with a fault, and the run that it leaves."""
+    run = replayable(recorded.run(style, **options), folder)
+    with pytest.raises(ReplayDiverged) as caught:
+        geomprobe.replay(trainer(style, fault=fault, **options), run)
+    return caught.value, run
+
+
+def assert_caught(found, run, recorded_run, step, component, tensor, right=None):
+    """The divergence names what it must; the trace holds the rows before it, the first ``right`` as they should be."""
+    assert (found.step, found.component, found.tensor) == (step, component, tensor)
+    assert found.exit_code == 3
+    assert f"geomprobe inspect {run}" in str(found)
+    assert f"geomprobe replay {run} --force --uncertified" in str(found)
+    trace, whole = geomprobe.open_trace(run), geomprobe.open_trace(recorded_run)
+    assert (trace.status, trace.num_steps) == ("diverged", step)
+    assert trace.certificate["first_difference"] == {"step": step, "component": component, "tensor": tensor}
+    assert trace.certificate["steps_equal"] == step
+    assert trace.certificate["steps_recorded"] == STEPS
+    for column in whole.columns:
+        np.testing.assert_array_equal(trace[column][:right], whole[column][:step][:right])
+
+
+@pytest.mark.parametrize(("style", "step"), [("batches", DEEP), ("attach", 3), ("unmodified", DEEP)])
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_caught_at_its_step_with_its_cause(recorded, tmp_path, name, style, step):
+    fault = FAULTS[name]
+    found, run = diverge(recorded, tmp_path, style, at_step(step, fault.point, fault.do), momentum=0.9)
+    expected = fault.expected(style)
+    assert_caught(found, run, recorded.run(style, momentum=0.9), step, *expected)
+    assert f"at step {step} of {STEPS}: first the {expected[0]} ({expected[1]})" in str(found)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("moment", ["exp_avg", "exp_avg_sq", "step"])
+def test_an_ulp_in_a_state_of_adam_is_caught(recorded, tmp_path, style, moment):
+    fault = at_step(DEEP, "fetch", state("4.bias", moment))
+    found, run = diverge(recorded, tmp_path, style, fault, optimizer=torch.optim.Adam)
+    recorded_run = recorded.run(style, optimizer=torch.optim.Adam)
+    assert_caught(found, run, recorded_run, DEEP, "optimizer", "4.bias")
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_label_that_changed_is_the_batch_where_it_is_shown_and_the_loss_elsewhere(
+    recorded, tmp_path, style
+):
+    fault = at_step(DEEP, "fetch", lambda t: t.data.y.add_(1).remainder_(3))
+    found, run = diverge(recorded, tmp_path, style, fault, momentum=0.9)
+    expected = ("batch", "fetched") if style == "batches" else ("loss", "loss")
+    assert_caught(found, run, recorded.run(style, momentum=0.9), DEEP, *expected)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_another_gradient_shows_in_the_weights_of_the_next_step(recorded, tmp_path, style):
+    fault = at_step(DEEP, "update", lambda t: t.model[0].weight.grad.mul_(2))
+    found, run = diverge(recorded, tmp_path, style, fault, momentum=0.9)
+    recorded_run = recorded.run(style, momentum=0.9)
+    assert_caught(found, run, recorded_run, DEEP + 1, "weights", "0.weight", right=DEEP)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(
+    ("stream", "seed"),
+    [("python", random.seed), ("numpy", np.random.seed), ("torch", torch.manual_seed)],
+)
+def test_a_wrong_seed_is_caught_at_the_first_step(recorded, tmp_path, style, stream, seed):
+    found, run = diverge(recorded, tmp_path, style, at_step(0, "start", lambda t: seed(2)), momentum=0.9)
+    assert_caught(found, run, recorded.run(style, momentum=0.9), 0, "rng", f"fetch/{stream}")
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_replay_of_one_step_less_is_caught_where_it_ends(recorded, tmp_path, style):
+    fault = at_step(0, "start", lambda t: setattr(t, "stop", STEPS - 1))
+    found, run = diverge(recorded, tmp_path, style, fault, momentum=0.9)
+    assert_caught(found, run, recorded.run(style, momentum=0.9), STEPS - 1, "length", "steps")
+    assert f"recorded with {STEPS} steps, and the replay took {STEPS - 1}" in str(found)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_replay_of_one_step_more_is_caught_where_the_recording_ended(recorded, tmp_path, style):
+    fault = at_step(STEPS, "end", lambda t: one_step(t, style))
+    found, run = diverge(recorded, tmp_path, style, fault, momentum=0.9)
+    assert_caught(found, run, recorded.run(style, momentum=0.9), STEPS, "length", "steps")
+    assert f"recorded with {STEPS} steps, and the replay took more" in str(found)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_difference_comes_before_the_error_that_it_causes(recorded, tmp_path, style):
+    def stop_early(t, point):
+        if (t.step, point) == (66, "forward"):
+            one_ulp(t.model[4].weight)
+        if (t.step, point) == (68, "forward"):
+            raise RuntimeError("the loss is not what it was")
+
+    run = replayable(recorded.run(style, momentum=0.9), tmp_path)
+    with pytest.raises(ReplayDiverged) as caught:
+        geomprobe.replay(trainer(style, fault=stop_early, momentum=0.9), run)
+    assert_caught(caught.value, run, recorded.run(style, momentum=0.9), 66, "weights", "4.weight")
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_last_update_that_differs_is_caught_by_the_final_weights(recorded, tmp_path, style):
+    def built(t):
+        def alter(*_):
+            if t.step == STEPS - 1:
+                one_ulp(t.model[0].bias)
+
+        t.optimizer.register_step_post_hook(alter)
+
+    found, run = diverge(recorded, tmp_path, style, at_step(0, "built", built), momentum=0.9)
+    assert_caught(found, run, recorded.run(style, momentum=0.9), STEPS, "weights", "final weights")
+    assert f"the weights after step {STEPS - 1} are not w_T bit for bit" in str(found)
+    assert geomprobe.open_trace(run).certificate["final_weights_equal"] is False
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_weights_altered_after_the_last_step_of_a_replay_change_nothing_of_the_run(recorded, tmp_path, style):
+    run = replayable(recorded.run(style, momentum=0.9), tmp_path)
+    fault = at_step(STEPS, "end", lambda t: one_ulp(t.model[0].weight))
+    assert geomprobe.replay(trainer(style, fault=fault, momentum=0.9), run).status == "complete"
+
+
+@pytest.mark.parametrize(("style", "step"), [("batches", DEEP), ("attach", 3), ("unmodified", DEEP)])
+def test_a_script_that_swallows_exceptions_cannot_hide_a_divergence(recorded, tmp_path, style, step):
+    fault = at_step(step, "forward", lambda t: one_ulp(t.model[4].weight))
+    found, run = diverge(recorded, tmp_path, style, fault, swallow=True, momentum=0.9)
+    recorded_run = recorded.run(style, swallow=True, momentum=0.9)
+    assert_caught(found, run, recorded_run, step, "weights", "4.weight")
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_another_set_of_tensors_is_refused_before_the_first_step(recorded, tmp_path, style):
+    run = replayable(recorded.run(style, momentum=0.9), tmp_path)
+    fault = at_step(0, "built", lambda t: t.model.register_buffer("scale", torch.ones(1)))
+    with pytest.raises(EnvironmentMismatch, match=r"3 entries under buffers, and here there are 4 .*scale"):
+        geomprobe.replay(trainer(style, fault=fault, momentum=0.9), run)
+
+
+def threads(t):
+    torch.set_num_threads(2)
+
+
+def nondeterministic(t):
+    torch.use_deterministic_algorithms(False)
+
+
+def other_rate(t):
+    t.settings = {**t.settings, "lr": 0.06}
+
+
+def other_batches(t):
+    t.batch_size = 10
+
+
+MISMATCHES = {
+    "flags.num_threads": (threads, "1", "2"),
+    "flags.deterministic_algorithms": (nondeterministic, "True", "False"),
+    "optimizer.groups[0].lr": (other_rate, "0.05", "0.06"),
+    "loader.batch_size": (other_batches, "8", "10"),
+}
+
+
+@pytest.mark.parametrize(("style", "swallow"), [("batches", False), ("attach", False), ("unmodified", True)])
+@pytest.mark.parametrize("entry", MISMATCHES)
+def test_another_environment_is_refused_before_the_first_step(recorded, tmp_path, style, swallow, entry):
+    change, before, now = MISMATCHES[entry]
+    options = {"swallow": swallow, "momentum": 0.9}
+    run = replayable(recorded.run(style, **options), tmp_path)
+    try:
+        with pytest.raises(EnvironmentMismatch) as caught:
+            geomprobe.replay(trainer(style, fault=at_step(0, "start", change), **options), run)
+    finally:
+        torch.set_num_threads(1)
+    assert f"recorded with {entry} = {before}, but here it is {now}" in str(caught.value)
+    assert "nothing was replayed" in str(caught.value)
+    assert not (run / "trace.h5").exists()

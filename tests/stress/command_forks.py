@@ -1,0 +1,121 @@
+"""Run geomprobe's command lines in forks of a process that has imported torch: a fraction of a second each.
+
+prepare()                                                   # once, before anything uses torch
+pid = begin(["record", "-o", "run", "train.py"], folder, out, err)
+code = ended(pid, timeout_s=60)
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import importlib
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+# Read at start-up, so a command that lacks them would start itself again; one thread, since more do not survive a fork.
+ENVIRONMENT = {"PYTHONHASHSEED": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "OMP_NUM_THREADS": "1"}
+
+# What the passes import on their way; torch imports Inductor where deterministic algorithms are switched on.
+_IMPORTED = (
+    "geomprobe.cli.record",
+    "geomprobe.cli.replay",
+    "geomprobe.cli.inspect",
+    "geomprobe.cli.launch",
+    "geomprobe.passes.api",
+    "numpy.ma",
+    "torch._inductor",
+    "torch.distributed.checkpoint.state_dict_saver",
+    "torch.distributed.checkpoint.state_dict_loader",
+    "torch.utils.data",
+)
+
+
+def prepare() -> None:
+    """Import what the commands need."""
+    os.environ.update(ENVIRONMENT)
+    for name in _IMPORTED:
+        importlib.import_module(name)
+
+
+def begin(
+    argv: Sequence[str],
+    cwd: str | Path,
+    out: str | Path,
+    err: str | Path,
+    env: Mapping[str, str] | None = None,
+    first: Callable[[], None] | None = None,
+) -> int:
+    """Start ``geomprobe`` with arguments in a fork.
+
+    Args:
+        argv: the arguments.
+        cwd: the folder to run in.
+        out: file for standard output.
+        err: file for standard error.
+        env: environment variables to add.
+        first: called in the fork, before the command.
+
+    Returns:
+        The number of its process.
+    """
+    main = importlib.import_module("geomprobe.cli").main
+    sys.stdout.flush()
+    if (pid := os.fork()) == 0:
+        try:
+            _become(cwd, out, err, env or {})
+            if first is not None:
+                first()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        _leave(main, argv)
+    return pid
+
+
+def ended(pid: int, timeout_s: float) -> int | None:
+    """The exit code of a fork, negative where a signal killed it; None where it took too long and had to be killed."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return None
+
+
+def _become(cwd: str | Path, out: str | Path, err: str | Path, env: Mapping[str, str]) -> None:
+    """Make this process look like one that was started for the command."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, name in enumerate((os.devnull, out, err)):
+        descriptor = os.open(name, os.O_RDWR | os.O_CREAT, 0o600)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    os.chdir(cwd)
+    os.environ.update(env)
+
+
+def _leave(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> None:
+    """Run a command and exit as it says, with what Python and C libraries do at exit, such as HDF5.
+
+    Only taking torch's modules apart is left out, which takes a second.
+    """
+    code: int | str | None
+    try:
+        code = main(argv)
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    ctypes.PyDLL(None).exit(code or 0)  # with Python's lock held, since destructors of torch ask for it

@@ -1,0 +1,248 @@
+"""Seeds, strict flags and RNG states are set and put back; a mismatch of environments is named."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from geomprobe.errors import EnvironmentMismatch
+from geomprobe.reproducibility.environment import (
+    BIT_CHANGING_VARIABLES,
+    capture_rng,
+    draw_seed,
+    flags,
+    restore_rng,
+    seed_everything,
+    source_digests,
+    start_manifest,
+    strict_mode,
+    untouched_rng,
+)
+from geomprobe.reproducibility.environment_check import changed_sources, first_mismatch, require_same
+
+SCRIPT = {"kind": "script", "path": "train.py", "argv": [], "cwd": "/", "root": "/", "sha256": "0"}
+
+
+def draws() -> list[float]:
+    """From every stream of the three generators, those with a cached second normal included."""
+    return [
+        random.random(),
+        random.gauss(0, 1),
+        np.random.rand(),
+        np.random.randn(),
+        torch.rand(()).item(),
+        torch.randn(()).item(),
+    ]
+
+
+@pytest.fixture(autouse=True)
+def _unchanged():
+    """Whatever a test does to flags and generators is undone after it."""
+    mode, fill = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    with untouched_rng():
+        yield
+    torch.set_deterministic_debug_mode(mode)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
+
+
+def test_a_seed_fixes_all_three_generators() -> None:
+    seed_everything(5)
+    first = draws()
+    seed_everything(5)
+    assert draws() == first
+    seed_everything(6)
+    assert all(a != b for a, b in zip(draws(), first, strict=True))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_numpy_refuses_is_refused(seed: int) -> None:
+    with pytest.raises(ValueError, match=f"{seed} is outside 0 .. 4294967295"):
+        seed_everything(seed)
+
+
+@pytest.mark.parametrize("seed", [0, 2**32 - 1])
+def test_the_ends_of_the_range_are_seeds(seed: int) -> None:
+    seed_everything(seed)
+
+
+def test_drawn_seeds_differ_and_draw_from_no_generator() -> None:
+    seed_everything(1)
+    expected = draws()
+    seed_everything(1)
+    assert len({draw_seed() for _ in range(5)}) == 5
+    assert draws() == expected
+
+
+def test_a_restored_state_gives_the_same_draws_again_and_again() -> None:
+    draws()  # leaves a cached normal in python's and NumPy's generators
+    state = capture_rng()
+    first = draws()
+    for _ in range(2):
+        restore_rng(state)
+        assert draws() == first
+
+
+def test_capturing_draws_nothing() -> None:
+    seed_everything(3)
+    expected = draws()
+    seed_everything(3)
+    capture_rng()
+    assert draws() == expected
+
+
+def test_generators_are_put_back_also_after_an_error() -> None:
+    seed_everything(3)
+    expected = draws()
+    seed_everything(3)
+
+    def fail() -> None:
+        with untouched_rng():
+            draws()
+            torch.manual_seed(9)
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
+    assert draws() == expected
+
+
+def state_of_flags() -> tuple[object, ...]:
+    return (
+        torch.get_deterministic_debug_mode(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+        torch.backends.cudnn.deterministic,
+        torch.backends.cudnn.benchmark,
+    )
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2])
+@pytest.mark.parametrize("own", [False, True])
+def test_strict_mode_puts_the_callers_flags_back(mode: int, own: bool) -> None:
+    torch.set_deterministic_debug_mode(mode)
+    torch.utils.deterministic.fill_uninitialized_memory = own
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = own, not own
+    before = state_of_flags()
+    with strict_mode(True):
+        assert state_of_flags() == (2, False, True, False)
+    assert state_of_flags() == before
+
+
+def test_strict_mode_puts_flags_back_after_an_error() -> None:
+    before = state_of_flags()
+
+    def fail() -> None:
+        with strict_mode(True):
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
+    assert state_of_flags() == before
+
+
+def test_relaxed_mode_leaves_the_flags_alone() -> None:
+    before = state_of_flags()
+    with strict_mode(False):
+        assert state_of_flags() == before
+
+
+def test_strict_mode_refuses_an_operation_without_a_deterministic_form() -> None:
+    with strict_mode(True), pytest.raises(RuntimeError, match="deterministic"):
+        torch.zeros(3).put_(torch.tensor([1, 1]), torch.tensor([1.0, 2.0]), accumulate=False)
+
+
+def test_flags_tell_each_switch_that_moves_bits() -> None:
+    before = flags()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        torch.set_default_dtype(torch.float64)
+        torch.backends.mkldnn.enabled = False
+        torch.set_flush_denormal(True)
+        with strict_mode(True):
+            changed = {name for name, value in flags().items() if value != before[name]}
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(torch.float32)
+        torch.backends.mkldnn.enabled = True
+        torch.set_flush_denormal(False)
+    expected = {"num_threads", "default_dtype", "mkldnn", "deterministic_algorithms", "cudnn_deterministic"}
+    assert changed - {"flush_denormal"} == expected  # some processors cannot flush
+    assert flags() == before
+
+
+def test_the_manifest_is_plain_json_and_names_what_moves_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    manifest = start_manifest(seed=3, strict=True, script=SCRIPT)
+    assert json.loads(json.dumps(manifest)) == manifest
+    assert set(manifest["environment"]) == set(BIT_CHANGING_VARIABLES)
+    assert manifest["environment"]["MKL_CBWR"] == "COMPATIBLE"
+    assert manifest["environment"]["ONEDNN_MAX_CPU_ISA"] is None
+    assert manifest["software"]["torch"] == torch.__version__
+    assert (manifest["seed"], manifest["strict"], manifest["script"]) == (3, True, SCRIPT)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "present", "found"),
+    [
+        ({"seed": 1}, {"seed": 1}, None),
+        ({"seed": 1}, {"seed": 2}, ("seed", 1, 2)),
+        ({"seed": 1}, {}, ("seed", 1, None)),
+        ({}, {"seed": 1}, ("seed", None, 1)),
+        ({}, {}, None),
+        ({"flags": {"a": 1, "b": 2}}, {"flags": {"a": 1, "b": 3}}, ("flags.b", 2, 3)),
+        ({"flags": {"a": 1}}, {"flags": {"a": 1, "b": 3}}, ("flags.b", None, 3)),
+        ({"flags": {"a": 1, "b": 3}}, {"flags": {"a": 1}}, ("flags.b", 3, None)),
+        ({"flags": {"a": [1, {"x": 2}]}}, {"flags": {"a": [1, {"x": 3}]}}, ("flags.a[1].x", 2, 3)),
+        ({"flags": {"a": [1]}}, {"flags": {"a": [1, 2]}}, ("flags.a", [1], [1, 2])),
+        ({"flags": {"a": 1}}, {"flags": None}, ("flags", {"a": 1}, None)),
+        ({"seed": 1, "flags": 2}, {"seed": 3, "flags": 4}, ("seed", 1, 3)),
+        ({"host": 1}, {"host": 2}, None),
+    ],
+)
+def test_the_first_mismatch_is_named_with_both_values(recorded, present, found) -> None:
+    assert first_mismatch(recorded, present, ("seed", "flags")) == found
+
+
+def test_a_refusal_names_the_entry_both_values_and_the_way_out() -> None:
+    both = ({"flags": {"num_threads": 2}}, {"flags": {"num_threads": 4}})
+    with pytest.raises(EnvironmentMismatch) as refused:
+        require_same(*both, ("flags",), Path("runs/a"))
+    for part in ("runs/a", "flags.num_threads", "2", "4", "nothing was replayed", "geomprobe record"):
+        assert part in str(refused.value)
+    require_same(both[0], both[0], ("flags",), Path("runs/a"))
+
+
+def test_sources_are_the_modules_beside_the_script_and_a_change_is_told(tmp_path: Path) -> None:
+    (tmp_path / "library" / "site-packages").mkdir(parents=True)
+    names = ("own.py", "other.py", "library/site-packages/installed.py")
+    for name in names:
+        (tmp_path / name).write_text("value = 1\n")
+    code = (
+        "import sys, json; from pathlib import Path; from geomprobe.reproducibility.environment import source_digests;"
+        f"sys.path += [{str(tmp_path)!r}, {str(tmp_path / 'library/site-packages')!r}];"
+        f"import own, installed; print(json.dumps(source_digests(Path({str(tmp_path)!r}))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    digests = json.loads(done.stdout)
+    assert set(digests) == {"own.py"}
+    assert changed_sources(digests, tmp_path) == []
+    (tmp_path / "own.py").write_text("value = 2\n")
+    assert changed_sources(digests, tmp_path) == ["own.py"]
+    (tmp_path / "own.py").unlink()
+    assert changed_sources(digests, tmp_path) == ["own.py"]
+
+
+def test_geomprobes_own_modules_are_no_sources_of_the_script() -> None:
+    import geomprobe
+
+    assert source_digests(Path(geomprobe.__file__).parents[1] / "geomprobe") == {}
