@@ -6,13 +6,13 @@ The names below load on first use, so that reading a trace never imports torch.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from geomprobe._package import __version__ as __version__
+
 if TYPE_CHECKING:
     from geomprobe.errors import GeomprobeError, ReplayDiverged
     from geomprobe.passes.api import record, replay, two_pass
     from geomprobe.probe.probe import attach
     from geomprobe.trace.reader import Trace, open_trace
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "GeomprobeError": "geomprobe.errors",

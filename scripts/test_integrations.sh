@@ -17,4 +17,4 @@ if [ ! -f "$stamp" ] || [ setup.cfg -nt "$stamp" ]; then
     touch "$stamp"
 fi
 exec .venv-integrations/bin/python -m pytest -o addopts="--doctest-modules --strict-markers -ra" -W default "$@" \
-    tests/integrations geomprobe/integrations
+    tests/behavior/integrations geomprobe/integrations

@@ -16,7 +16,7 @@ from geomprobe.errors import GeomprobeError, ReplayDiverged, Stopped, UsageError
 from geomprobe.passes import lease as claims
 from geomprobe.passes.checkpoint.resume_point import cuts, segments
 from geomprobe.trace.record import Record
-from geomprobe.trace.run_folder import Run
+from geomprobe.trace.run_folder import RunFolder
 
 # So that threads of several processes that wait for their like do not keep the others from the cores. It moves no bits.
 _YIELDING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
@@ -42,7 +42,7 @@ def replay(arguments: argparse.Namespace, recorded: Record) -> None:
         SegmentsFailed: some failed.
         Stopped: SIGTERM came.
     """
-    run = Run(arguments.folder)
+    run = RunFolder(arguments.folder)
     ranges = segments(_cuts(recorded, run), recorded.num_steps, arguments.jobs)
     if not claims.ready_for_segments(run, force=arguments.force, resume=arguments.resume):
         return
@@ -62,12 +62,12 @@ def replay(arguments: argparse.Namespace, recorded: Record) -> None:
         raise SegmentsFailed(_account(failed, ranges, arguments), _worst(failed))
 
 
-def pieces(run: Run, recorded: Record, count: int) -> int:
+def pieces(run: RunFolder, recorded: Record, count: int) -> int:
     """How many segments there are when ``count`` are asked for."""
     return len(segments(cuts(run, claims.world_size(recorded.manifest)), recorded.num_steps, count))
 
 
-def _cuts(recorded: Record, run: Run) -> list[int]:
+def _cuts(recorded: Record, run: RunFolder) -> list[int]:
     steps = cuts(run, claims.world_size(recorded.manifest))
     if len(steps) < 2:
         kept = recorded.manifest.get("recording", {})

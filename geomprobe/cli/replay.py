@@ -142,10 +142,10 @@ def run(arguments: argparse.Namespace) -> int:
     from geomprobe.cli import jobs as parallel
     from geomprobe.passes import finalize as sealing
     from geomprobe.passes import lease as claims
-    from geomprobe.trace.run_folder import Run
+    from geomprobe.trace.run_folder import RunFolder
 
     _require_sense(arguments)
-    run = Run(arguments.folder)
+    run = RunFolder(arguments.folder)
     if launch.first_rank() and "trace" in sealing.finish(run):
         print(
             f"Wrote {arguments.folder}/{TRACE_FILE}: its replay was over, and only its sealing was cut off."

@@ -12,14 +12,14 @@ SILENCE_S = 120.0  # longer than any library keeps Python's lock to itself, whic
 BROKEN_S = 5.0  # the same, where an exchange has broken, so that somebody is gone
 
 
-class Beat(NamedTuple):
+class Heartbeat(NamedTuple):
     """A sign of life: the how manieth it is, and where its process stands."""
 
     number: int
     place: Place
 
 
-class Judge:
+class FailureDetector:
     """Hears the beats of the processes of a run, and says what is wrong with them.
 
     Time is what passes between two hearings. So that all of them may be suspended and go on later, one interval
@@ -29,9 +29,9 @@ class Judge:
         size: how many processes there are.
         patience: seconds that all may stand still.
 
-    >>> judge = Judge(2, patience=2.0)
+    >>> judge = FailureDetector(2, patience=2.0)
     >>> late, waiting = Place(7, 1, False, "data.py:9", 2.0), Place(7, 4, False, "", 2.0)
-    >>> judge.hear({0: Beat(1, waiting), 1: Beat(1, late)}, 1.0)
+    >>> judge.hear({0: Heartbeat(1, waiting), 1: Heartbeat(1, late)}, 1.0)
     >>> print(judge.verdict())
     the run has stood still for 2 s, because of rank 1: rank 1 stands at step 7, waiting for a batch, data.py:9;
     rank 0 waits at step 7, in the backward pass. Mend ...
@@ -39,11 +39,11 @@ class Judge:
 
     def __init__(self, size: int, patience: float) -> None:
         self._size, self._patience = size, patience
-        self._beats: dict[int, Beat] = {}
+        self._beats: dict[int, Heartbeat] = {}
         self._silent: dict[int, float] = {}
         self.exchange_broken = False
 
-    def hear(self, beats: Mapping[int, Beat | None], elapsed: float) -> None:
+    def hear(self, beats: Mapping[int, Heartbeat | None], elapsed: float) -> None:
         """Take the latest beat of each process that was asked for, None where it has not begun."""
         elapsed = min(elapsed, 2 * BEAT_S)
         for rank, beat in beats.items():

@@ -6,11 +6,12 @@ import os
 import sys
 import sysconfig
 import threading
-from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar, cast
 
-Observation = TypeVar("Observation")
+from geomprobe._package import FOLDER
+
+Session = TypeVar("Session")
 
 STAGES = (
     "",
@@ -33,7 +34,7 @@ _STAGE_OF = {
     "before_update": 5,
 }
 # What lies in these is not the user's own.
-_FOREIGN = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), str(Path(__file__).parents[1]), "<")
+_FOREIGN = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), str(FOLDER), "<")
 
 _EXCHANGES = os.sep.join(("", "torch", "distributed", ""))
 
@@ -73,10 +74,10 @@ class Place(NamedTuple):
         return self.step, self.stage, self.exchanging
 
 
-class Whereabouts:
+class ProgressMarker:
     """Follows one process: its main thread says at each event where it is, and another thread looks now and then.
 
-    >>> whereabouts = Whereabouts()
+    >>> whereabouts = ProgressMarker()
     >>> whereabouts.at(3, 4)
     >>> [whereabouts.look(1.0).still for _ in range(3)]
     [0.0, 1.0, 2.0]
@@ -108,7 +109,7 @@ class Followed:
         whereabouts: where they are noted.
     """
 
-    def __init__(self, observation: Any, whereabouts: Whereabouts) -> None:
+    def __init__(self, observation: Any, whereabouts: ProgressMarker) -> None:
         self._observation, self._whereabouts = observation, whereabouts
 
     def __getattr__(self, name: str) -> Any:
@@ -118,9 +119,9 @@ class Followed:
         return getattr(self._observation, name)
 
 
-def followed(observation: Observation, whereabouts: Whereabouts) -> Observation:
+def followed(observation: Session, whereabouts: ProgressMarker) -> Session:
     """``observation``, noting in ``whereabouts`` where its training is."""
-    return cast(Observation, Followed(observation, whereabouts))
+    return cast(Session, Followed(observation, whereabouts))
 
 
 def main_frame() -> FrameType | None:

@@ -15,11 +15,11 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from geomprobe.distributed.heartbeat import BEAT_S
-from geomprobe.distributed.progress import Whereabouts, followed
-from geomprobe.distributed.watchdog import Failure, Vigil, holds_store
+from geomprobe.distributed.progress import ProgressMarker, followed
+from geomprobe.distributed.watchdog import Failure, Watchdog, holds_store
 from geomprobe.errors import GeomprobeError, ReplayDiverged, RunError, Stopped, UsageError
 
-Observation = TypeVar("Observation")
+Session = TypeVar("Session")
 
 PATIENCE_S = 1800.0  # as gloo's own; how long one process waits for another
 _ASK_S = 0.02
@@ -49,8 +49,8 @@ class Ranks:
     def __init__(self, rank: int = 0, size: int = 1, store: Any = None, patience: float = PATIENCE_S) -> None:
         self.rank, self.size = rank, size
         self._store, self._patience = store, patience
-        self._whereabouts = Whereabouts()
-        self._vigil: Vigil | None = None
+        self._whereabouts = ProgressMarker()
+        self._vigil: Watchdog | None = None
         self._listened: dict[str, bool] = {}  # calls, and whether they have come
 
     @property
@@ -164,7 +164,7 @@ class Ranks:
         """What was told for all by that name, or None so far."""
         return json.loads(self._store.get(name)) if self._store.check([name]) else None
 
-    def following(self, observation: Observation) -> Observation:
+    def following(self, observation: Session) -> Session:
         """A pass, whose events tell the others, in the end, where this process stands."""
         return observation if self.alone else followed(observation, self._whereabouts)
 
@@ -184,7 +184,7 @@ class Ranks:
         if self.alone:
             yield
             return
-        vigil = Vigil(self._store, self.rank, self.size, self._patience, self._whereabouts, self.hear)
+        vigil = Watchdog(self._store, self.rank, self.size, self._patience, self._whereabouts, self.hear)
         self._vigil = vigil
         vigil.start()
         try:
@@ -204,7 +204,7 @@ class Ranks:
         if self.first:  # the store may live in this process
             self.said("over")
 
-    def _blame(self, vigil: Vigil, error: BaseException) -> None:
+    def _blame(self, vigil: Watchdog, error: BaseException) -> None:
         """Stop for what another process did, if that is why this one fails; else let the others stop for this."""
         failure, broken = vigil.failure, _from_broken_exchange(error)
         if failure is None and broken:

@@ -8,7 +8,7 @@ from geomprobe.distributed.ranks import Ranks
 from geomprobe.errors import RunError
 
 
-class Appointment:
+class StepBarrier:
     """Brings processes that train in step to do something between the same two steps, without holding any of them up.
 
     Whoever wants it calls the others. Once all have heard, rank 0 names the step after its present one: no other can
@@ -18,7 +18,7 @@ class Appointment:
         ranks: the processes of the run.
         name: of what they do; one appointment has it at a time.
 
-    >>> stop = Appointment(Ranks(), "stop")
+    >>> stop = StepBarrier(Ranks(), "stop")
     >>> stop.due(0), stop.call(), stop.due(0), stop.due(1)
     (False, None, True, False)
     """

@@ -12,8 +12,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from geomprobe.distributed.heartbeat import BEAT_S, BROKEN_S, SILENCE_S, Beat, Judge
-from geomprobe.distributed.progress import Place, Whereabouts, main_frame
+from geomprobe.distributed.heartbeat import BEAT_S, BROKEN_S, SILENCE_S, FailureDetector, Heartbeat
+from geomprobe.distributed.progress import Place, ProgressMarker, main_frame
 from geomprobe.errors import GeomprobeError
 
 _GRACE_S = 10.0  # for a process to stop by itself, when another has failed
@@ -43,7 +43,7 @@ class Failure(NamedTuple):
         return f"rank {rank} stops{cause} {self.text}"
 
 
-class Vigil:
+class Watchdog:
     """Keeps watch in the background, until it is stopped, or ends a process that waits in vain.
 
     One thread talks with the store; where that holds it up, because the process that keeps the store does not
@@ -64,13 +64,13 @@ class Vigil:
         rank: int,
         size: int,
         patience: float,
-        whereabouts: Whereabouts,
+        whereabouts: ProgressMarker,
         hear: Callable[[], None],
     ) -> None:
         self._store, self._rank, self._size = store, rank, size
         self._silence = min(SILENCE_S, patience)
         self._whereabouts, self._hear = whereabouts, hear
-        self._judge = Judge(size, patience)
+        self._judge = FailureDetector(size, patience)
         self._over = threading.Event()
         self._beats = 0
         self._unanswered = 0.0
@@ -129,18 +129,18 @@ class Vigil:
         if self.failure is None and (verdict := self._judge.verdict()) is not None:
             self.tell(Failure(verdict, GeomprobeError.exit_code))
 
-    def _beat(self, elapsed: float = 0.0, left: bool = False) -> Beat:
+    def _beat(self, elapsed: float = 0.0, left: bool = False) -> Heartbeat:
         self._beats += 1
-        beat = Beat(self._beats, self._whereabouts.look(elapsed, left))
+        beat = Heartbeat(self._beats, self._whereabouts.look(elapsed, left))
         self._store.set(f"beat/{self._rank}", json.dumps(beat))
         return beat
 
-    def _heard(self, rank: int) -> Beat | None:
+    def _heard(self, rank: int) -> Heartbeat | None:
         key = f"beat/{rank}"
         if not self._store.check([key]):
             return None
         number, place = json.loads(self._store.get(key))
-        return Beat(number, Place(*place))
+        return Heartbeat(number, Place(*place))
 
     def _wait_for_failure(self) -> None:
         while self.failure is None and not self._over.wait(BEAT_S):

@@ -12,7 +12,7 @@ from geomprobe.distributed.dtensor import local_gradient
 from geomprobe.distributed.layout import Layout
 from geomprobe.errors import UsageError
 from geomprobe.measure.inner_products import InnerProducts
-from geomprobe.measure.options import Measure
+from geomprobe.measure.options import MeasureOptions
 
 PRODUCTS = ("g.g", "w.g", "g.d", "d.d")
 
@@ -89,7 +89,7 @@ class BeforeClipping:
         return measured[[self._products.names.index(name) for name in PRODUCTS]]
 
 
-def require_clipped(measure: Measure, recorded: Mapping[str, Any]) -> None:
+def require_clipped(measure: MeasureOptions, recorded: Mapping[str, Any]) -> None:
     """Refuse to measure the gradient before clipping where there was none.
 
     Args:
@@ -99,7 +99,7 @@ def require_clipped(measure: Measure, recorded: Mapping[str, Any]) -> None:
     Raises:
         UsageError: the recording saw no clipping.
 
-    >>> require_clipped(Measure(before_clipping=True), {"updates": {"clipped_by": ["clip_grad_norm_"]}})
+    >>> require_clipped(MeasureOptions(before_clipping=True), {"updates": {"clipped_by": ["clip_grad_norm_"]}})
     """
     if measure.before_clipping and not recorded.get("updates", {}).get("clipped_by"):
         raise UsageError(

@@ -22,7 +22,7 @@ from geomprobe.errors import UnsupportedTraining, UsageError
 from geomprobe.measure.curvature.double_backward import silent
 from geomprobe.measure.curvature.side_evaluation import aside
 from geomprobe.measure.inner_products import InnerProducts
-from geomprobe.measure.options import Measure
+from geomprobe.measure.options import MeasureOptions
 from geomprobe.probe.probe import Oracle, Probe
 from geomprobe.trace.record import Record
 from geomprobe.trace.schema import FINAL, ORACLE_PRODUCTS
@@ -32,7 +32,7 @@ _OPTIONS = {"held_out": "held_out_every", "full_gradient": "full_gradient_every"
 _PRODUCTS = [column.name for column in ORACLE_PRODUCTS]
 
 
-class Oracles:
+class HeldOutGradients:
     """What a replay measures of the gradients that a script names by `Probe.held_out` and `full_gradient_of`.
 
     Every random stream is seeded anew for each measurement, from the run's seed and the step, so that a replay that
@@ -50,7 +50,7 @@ class Oracles:
         UnsupportedTraining: they are asked for in a training of several processes.
     """
 
-    def __init__(self, probe: Probe, measure: Measure, layout: Layout) -> None:
+    def __init__(self, probe: Probe, measure: MeasureOptions, layout: Layout) -> None:
         self._probe = probe
         self._every = {name: n for name, option in _OPTIONS.items() if (n := getattr(measure, option))}
         if self._every and layout.kind != "one process":

@@ -22,8 +22,8 @@ from geomprobe.measure.curvature.consensus import all_ready
 from geomprobe.measure.curvature.hessian_gradient import Curvature, CurvatureUnavailable
 from geomprobe.measure.curvature.lanczos import top_eigenvalue
 from geomprobe.measure.inner_products import InnerProducts
-from geomprobe.measure.options import Measure
-from geomprobe.measure.per_rank import RankProducts
+from geomprobe.measure.options import MeasureOptions
+from geomprobe.measure.per_rank import PerRankProducts
 from geomprobe.probe.hooks.grad_scaler import unscaled
 from geomprobe.probe.probe import Probe
 from geomprobe.reproducibility.environment import RNGState, capture_rng
@@ -46,13 +46,13 @@ class Measurement:
         curvature_missing: why Hg is left out, None where it is not.
     """
 
-    def __init__(self, probe: Probe, measure: Measure, layout: Layout | None = None) -> None:
+    def __init__(self, probe: Probe, measure: MeasureOptions, layout: Layout | None = None) -> None:
         self._probe, self._measure = probe, measure
         self.layout = Layout.of(probe.model, probe.parameters) if layout is None else layout
         self._parameters = list(probe.parameters.values())
         second = measure.curvature_every or measure.sharpness_every
         self._curvature = Curvature(self._parameters, probe.model, self.layout) if second else None
-        self._of_ranks = RankProducts(self._parameters, self.layout) if measure.per_rank else None
+        self._of_ranks = PerRankProducts(self._parameters, self.layout) if measure.per_rank else None
         self._unclipped = BeforeClipping(self._parameters, self.layout) if measure.before_clipping else None
         self._fixed_loss: Callable[[], Tensor] | None = None
         self._complete = True

@@ -9,7 +9,7 @@ from geomprobe.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Measure:
+class MeasureOptions:
     """What a replay measures.
 
     Attributes:
@@ -40,7 +40,7 @@ class Measure:
     compiled: bool = False
 
     @classmethod
-    def asked(cls, *, curvature_every: int | None, **options: Any) -> Measure:
+    def asked(cls, *, curvature_every: int | None, **options: Any) -> MeasureOptions:
         """What the options of `geomprobe.replay` ask for.
 
         Args:
@@ -50,7 +50,7 @@ class Measure:
         Raises:
             UsageError: a number that means nothing, or options that exclude each other.
 
-        >>> Measure.asked(curvature_every=None).curvature_required
+        >>> MeasureOptions.asked(curvature_every=None).curvature_required
         False
         """
         measure = cls(

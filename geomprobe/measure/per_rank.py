@@ -18,14 +18,14 @@ from geomprobe.measure.inner_products import InnerProducts
 OWN_PRODUCTS = ("g.g", "w.g", "g.d")
 
 
-class OwnGradients:
+class LocalGradients:
     """Sums what backward passes send to the leaves of a graph, before anything else sees it.
 
     Attributes:
         of: the sum by leaf, in memory of its own.
 
     >>> import torch
-    >>> w, own = torch.ones(2, requires_grad=True), OwnGradients()
+    >>> w, own = torch.ones(2, requires_grad=True), LocalGradients()
     >>> with own.watching([w]):
     ...     (3 * w).sum().backward()
     >>> own.of[w]
@@ -63,7 +63,7 @@ class OwnGradients:
         return hook
 
 
-class RankProducts:
+class PerRankProducts:
     """Inner products of each rank's own gradient under DDP: ``g.g``, ``w.g`` and, of the final iterate, ``g.d``.
 
     Args:
@@ -77,7 +77,7 @@ class RankProducts:
         UsageError: the training does not run under DDP.
 
     >>> import torch
-    >>> RankProducts([torch.ones(1)], Layout("DDP", world_size=2)).columns[-1]
+    >>> PerRankProducts([torch.ones(1)], Layout("DDP", world_size=2)).columns[-1]
     (1, 'g.d')
     """
 
@@ -88,7 +88,7 @@ class RankProducts:
                 "DDP does a rank have a whole gradient of its own. Leave the option out."
             )
         self._parameters = list(parameters)
-        self._own = OwnGradients()
+        self._own = LocalGradients()
         self.columns = [(rank, product) for rank in range(layout.world_size) for product in OWN_PRODUCTS]
 
     def open(self, final: Sequence[Tensor]) -> None:

@@ -11,15 +11,15 @@ from typing import Any
 from geomprobe.distributed.ranks import PATIENCE_S, Ranks, here
 from geomprobe.errors import Stopped, UnsupportedTraining, UsageError
 from geomprobe.measure.before_clipping import require_clipped
-from geomprobe.measure.options import Measure
+from geomprobe.measure.options import MeasureOptions
 from geomprobe.passes import finalize as sealing
-from geomprobe.passes.checkpoint.resume_point import Resumption
-from geomprobe.passes.checkpoint.retention import Keeping, Options
+from geomprobe.passes.checkpoint.resume_point import ResumePoint
+from geomprobe.passes.checkpoint.retention import RecordOptions, RetentionPolicy
 from geomprobe.passes.lease import (
-    Stretch,
+    StepRange,
+    acquire,
     begun_recording,
-    claim,
-    led,
+    held_by_first,
     own_record,
     replayed_before,
     unfinished_recording,
@@ -41,7 +41,7 @@ from geomprobe.reproducibility.environment import (
 from geomprobe.reproducibility.environment_check import require_same_start
 from geomprobe.trace.reader import Trace, open_trace
 from geomprobe.trace.record import Record, open_record
-from geomprobe.trace.run_folder import Run
+from geomprobe.trace.run_folder import RunFolder
 
 Train = Callable[[], Any]
 RunPath = str | os.PathLike[str]
@@ -104,19 +104,19 @@ def record(
     >>> replay(train, folder).certificate["steps_equal"]
     3
     """
-    target = Run(run)
+    target = RunFolder(run)
     _require_startable(0 if seed is None else seed)
     script = function_script(train) if script is None else script
-    keeping = Keeping(checkpoint_every, keep_checkpoints)
-    options = Options(tuple(reference_steps), tuple(ema), average, keeping)
+    keeping = RetentionPolicy(checkpoint_every, keep_checkpoints)
+    options = RecordOptions(tuple(reference_steps), tuple(ema), average, keeping)
     ranks = here(patience)
     held = unfinished_recording(target) if resume else target.recording(force)
-    with ranks.watched(), led(ranks, held) as left:
+    with ranks.watched(), held_by_first(ranks, held) as left:
         begun = going_on = None
         if resume and left:
             begun, going_on = begun_recording(target, seed, ranks)
         if begun is not None:
-            seed, strict, options = begun["seed"], begun["strict"], Options.of(begun["recording"])
+            seed, strict, options = begun["seed"], begun["strict"], RecordOptions.of(begun["recording"])
         if left or not resume:
             seed = ranks.said_by_first("seed", draw_seed() if seed is None else seed)
             _record(train, target, seed, strict, script, options, ranks, going_on)
@@ -125,13 +125,13 @@ def record(
 
 def _record(
     train: Train,
-    target: Run,
+    target: RunFolder,
     seed: int,
     strict: bool,
     script: Mapping[str, Any],
-    options: Options,
+    options: RecordOptions,
     ranks: Ranks,
-    going_on: Resumption | None = None,
+    going_on: ResumePoint | None = None,
 ) -> None:
     with _running(seed, strict):
         manifest = start_manifest(seed=seed, strict=strict, script=script) | ranks.described()
@@ -202,14 +202,14 @@ def replay(
         EnvironmentMismatch: the environment differs in a way that changes bits; nothing was replayed.
         ReplayDiverged: the replay was not the same run; what was measured before is kept.
     """
-    target = Run(run)
+    target = RunFolder(run)
     script = function_script(train) if script is None else script
     if uncertified and (resume or segment is not None):
         raise UsageError(
             "an uncertified replay cannot go on from checkpoints, which are of the run that it differs from: "
             "run it whole"
         )
-    measure = Measure.asked(
+    measure = MeasureOptions.asked(
         every=every,
         curvature_every=curvature_every,
         finite_step=finite_step,
@@ -232,9 +232,9 @@ def replay(
             files = {name: Path(path).absolute() for name, path in (references or {}).items()}
             weights = References(recorded, files)  # before an earlier trace is removed
             require_clipped(measure, recorded.manifest)
-            with led(ranks, claim(target, recorded, force, resume, segment)) as claimed:
+            with held_by_first(ranks, acquire(target, recorded, force, resume, segment)) as claimed:
                 if claimed is not None:
-                    stretch = Stretch(*claimed)
+                    stretch = StepRange(*claimed)
                     begin = replayed_before(target, recorded, stretch, ranks)
                     replaying = Replaying(
                         target, recorded, weights, manifest, measure, uncertified, begin, stretch.stop, ranks

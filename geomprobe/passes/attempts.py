@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geomprobe.errors import RunError
-from geomprobe.passes.checkpoint.resume_point import Resumption
-from geomprobe.trace.run_folder import Kind, Run
+from geomprobe.passes.checkpoint.resume_point import ResumePoint
+from geomprobe.trace.run_folder import Kind, RunFolder
 from geomprobe.trace.schema import RECORD_SCHEMA, TRACE_SCHEMA
 from geomprobe.trace.stream.reader import Header, PartNotBegun, read_header, read_part, stream_part
 from geomprobe.trace.stream.writer import PartWriter, Table
@@ -25,7 +25,7 @@ Tables = Mapping[str, NDArray[Any]]
 _SCHEMAS = {"record": RECORD_SCHEMA, "trace": TRACE_SCHEMA}
 
 
-def committed(run: Run, kind: Kind, first: int = 0, stop: int | None = None) -> list[Header]:
+def committed(run: RunFolder, kind: Kind, first: int = 0, stop: int | None = None) -> list[Header]:
     """The parts with rows of an earlier attempt, by first step; the caller holds the run, or that range of it.
 
     Parts that begin in the range and never got a row are removed, and damaged ones are cut before the damage.
@@ -48,13 +48,13 @@ def committed(run: Run, kind: Kind, first: int = 0, stop: int | None = None) -> 
     return sorted(found, key=lambda header: header.first_step)
 
 
-def begun(run: Run, kind: Kind) -> list[Header]:
+def begun(run: RunFolder, kind: Kind) -> list[Header]:
     """The parts that have rows, by first step, as they are: others may be writing them."""
     found = [header for path in run.parts(kind) if (header := _header(path)) is not None and header.rows]
     return sorted(found, key=lambda header: header.first_step)
 
 
-def frontier(run: Run, kind: Kind, parts: Sequence[Header], first: int = 0) -> int:
+def contiguous_end(run: RunFolder, kind: Kind, parts: Sequence[Header], first: int = 0) -> int:
     """How far the rows reach from a step on without a gap, and without a seam that nobody has proven.
 
     A part is continuous with the one before it where its process had started earlier than that one ends, since it then
@@ -88,7 +88,7 @@ class _Rows:
         return self.first + len(next(iter(self.tables.values())))
 
 
-class Stream:
+class AttemptLog:
     """Takes a pass's rows in the order of their steps.
 
     Args:
@@ -104,13 +104,13 @@ class Stream:
 
     def __init__(
         self,
-        run: Run,
+        run: RunFolder,
         kind: Kind,
         tables: Sequence[Table],
         attributes: Mapping[str, str | int | float],
-        resumption: Resumption | None = None,
+        resumption: ResumePoint | None = None,
     ) -> None:
-        going_on = Resumption({}) if resumption is None else resumption
+        going_on = ResumePoint({}) if resumption is None else resumption
         started, earlier = going_on.step, going_on.earlier
         self._first = going_on.first
         self._run, self._kind, self._tables = run, kind, tables

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from geomprobe.passes.attempts import begun, frontier
-from geomprobe.trace.run_folder import Kind, Run
+from geomprobe.passes.attempts import begun, contiguous_end
+from geomprobe.trace.run_folder import Kind, RunFolder
 from geomprobe.trace.schema import SEALING_PREFIX
 from geomprobe.trace.seal import seal_record, seal_trace
 
@@ -20,7 +20,7 @@ _PATIENCE_S = 600.0  # a block: the parts are our own, so what is slow is the di
 
 
 def seal(
-    run: Run,
+    run: RunFolder,
     kind: Kind,
     *,
     status: str,
@@ -56,7 +56,7 @@ def seal(
     _carry_out(run, kind)
 
 
-def seal_whole(run: Run, total: int) -> bool:
+def seal_whole(run: RunFolder, total: int) -> bool:
     """Seal a trace that was replayed in segments, if this was the last of them.
 
     Args:
@@ -73,13 +73,13 @@ def seal_whole(run: Run, total: int) -> bool:
         if run.trace.exists():
             return True
         last = run.proof("trace", total)
-        if not last.exists() or frontier(run, "trace", begun(run, "trace")) < total:
+        if not last.exists() or contiguous_end(run, "trace", begun(run, "trace")) < total:
             return False
         seal(run, "trace", status="complete", **json.loads(last.read_text()))
         return True
 
 
-def finish(run: Run) -> list[Kind]:
+def finish(run: RunFolder) -> list[Kind]:
     """Finish a sealing that was cut off, if there is one.
 
     Returns:
@@ -89,7 +89,7 @@ def finish(run: Run) -> list[Kind]:
         RunError: another process is writing there, or the parts are damaged.
         WriteFailed: the disk refused.
 
-    >>> finish(Run("nowhere"))
+    >>> finish(RunFolder("nowhere"))
     []
     """
     kinds: tuple[Kind, ...] = ("record", "trace")
@@ -100,16 +100,16 @@ def finish(run: Run) -> list[Kind]:
     return cut_off
 
 
-def planned(run: Run, kind: Kind) -> bool:
+def planned(run: RunFolder, kind: Kind) -> bool:
     """Whether a sealing was begun and not finished.
 
-    >>> planned(Run("nowhere"), "trace")
+    >>> planned(RunFolder("nowhere"), "trace")
     False
     """
     return _plan(run, kind).exists()
 
 
-def _of_ranks(run: Run, plan: Mapping[str, Any]) -> dict[int, tuple[list[Path], dict[str, Path]]]:
+def _of_ranks(run: RunFolder, plan: Mapping[str, Any]) -> dict[int, tuple[list[Path], dict[str, Path]]]:
     """The parts, and the shards of references, that the other processes of a run have left."""
     found = {}
     for rank in range(1, plan["manifest"].get("ranks", {}).get("world_size", 1)):
@@ -119,7 +119,7 @@ def _of_ranks(run: Run, plan: Mapping[str, Any]) -> dict[int, tuple[list[Path], 
     return found
 
 
-def _plan(run: Run, kind: Kind) -> Path:
+def _plan(run: RunFolder, kind: Kind) -> Path:
     return run.stream / f"{SEALING_PREFIX}{kind}.json"
 
 
@@ -133,7 +133,7 @@ def write_down(path: Path, plan: Mapping[str, Any]) -> None:
     aside.rename(path)
 
 
-def _carry_out(run: Run, kind: Kind) -> None:
+def _carry_out(run: RunFolder, kind: Kind) -> None:
     plan = json.loads(_plan(run, kind).read_text())
     manifest, num_parameters = plan["manifest"], plan["manifest"]["model"]["num_parameters"]
     parts, status = run.parts(kind), plan["status"]

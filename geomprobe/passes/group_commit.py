@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 from geomprobe.distributed.ranks import Ranks
-from geomprobe.passes.attempts import Stream, Tables
+from geomprobe.passes.attempts import AttemptLog, Tables
 from geomprobe.trace.schema import VALUES
 
 
-class CommonRows:
+class GroupCommit:
     """Holds rows back until every process has compared their steps with its own recording.
 
     Args:
@@ -19,7 +19,7 @@ class CommonRows:
         marked: rows that differ come too, and say so in their last column.
     """
 
-    def __init__(self, stream: Stream | None, ranks: Ranks, first: int, marked: bool = False) -> None:
+    def __init__(self, stream: AttemptLog | None, ranks: Ranks, first: int, marked: bool = False) -> None:
         self._stream, self._ranks, self._marked = stream, ranks, marked
         self._compared = first
         self._held: list[tuple[int, Tables]] = []

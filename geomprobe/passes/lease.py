@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 from geomprobe.distributed.ranks import Ranks
 from geomprobe.errors import EnvironmentMismatch, RunError, UsageError
 from geomprobe.passes import finalize as sealing
-from geomprobe.passes.attempts import begun, committed, frontier, manifest_of
-from geomprobe.passes.checkpoint.resume_point import Resumption, cuts, resumption, segments
+from geomprobe.passes.attempts import begun, committed, contiguous_end, manifest_of
+from geomprobe.passes.checkpoint.resume_point import ResumePoint, cuts, find_resume_point, segments
 from geomprobe.trace.reader import Trace, open_trace
 from geomprobe.trace.record import Record, open_record
-from geomprobe.trace.run_folder import Run
+from geomprobe.trace.run_folder import RunFolder
 
 
-class Stretch(NamedTuple):
+class StepRange(NamedTuple):
     """The part of a run that a replay covers.
 
     Attributes:
@@ -33,9 +33,9 @@ class Stretch(NamedTuple):
     latest: int = 0
 
 
-def claim(
-    target: Run, recorded: Record, force: bool, resume: bool, segment: tuple[int, int] | None
-) -> contextlib.AbstractContextManager[Stretch | None]:
+def acquire(
+    target: RunFolder, recorded: Record, force: bool, resume: bool, segment: tuple[int, int] | None
+) -> contextlib.AbstractContextManager[StepRange | None]:
     """Hold a run for a replay; gives what of it is to be replayed, or None where nothing is left to do.
 
     Args:
@@ -55,25 +55,25 @@ def claim(
 
 
 @contextlib.contextmanager
-def _anew(target: Run, force: bool) -> Iterator[Stretch | None]:
+def _anew(target: RunFolder, force: bool) -> Iterator[StepRange | None]:
     """Hold a run for a replay from the start."""
     with target.replaying(force):
-        yield Stretch()
+        yield StepRange()
 
 
 @contextlib.contextmanager
-def _going_on(target: Run, recorded: Record) -> Iterator[Stretch | None]:
+def _going_on(target: RunFolder, recorded: Record) -> Iterator[StepRange | None]:
     """Hold a run for a replay that goes on where it was cut off."""
     with target.going_on():
         if _is_done(target):
             yield None
             return
-        reached = min(frontier(target, "trace", committed(target, "trace")), recorded.num_steps)
-        yield Stretch(reached=reached, latest=reached - 1)
+        reached = min(contiguous_end(target, "trace", committed(target, "trace")), recorded.num_steps)
+        yield StepRange(reached=reached, latest=reached - 1)
 
 
 @contextlib.contextmanager
-def _segment(target: Run, recorded: Record, segment: tuple[int, int]) -> Iterator[Stretch | None]:
+def _segment(target: RunFolder, recorded: Record, segment: tuple[int, int]) -> Iterator[StepRange | None]:
     """Hold a segment of a run, beside others."""
     number, count = segment
     pieces = segments(cuts(target, world_size(recorded.manifest)), recorded.num_steps, count)
@@ -95,15 +95,15 @@ def _segment(target: Run, recorded: Record, segment: tuple[int, int]) -> Iterato
     first, stop = pieces[number - 1]
     with target.segment(first):
         parts = committed(target, "trace", first, stop)
-        reached = min(frontier(target, "trace", parts, first), stop)
+        reached = min(contiguous_end(target, "trace", parts, first), stop)
         if reached == stop and target.proof("trace", stop).exists():
             yield None
             return
         # At least the last row that is there is made again, so that its gradient is seen to lead to what follows.
-        yield Stretch(first, stop, reached, max(first, reached - 1))
+        yield StepRange(first, stop, reached, max(first, reached - 1))
 
 
-def ready_for_segments(run: Run, *, force: bool = False, resume: bool = False) -> bool:
+def ready_for_segments(run: RunFolder, *, force: bool = False, resume: bool = False) -> bool:
     """Make a run ready to be replayed in segments, by other processes.
 
     Args:
@@ -126,7 +126,7 @@ def ready_for_segments(run: Run, *, force: bool = False, resume: bool = False) -
 
 
 @contextlib.contextmanager
-def unfinished_recording(target: Run) -> Iterator[bool]:
+def unfinished_recording(target: RunFolder) -> Iterator[bool]:
     """Hold a run to go on with its recording, or to begin it; gives whether anything is left to do.
 
     Raises (on entering):
@@ -142,7 +142,7 @@ def unfinished_recording(target: Run) -> Iterator[bool]:
             yield False
 
 
-def _is_done(run: Run) -> bool:
+def _is_done(run: RunFolder) -> bool:
     """Whether there is a trace that was not cut short; then what a kill left of its parts goes."""
     if not run.trace.exists() or drop_unfinished(run.trace, open_trace(run.path)):
         return False
@@ -151,8 +151,8 @@ def _is_done(run: Run) -> bool:
 
 
 def begun_recording(
-    target: Run, seed: int | None, ranks: Ranks
-) -> tuple[dict[str, Any] | None, Resumption | None]:
+    target: RunFolder, seed: int | None, ranks: Ranks
+) -> tuple[dict[str, Any] | None, ResumePoint | None]:
     """The manifest of a recording that was cut off, and how this process goes on with it, if there is one.
 
     Raises:
@@ -173,19 +173,19 @@ def begun_recording(
             f"seed {seed}: the recording in {target.path} was begun with seed {begun['seed']}. Leave the seed out, or "
             "begin anew with --force."
         )
-    reached = frontier(own, "record", parts)
+    reached = contiguous_end(own, "record", parts)
     mine = manifest_of(parts) if parts else begun
-    return begun, resumption(own, mine, parts, reached, reached, ranks=ranks)
+    return begun, find_resume_point(own, mine, parts, reached, reached, ranks=ranks)
 
 
-def replayed_before(target: Run, recorded: Record, stretch: Stretch, ranks: Ranks) -> Resumption:
+def replayed_before(target: RunFolder, recorded: Record, stretch: StepRange, ranks: Ranks) -> ResumePoint:
     """How a process goes on with a replay; only rank 0 has rows of it."""
     earlier = begun(target, "trace") if ranks.first else []
     own, (first, _, reached, latest) = target.of_rank(ranks.rank), stretch
-    return resumption(own, recorded.manifest, earlier, reached, latest, first, ranks)
+    return find_resume_point(own, recorded.manifest, earlier, reached, latest, first, ranks)
 
 
-def finished_record(run: Run, finish: bool = True) -> Record:
+def finished_record(run: RunFolder, finish: bool = True) -> Record:
     """The sealed record of a run, ready to be replayed.
 
     Args:
@@ -213,7 +213,7 @@ def finished_record(run: Run, finish: bool = True) -> Record:
 
 
 @contextlib.contextmanager
-def led(ranks: Ranks, claim: contextlib.AbstractContextManager[Any]) -> Iterator[Any]:
+def held_by_first(ranks: Ranks, lease: contextlib.AbstractContextManager[Any]) -> Iterator[Any]:
     """Let rank 0 hold a run for all, and the others wait until it does.
 
     Raises (on entering):
@@ -222,12 +222,12 @@ def led(ranks: Ranks, claim: contextlib.AbstractContextManager[Any]) -> Iterator
     if not ranks.first:
         yield ranks.said_by_first("held")
         return
-    with claim as held:
+    with lease as held:
         ranks.said_by_first("held", held)
         yield held
 
 
-def own_record(target: Run, ranks: Ranks) -> Record:
+def own_record(target: RunFolder, ranks: Ranks) -> Record:
     """What this process has recorded, in a run of as many.
 
     Raises:

@@ -13,29 +13,29 @@ from torch import Tensor
 
 from geomprobe.distributed.dtensor import local
 from geomprobe.distributed.ranks import Ranks
-from geomprobe.distributed.step_barrier import Appointment
+from geomprobe.distributed.step_barrier import StepBarrier
 from geomprobe.errors import Stopped, UnsupportedTraining
 from geomprobe.passes import finalize as sealing
-from geomprobe.passes.attempts import Stream
+from geomprobe.passes.attempts import AttemptLog
 from geomprobe.passes.checkpoint import store as checkpoint
 from geomprobe.passes.checkpoint.ddp_buckets import buckets
-from geomprobe.passes.checkpoint.resume_point import Resumption
-from geomprobe.passes.checkpoint.retention import Due, Options
+from geomprobe.passes.checkpoint.resume_point import ResumePoint
+from geomprobe.passes.checkpoint.retention import CheckpointTimer, RecordOptions
 from geomprobe.passes.checkpoint.shared_tensors import parted
 from geomprobe.passes.checkpoint.training_state import capture
 from geomprobe.passes.references.averages import Averages
 from geomprobe.passes.references.kept import KeptReferences
-from geomprobe.passes.row_buffer import Block, Rows
-from geomprobe.passes.session import Observation
+from geomprobe.passes.row_buffer import Block, RowBuffer
+from geomprobe.passes.session import Session
 from geomprobe.probe.loops import TOP, Position
 from geomprobe.probe.probe import Probe
 from geomprobe.reproducibility.environment import source_digests
-from geomprobe.trace.run_folder import Run
+from geomprobe.trace.run_folder import RunFolder
 from geomprobe.trace.schema import FINAL, FINGERPRINTS, STEPS
 from geomprobe.trace.stream.writer import Table, WriteFailed
 
 
-class Recording(Observation):
+class Recording(Session):
     """Records a run into a run directory.
 
     Args:
@@ -48,11 +48,11 @@ class Recording(Observation):
 
     def __init__(
         self,
-        run: Run,
+        run: RunFolder,
         manifest: dict[str, Any],
-        options: Options,
+        options: RecordOptions,
         ranks: Ranks | None = None,
-        resumption: Resumption | None = None,
+        resumption: ResumePoint | None = None,
     ) -> None:
         super().__init__(manifest, ranks, resumption)
         manifest["recording"] = options.described()
@@ -61,13 +61,13 @@ class Recording(Observation):
         self._reference_steps = frozenset(options.reference_steps)
         self._averages: Averages | None = None
         self._references = KeptReferences(self._run, self.ranks)
-        self._due = Due(options.keeping)
+        self._due = CheckpointTimer(options.keeping)
         self._run.stream.mkdir(parents=True, exist_ok=True)
         self._checkpoints = checkpoint.Writer(self._run.checkpoints, options.keeping.too_many, self._parted)
-        self._clock = Appointment(self.ranks, "checkpoint")
+        self._clock = StepBarrier(self.ranks, "checkpoint")
         self._overdue = self._ends = False
-        self._stream: Stream | None = None
-        self._rows: Rows | None = None
+        self._stream: AttemptLog | None = None
+        self._rows: RowBuffer | None = None
         self._final: dict[str, Tensor] | None = None
         self._marks: list[tuple[int, int]] = []
         self._no_checkpoints = options.keeping.every == "never"
@@ -133,8 +133,8 @@ class Recording(Observation):
         layout = self.evidence.layout
         tables = [Table(STEPS, ("epoch", "loss", "lr"), "float64")]
         tables += [Table(f"{FINGERPRINTS}/{name}", columns, "int64") for name, columns in layout.items()]
-        self._stream = Stream(self._run, "record", tables, self.part_attributes(), self.resumption)
-        self._rows = Rows(self.evidence.device, 2, self.evidence.device_columns, self._write)
+        self._stream = AttemptLog(self._run, "record", tables, self.part_attributes(), self.resumption)
+        self._rows = RowBuffer(self.evidence.device, 2, self.evidence.device_columns, self._write)
 
     def measure(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
         assert self.probe is not None

@@ -15,25 +15,25 @@ from torch import Tensor
 from geomprobe.distributed.dtensor import local
 from geomprobe.distributed.ranks import Ranks
 from geomprobe.errors import EnvironmentMismatch, ReplayDiverged, RunError, Stopped
-from geomprobe.measure.held_out import Oracles
+from geomprobe.measure.held_out import HeldOutGradients
 from geomprobe.measure.measurement import Measurement
-from geomprobe.measure.options import Measure
+from geomprobe.measure.options import MeasureOptions
 from geomprobe.passes import finalize as sealing
-from geomprobe.passes.attempts import Stream, manifest_of
+from geomprobe.passes.attempts import AttemptLog, manifest_of
 from geomprobe.passes.checkpoint import store as checkpoint
-from geomprobe.passes.checkpoint.resume_point import Resumption
-from geomprobe.passes.group_commit import CommonRows
+from geomprobe.passes.checkpoint.resume_point import ResumePoint
+from geomprobe.passes.group_commit import GroupCommit
 from geomprobe.passes.param_groups import group_columns, group_values
 from geomprobe.passes.references.loaded import References
-from geomprobe.passes.row_buffer import Block, Rows
-from geomprobe.passes.session import Closure, Observation
-from geomprobe.probe.hooks.mute import unheard
+from geomprobe.passes.row_buffer import Block, RowBuffer
+from geomprobe.passes.session import Closure, Session
+from geomprobe.probe.hooks.mute import muted
 from geomprobe.probe.loops import Position
 from geomprobe.probe.probe import Probe
 from geomprobe.reproducibility.comparison import Comparison
 from geomprobe.reproducibility.environment_check import FIRST_STEP_SECTIONS, require_same
 from geomprobe.trace.record import Record
-from geomprobe.trace.run_folder import Run
+from geomprobe.trace.run_folder import RunFolder
 from geomprobe.trace.schema import FINAL, VALUES
 from geomprobe.trace.stream.writer import Table
 
@@ -42,7 +42,7 @@ class SegmentEnded(BaseException):
     """A replay of a part of a run has come to where the next part begins; see `Replaying`."""
 
 
-class Replaying(Observation):
+class Replaying(Session):
     """Replays a recorded run, comparing and measuring.
 
     Args:
@@ -60,13 +60,13 @@ class Replaying(Observation):
 
     def __init__(
         self,
-        run: Run,
+        run: RunFolder,
         record: Record,
         references: References,
         manifest: dict[str, Any],
-        measure: Measure,
+        measure: MeasureOptions,
         uncertified: bool = False,
-        resumption: Resumption | None = None,
+        resumption: ResumePoint | None = None,
         segment: int | None = None,
         ranks: Ranks | None = None,
     ) -> None:
@@ -82,8 +82,8 @@ class Replaying(Observation):
         # A replay goes on only over rows that were found equal before they were committed.
         start = resumption.step if resumption is not None else 0
         self._comparison = Comparison(record, run.path, start, None if self.ranks.alone else self.ranks.rank)
-        self._stream: CommonRows | None = None
-        self._rows: Rows | None = None
+        self._stream: GroupCommit | None = None
+        self._rows: RowBuffer | None = None
 
     def attached(self, probe: Probe) -> None:
         super().attached(probe)
@@ -92,7 +92,7 @@ class Replaying(Observation):
         self.updates.when_skipped = self._measurement.skipped
         if self.updates.clipped_by:
             self._measurement.clipping_missed()
-        self._oracles = Oracles(probe, self._measure, self.layout)
+        self._oracles = HeldOutGradients(probe, self._measure, self.layout)
 
     def boundary(self, position: Position) -> None:
         if self.steps == self._stop < self._record.num_steps and position == self._end["position"]:
@@ -142,12 +142,12 @@ class Replaying(Observation):
         columns = ["steps/epoch", *attempt, *host_groups, *device]
         columns += ["steps/same"] if self._uncertified else []
         prints = self.evidence.device_columns
-        self._rows = Rows(self.evidence.device, len(device), prints, self._compare_and_write)
+        self._rows = RowBuffer(self.evidence.device, len(device), prints, self._compare_and_write)
         stream = None
         if self.ranks.first:
             tables = [Table(VALUES, tuple(columns), "float64")]
-            stream = Stream(self._run, "trace", tables, self.part_attributes(), self.resumption)
-        self._stream = CommonRows(stream, self.ranks, self.steps, marked=self._uncertified)
+            stream = AttemptLog(self._run, "trace", tables, self.part_attributes(), self.resumption)
+        self._stream = GroupCommit(stream, self.ranks, self.steps, marked=self._uncertified)
 
     def measure(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
         assert self.probe is not None
@@ -159,7 +159,7 @@ class Replaying(Observation):
             self._stop_if_failed()
             self._diverge(step, "length", "steps")
             self._stop_if_failed()
-        with unheard():
+        with muted():
             row = self._measurement.row(gradients, grad_scale, self.evidence.loss.reshape(1))
             row = torch.cat([row, self._oracles.row().to(row.device)])
         attempt = [float(step + self.updates.skipped)] if self._counts_attempts else []

@@ -24,7 +24,7 @@ class Block(NamedTuple):
     host_integers: NDArray[np.int64]
 
 
-class Rows:
+class RowBuffer:
     """Collects a row of device values and a row of host values at each step, and hands them over in blocks.
 
     Args:
@@ -37,7 +37,7 @@ class Rows:
     one is due, so the host never waits for the device in between.
 
     >>> got = []
-    >>> rows = Rows(torch.device("cpu"), 1, 1, got.append)
+    >>> rows = RowBuffer(torch.device("cpu"), 1, 1, got.append)
     >>> rows.append(torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.int64), [0.5], [7])
     >>> rows.flush(); got[0].host_floats.tolist(), len(got[0].floats)
     ([[0.5]], 1)

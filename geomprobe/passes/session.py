@@ -17,25 +17,25 @@ from torch.utils.data import DataLoader
 from geomprobe.distributed.layout import Layout
 from geomprobe.distributed.manifest import across_ranks
 from geomprobe.distributed.ranks import Ranks
-from geomprobe.distributed.step_barrier import Appointment
+from geomprobe.distributed.step_barrier import StepBarrier
 from geomprobe.errors import UnsupportedTraining, UsageError
 from geomprobe.measure.curvature.global_loss import without_gradients
-from geomprobe.passes.checkpoint.restore import Restart
-from geomprobe.passes.checkpoint.resume_point import Resumption
+from geomprobe.passes.checkpoint.restore import Restore
+from geomprobe.passes.checkpoint.resume_point import ResumePoint
 from geomprobe.passes.param_groups import described
 from geomprobe.probe.hooks.grad_scaler import tag_scaled
 from geomprobe.probe.hooks.step_calls import Args, Kwargs, given_closure, nested_step, replace_closure
-from geomprobe.probe.loader_passes import Sources
+from geomprobe.probe.loader_passes import LoaderPasses
 from geomprobe.probe.loops import Position
-from geomprobe.probe.model_discovery import CalledModels, refuse_another
+from geomprobe.probe.model_discovery import ModelDiscovery, refuse_another
 from geomprobe.probe.probe import Probe
-from geomprobe.probe.step_attempts import Updates
-from geomprobe.reproducibility.fingerprint import Evidence
+from geomprobe.probe.step_attempts import StepAttempts
+from geomprobe.reproducibility.fingerprint import StepFingerprint
 
 Closure = Callable[[], Tensor]
 
 
-class Observation(ABC):
+class Session(ABC):
     """One pass over a run, at the events of the probe and of what is seen around it.
 
     Attributes:
@@ -49,23 +49,23 @@ class Observation(ABC):
     """
 
     def __init__(
-        self, manifest: dict[str, Any], ranks: Ranks | None = None, resumption: Resumption | None = None
+        self, manifest: dict[str, Any], ranks: Ranks | None = None, resumption: ResumePoint | None = None
     ) -> None:
         self.manifest = manifest
         self.ranks = Ranks() if ranks is None else ranks
         self.layout = Layout()
         self.resumption = resumption
-        self.restart = Restart(resumption)
+        self.restart = Restore(resumption)
         self.stop_asked = False
-        self._meeting = Appointment(self.ranks, "stop")
+        self._meeting = StepBarrier(self.ranks, "stop")
         self._begun = self._opened = False
-        self.evidence = Evidence()
-        self.updates = Updates()
+        self.evidence = StepFingerprint()
+        self.updates = StepAttempts()
         self.probe: Probe | None = None
         self.failure: BaseException | None = None
         self._begun_steps = 0  # begun, whether or not the optimizer finished them
-        self._called = CalledModels()
-        self._sources = Sources()
+        self._called = ModelDiscovery()
+        self._sources = LoaderPasses()
         self._names_its_losses = False
         self._in_backward = False
         self._factor: Tensor | None = None

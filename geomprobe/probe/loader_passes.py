@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 from torch.utils.data import DataLoader
 
 
-class Sources:
+class LoaderPasses:
     """Follows the passes over a script's loaders.
 
     Attributes:

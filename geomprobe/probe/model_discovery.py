@@ -10,13 +10,13 @@ from geomprobe.passes.param_groups import described
 from geomprobe.probe.probe import Probe
 
 
-class CalledModels:
+class ModelDiscovery:
     """Modules that were called from outside any other, before it was known what is trained.
 
     Attributes:
         several: the modules that are trained, where they are more than one.
 
-    >>> called, model = CalledModels(), nn.Linear(2, 1)
+    >>> called, model = ModelDiscovery(), nn.Linear(2, 1)
     >>> called.add(model)
     >>> import torch
     >>> called.trained_by(torch.optim.SGD(model.parameters(), lr=0.1)) is model

@@ -21,7 +21,7 @@ class Training(Protocol):
     def parameters(self) -> Mapping[str, Tensor]: ...
 
 
-class Updates:
+class StepAttempts:
     """Counts the steps that were attempted, and sees which gradients were scaled and clipped before them.
 
     An attempt is a call of the optimizer's ``step``, or a GradScaler's for it, which leaves the weights alone where a
@@ -34,7 +34,7 @@ class Updates:
         when_clipping: called before gradients are clipped, with what they are multiplied by.
         when_skipped: called after an attempt that was not applied.
 
-    >>> updates = Updates()
+    >>> updates = StepAttempts()
     >>> updates.described(applied=3)
     {'attempted': 3, 'applied': 3, 'scaled': False, 'gradient': 'as the optimizer takes it', 'clipped_by': []}
     """

@@ -62,7 +62,7 @@ def _split(flat: Tensor) -> tuple[Tensor | None, Tensor]:
     return head.view(torch.int64).view(rows, _WIDTH), _integers(flat[rows * per_row :])
 
 
-class Digests:
+class TensorDigests:
     """One 64-bit digest per group of tensors, for groups whose shapes stay the same from call to call.
 
     Args:
@@ -71,7 +71,7 @@ class Digests:
     Calling it with a sequence of groups (sequences of tensors) returns an int64 tensor, one element per
     group, 0 for an empty group. Bits count, not values: -0.0 differs from 0.0 and any NaN equals itself.
 
-    >>> digests = Digests(torch.device("cpu"))
+    >>> digests = TensorDigests(torch.device("cpu"))
     >>> a, b = torch.arange(6.0), torch.arange(6.0); b[[1, 2]] = b[[2, 1]]
     >>> x, y = digests([[a], [b]]).tolist()
     >>> x == y, digests([[a.clone()], []]).tolist() == [x, 0]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from geomprobe import __version__
+from geomprobe._package import FOLDER, __version__
 
 # A difference in one of these can change bits although every flag below reads the same.
 BIT_CHANGING_VARIABLES = (
@@ -177,12 +177,11 @@ def source_digests(root: Path) -> dict[str, str]:
     Returns:
         Digests by path relative to ``root``; installed packages below it are left out.
     """
-    package = Path(__file__).parents[1]
     found = {}
     for module in list(sys.modules.values()):
         file = getattr(module, "__file__", None)
         path = Path(file) if isinstance(file, str) else None
-        if path is None or not path.is_relative_to(root) or path.is_relative_to(package):
+        if path is None or not path.is_relative_to(root) or path.is_relative_to(FOLDER):
             continue
         if "site-packages" in path.parts or (digest := file_digest(path)) is None:
             continue

@@ -13,7 +13,7 @@ from torch import Tensor
 from geomprobe.distributed.dtensor import local
 from geomprobe.probe.hooks.grad_scaler import unscaled
 from geomprobe.probe.probe import Probe
-from geomprobe.reproducibility.digest import Digests, fold, host_digest, leaves, rng_digests
+from geomprobe.reproducibility.digest import TensorDigests, fold, host_digest, leaves, rng_digests
 
 _LARGE = 2**20  # bytes: a batch above this on the host is not digested there if the model reads it on a GPU
 _ODD = 0x5851F42D4C957F2D  # an odd multiplier: chaining digests of a step's batches keeps their order
@@ -30,7 +30,7 @@ class Difference(NamedTuple):
 
 
 class Pending(NamedTuple):
-    """What has been seen of a step before its first backward pass: see `Evidence`."""
+    """What has been seen of a step before its first backward pass: see `StepFingerprint`."""
 
     fetch_rng: dict[str, int] | None
     batch_came: bool
@@ -38,16 +38,16 @@ class Pending(NamedTuple):
     inputs: tuple[Tensor, ...]
 
 
-class Evidence:
+class StepFingerprint:
     """Collects what a step shows until the update, then gives its fingerprint.
 
-    The fingerprint's columns are fixed when a probe is bound. Digests of device tensors stay on the device;
+    The fingerprint's columns are fixed when a probe is bound. TensorDigests of device tensors stay on the device;
     those of host state are integers.
     """
 
     def __init__(self) -> None:
         self._probe: Probe | None = None
-        self._host_digests = Digests(torch.device("cpu"))
+        self._host_digests = TensorDigests(torch.device("cpu"))
         self._fetch_rng: dict[str, int] | None = None
         self._batch_came = False
         self._fetched = 0
@@ -60,8 +60,8 @@ class Evidence:
         self._probe = probe
         parameters = probe.parameters
         self.device = next(iter(parameters.values())).device
-        self._digests = Digests(self.device)
-        self._input_digests = Digests(self.device)
+        self._digests = TensorDigests(self.device)
+        self._input_digests = TensorDigests(self.device)
         self._weights = probe.weights
         self._streams = tuple(rng_digests())
         self.layout: Layout = {

@@ -33,10 +33,10 @@ def _let_go() -> None:
 os.register_at_fork(after_in_child=_let_go)
 
 
-class Run:
+class RunFolder:
     """Paths of one run and the lock that keeps a second writer out.
 
-    >>> Run("runs/a").trace.name
+    >>> RunFolder("runs/a").trace.name
     'trace.h5'
     """
 
@@ -124,11 +124,11 @@ class Run:
         with self._held(f"{LOCK}-sealing", fcntl.LOCK_EX):
             yield
 
-    def of_rank(self, rank: int) -> Run:
+    def of_rank(self, rank: int) -> RunFolder:
         """The run as one of several processes writes it: each has folders of its own in those of rank 0."""
         if rank == 0:
             return self
-        own, folder = Run(self.path), f"{RANK_PREFIX}{rank:04d}"
+        own, folder = RunFolder(self.path), f"{RANK_PREFIX}{rank:04d}"
         own.stream, own.checkpoints = self.stream / folder, self.checkpoints / folder
         return own
 

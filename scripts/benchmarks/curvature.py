@@ -1,6 +1,6 @@
 """What Hg costs: step time and memory, against the plain step and a hand-written minimal double backward.
 
-    python scripts/benchmarks/curvature.py                     ResNet-18, a small GPT and an MLP; some minutes on 2 cores
+    python scripts/benchmarks/curvature.py  ResNet-18, a small GPT and an MLP; some minutes on 2 cores
     python scripts/benchmarks/curvature.py --models gpt        one of them
     python scripts/benchmarks/curvature.py --steps 100         longer, steadier
 

@@ -40,18 +40,18 @@ from workloads import GPT
 
 import geomprobe
 from geomprobe.distributed.ranks import here
-from geomprobe.measure.options import Measure
-from geomprobe.passes.checkpoint.retention import Options
+from geomprobe.measure.options import MeasureOptions
+from geomprobe.passes.checkpoint.retention import RecordOptions
 from geomprobe.passes.lease import own_record
 from geomprobe.passes.recording import Recording
 from geomprobe.passes.references.loaded import References
 from geomprobe.passes.replaying import Replaying
-from geomprobe.passes.session import Observation
+from geomprobe.passes.session import Session
 from geomprobe.probe.hooks.global_hooks import listening
 from geomprobe.probe.probe import observe
 from geomprobe.report.table import table
 from geomprobe.reproducibility.environment import seed_everything, start_manifest, strict_mode
-from geomprobe.trace.run_folder import Run
+from geomprobe.trace.run_folder import RunFolder
 
 Lane = Iterator[None]
 LANES = ["plain", "recording", "replaying", "Hg"]
@@ -86,7 +86,7 @@ def train(options: argparse.Namespace, data: list[tuple[Tensor, Tensor]], probed
 
 
 @contextlib.contextmanager
-def reporting(observation: Observation | None) -> Iterator[None]:
+def reporting(observation: Session | None) -> Iterator[None]:
     """Let one training report to its pass while it takes a step."""
     if observation is None:
         yield
@@ -101,20 +101,20 @@ def reporting(observation: Observation | None) -> Iterator[None]:
 
 def observed(
     name: str, folder: Path, options: argparse.Namespace, data: list[tuple[Tensor, Tensor]]
-) -> Observation | None:
+) -> Session | None:
     """The pass of a lane; for a replay, its recording is made first."""
     if name == "plain":
         return None
-    run = Run(folder / name)
+    run = RunFolder(folder / name)
     if name != "recording":
         geomprobe.record(lambda: [None for _ in train(options, data, True)], run.path, seed=0).close()
     ranks = here()
     manifest = start_manifest(seed=0, strict=True, script={}) | ranks.described()
     run.stream.mkdir(parents=True, exist_ok=True)
     if name == "recording":
-        return Recording(run, manifest, Options(), ranks)
+        return Recording(run, manifest, RecordOptions(), ranks)
     recorded = own_record(run, ranks)
-    measure = Measure(curvature_every=int(name == "Hg"))
+    measure = MeasureOptions(curvature_every=int(name == "Hg"))
     return Replaying(run, recorded, References(recorded, {}), manifest, measure, ranks=ranks)
 
 

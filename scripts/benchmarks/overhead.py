@@ -38,20 +38,20 @@ from torch.nn import functional
 from torchvision.models import resnet18
 
 import geomprobe
-from geomprobe.measure.options import Measure
-from geomprobe.passes.checkpoint.retention import Options
+from geomprobe.measure.options import MeasureOptions
+from geomprobe.passes.checkpoint.retention import RecordOptions
 from geomprobe.passes.recording import Recording
 from geomprobe.passes.references.loaded import References
 from geomprobe.passes.replaying import Replaying
-from geomprobe.passes.session import Observation
+from geomprobe.passes.session import Session
 from geomprobe.probe.hooks.global_hooks import listening
 from geomprobe.probe.probe import observe
 from geomprobe.reproducibility.environment import seed_everything, start_manifest, strict_mode
 from geomprobe.trace.record import open_record
-from geomprobe.trace.run_folder import Run
+from geomprobe.trace.run_folder import RunFolder
 
 Lane = Iterator[None]
-Reporting = tuple[Lane, Observation | None]
+Reporting = tuple[Lane, Session | None]
 LANES = ["plain", "inert", "recording", "replaying", "compiled", "naive"]
 WARM_UP = 3
 
@@ -111,7 +111,7 @@ class Naive:
 
 
 @contextlib.contextmanager
-def _events(observation: Observation | None) -> Iterator[None]:
+def _events(observation: Session | None) -> Iterator[None]:
     """Let one training report to its pass while it takes a step."""
     before = observe(observation)
     try:
@@ -121,23 +121,23 @@ def _events(observation: Observation | None) -> Iterator[None]:
         observe(before)
 
 
-def finished_run(folder: Path, data: list[tuple[Tensor, Tensor]]) -> Run:
+def finished_run(folder: Path, data: list[tuple[Tensor, Tensor]]) -> RunFolder:
     """A recording to replay."""
     geomprobe.record(lambda: [None for _ in train_probed(data)], folder, seed=0)
-    return Run(folder)
+    return RunFolder(folder)
 
 
 def lanes(
     folder: Path, data: list[tuple[Tensor, Tensor]], names: list[str]
-) -> dict[str, tuple[Lane, Observation | None]]:
+) -> dict[str, tuple[Lane, Session | None]]:
     """The trainings by name, each with the pass that it reports to."""
     made: dict[str, Reporting] = {}
     for name in names:
         manifest = start_manifest(seed=0, strict=True, script={})
         if name == "recording":
-            run = Run(folder / "recording")
+            run = RunFolder(folder / "recording")
             run.stream.mkdir(parents=True)
-            made[name] = train_probed(data), Recording(run, manifest, Options())
+            made[name] = train_probed(data), Recording(run, manifest, RecordOptions())
         elif name in ("replaying", "compiled"):
             run = finished_run(folder / name, data)
             run.stream.mkdir(parents=True)
@@ -149,7 +149,7 @@ def lanes(
                     recorded,
                     References(recorded, {}),
                     manifest,
-                    Measure(curvature_every=0, compiled=name == "compiled"),
+                    MeasureOptions(curvature_every=0, compiled=name == "compiled"),
                 ),
             )
         elif name == "naive":

@@ -31,13 +31,13 @@ from torch.utils.data import DataLoader
 
 import geomprobe
 from geomprobe.passes.checkpoint import store as checkpoint
-from geomprobe.passes.checkpoint.retention import Keeping, Options
+from geomprobe.passes.checkpoint.retention import RecordOptions, RetentionPolicy
 from geomprobe.passes.recording import Recording
 from geomprobe.probe.hooks.global_hooks import listening
 from geomprobe.probe.probe import observe
 from geomprobe.report.table import number, table
 from geomprobe.reproducibility.environment import seed_everything, start_manifest, strict_mode
-from geomprobe.trace.run_folder import Run
+from geomprobe.trace.run_folder import RunFolder
 
 TRAINING = Path(__file__).with_name("train_digits.py")
 DAY_S, PAPER_EPOCHS = 86_400.0, 180
@@ -142,10 +142,12 @@ def with_and_without(folder: Path, epochs: int) -> tuple[float, float, list[floa
     """Median seconds of an epoch with a checkpoint and without, and the ratios of neighbors."""
     lanes = []
     for every in ("epoch", "never"):
-        run = Run(folder / every)
+        run = RunFolder(folder / every)
         run.stream.mkdir(parents=True)
         manifest = start_manifest(seed=0, strict=True, script={})
-        lanes.append((Recording(run, manifest, Options(keeping=Keeping(every))), train(epochs + 1)))
+        lanes.append(
+            (Recording(run, manifest, RecordOptions(keeping=RetentionPolicy(every))), train(epochs + 1))
+        )
     times: tuple[list[float], list[float]] = [], []
     for epoch in range(epochs + 1):
         for i in (0, 1) if epoch % 2 else (1, 0):

@@ -25,7 +25,7 @@ import torch
 from overhead import high_water_mark
 
 import geomprobe
-from geomprobe.passes.row_buffer import Block, Rows
+from geomprobe.passes.row_buffer import Block, RowBuffer
 from geomprobe.report.table import number, table
 from geomprobe.trace.schema import TRACE_SCHEMA, VALUES
 from geomprobe.trace.seal import seal_trace
@@ -78,7 +78,7 @@ def written(folder: Path, steps: int) -> tuple[float, float]:
         def deliver(block: Block) -> None:
             writer.append({VALUES: np.hstack([block.host_floats, block.floats])})
 
-        rows = Rows(torch.device("cpu"), len(DEVICE), PRINTS, deliver)
+        rows = RowBuffer(torch.device("cpu"), len(DEVICE), PRINTS, deliver)
         values, prints = torch.rand(len(DEVICE), dtype=torch.float64), torch.zeros(PRINTS, dtype=torch.int64)
         began = time.perf_counter()
         for step in range(steps):

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +24,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
-from workloads import GPT, stdlib
 
 import geomprobe
+
+# The papers' models and data are beside the experiments.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
+
+from workloads import GPT, stdlib
 
 
 class Windows(Dataset[tuple[Tensor, Tensor]]):

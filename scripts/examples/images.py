@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +23,14 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from workloads import cifar10, digits, imagenet, medium_mlp, resnet, vgg
 
 import geomprobe
 from geomprobe.corridor import CLR
+
+# The papers' models and data are beside the experiments.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
+
+from workloads import cifar10, digits, imagenet, medium_mlp, resnet, vgg
 
 PAPER: dict[str, dict[str, Any]] = {
     "cifar10": {

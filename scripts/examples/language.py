@@ -13,15 +13,21 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
-from workloads import GPT, Corpus, WordTransformer, columns, segments, stdlib, wikitext2
 
 import geomprobe
+
+# The papers' models and data are beside the experiments.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
+
+from workloads import GPT, Corpus, WordTransformer, columns, segments, stdlib, wikitext2
 
 
 def make_corpus(options: argparse.Namespace) -> Corpus:

@@ -12,15 +12,21 @@ then one at a tenth of both. Scenes of digits have smaller patches, and fewer.
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
-from workloads import Patches, SegNet, UNet, digit_scenes, vaihingen
 
 import geomprobe
+
+# The papers' models and data are beside the experiments.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
+
+from workloads import Patches, SegNet, UNet, digit_scenes, vaihingen
 
 PAPER = {
     "vaihingen": {"patches": 10_000, "held_out_patches": 1_000, "patch_size": 256, "workers": 4},

@@ -422,7 +422,7 @@ def test_an_interrupt_within_the_probe_ends_the_recording_though_the_script_goes
         loop.run(3)
         try:
             with monkeypatch.context() as patch:
-                patch.setattr(geomprobe.reproducibility.fingerprint.Evidence, "take", interrupted)
+                patch.setattr(geomprobe.reproducibility.fingerprint.StepFingerprint, "take", interrupted)
                 loop.step()
         except KeyboardInterrupt:
             loop.run(2)

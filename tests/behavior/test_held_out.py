@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, T
 import geomprobe
 from geomprobe import Trace
 from geomprobe.errors import UnsupportedTraining, UsageError
-from geomprobe.measure.held_out import Oracles
-from geomprobe.measure.options import Measure
+from geomprobe.measure.held_out import HeldOutGradients
+from geomprobe.measure.options import MeasureOptions
 
 SAMPLES, BATCH, EPOCHS = 24, 4, 3
 IN_EPOCH = SAMPLES // BATCH
@@ -366,7 +366,7 @@ def test_several_processes_are_refused_by_name() -> None:
         kind = "DDP"
 
     with pytest.raises(UnsupportedTraining, match=r"held_out_every: .* one process only, and .* as DDP"):
-        Oracles(object(), Measure(held_out_every=2), Layout())  # type: ignore[arg-type]
+        HeldOutGradients(object(), MeasureOptions(held_out_every=2), Layout())  # type: ignore[arg-type]
 
 
 def test_an_inert_probe_does_nothing() -> None:

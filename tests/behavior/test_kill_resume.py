@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from support.command_server import SCRIPTS, Command, Server
+from support.command_server import ROOT, Command, Server
 from support.resumable import STEPS, Bench, recording, said
 from support.shims import kill_shim
 
@@ -35,8 +35,15 @@ def path(bench, tmp_path):
 
 @pytest.mark.parametrize("trials", [1, pytest.param(100, marks=pytest.mark.slow)])
 def test_passes_killed_at_random_moments_end_in_the_files_of_undisturbed_ones(trials):
-    command = [sys.executable, SCRIPTS / "kill_and_resume.py", "--trials", str(trials), "--seed", str(trials)]
-    done = subprocess.run(command, env={"PYTHONPATH": str(SCRIPTS.parent)}, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        ROOT / "tests/stress/kill_and_resume.py",
+        "--trials",
+        str(trials),
+        "--seed",
+        str(trials),
+    ]
+    done = subprocess.run(command, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.stdout.endswith(f"\n{trials} of {trials} equal\n"), done.stdout + done.stderr
     assert done.returncode == 0
 

@@ -14,7 +14,7 @@ import geomprobe
 
 pytest.importorskip("matplotlib")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts"
 
 

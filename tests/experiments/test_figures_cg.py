@@ -14,7 +14,7 @@ import geomprobe
 
 pytest.importorskip("matplotlib")
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -15,7 +15,7 @@ import geomprobe
 
 pytest.importorskip("matplotlib")
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -103,7 +103,9 @@ def test_budgets_are_cosines_against_references_up_to_each_without_its_last_epoc
 
     run = write_run(tmp_path / "a", history, trace=False)
     write_trace(run / "trace.h5", history, epoch_length=10, references={"step-40": history.weights[40]})
-    panel = figures_nwt.epoch_budgets({"budgets": [run]}).axes[0]
+    from figures.nwt import epoch_budgets
+
+    panel = epoch_budgets({"budgets": [run]}).axes[0]
     trace = geomprobe.open_trace(run)
     short, whole = line_of(panel, "4 epochs"), line_of(panel, "6 epochs")
     towards_40 = trace["references/step-40/cosine"].reshape(6, 10).mean(1)

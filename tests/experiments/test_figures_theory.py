@@ -18,7 +18,7 @@ import torch
 
 import geomprobe
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 NAMES = [
     "landscapes",
     "descent_and_flow",

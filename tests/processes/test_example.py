@@ -12,7 +12,7 @@ import pytest
 
 from geomprobe import open_trace
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "train_distributed.py"
+SCRIPT = Path(__file__).parents[2] / "scripts/examples/distributed.py"
 SMALL = [
     "--modules",
     "email",

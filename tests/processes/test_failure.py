@@ -18,8 +18,8 @@ from geomprobe import open_trace
 from geomprobe.cli import main
 from geomprobe.distributed import heartbeat
 from geomprobe.distributed import watchdog as vigil
-from geomprobe.distributed.heartbeat import SILENCE_S, Beat, Judge
-from geomprobe.distributed.progress import Followed, Place, Whereabouts
+from geomprobe.distributed.heartbeat import SILENCE_S, FailureDetector, Heartbeat
+from geomprobe.distributed.progress import Followed, Place, ProgressMarker
 from geomprobe.trace.record import open_record
 
 PATIENCE_S = 6.0
@@ -148,8 +148,8 @@ def test_a_script_that_fails_on_one_rank_is_named_on_the_others_and_not_their_br
 def test_torchrun_names_a_killed_rank_and_ends_the_others(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from launches import Training\nfrom test_failure import killed\n"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+        "from support.launches import Training\nfrom processes.test_failure import killed\n"
         "Training('DDP', place=(1, 5), trouble=killed, pause=0.4)()\n"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "geomprobe"]
@@ -173,11 +173,11 @@ def test_patience_is_a_number_of_seconds(capsys: pytest.CaptureFixture[str], tex
 # The judge, with time that the test makes
 
 
-def heard(judge: Judge, places: dict[int, Place], seconds: float) -> str | None:
+def heard(judge: FailureDetector, places: dict[int, Place], seconds: float) -> str | None:
     """What is said after each process has beaten each second."""
     said = None
     for number in range(int(seconds)):
-        now = {rank: Beat(number, place._replace(still=number + 1.0)) for rank, place in places.items()}
+        now = {rank: Heartbeat(number, place._replace(still=number + 1.0)) for rank, place in places.items()}
         judge.hear(now, 1.0)
         said = said or judge.verdict()
     return said
@@ -187,14 +187,16 @@ WAITING, LATE = Place(7, 4, False, "train.py:9", 0.0), Place(7, 1, False, "data.
 
 
 def test_a_process_that_moves_holds_no_one_up_however_long_the_others_wait_for_it() -> None:
-    judge = Judge(2, patience=10.0)
+    judge = FailureDetector(2, patience=10.0)
     for number in range(1000):
-        judge.hear({0: Beat(number, WAITING._replace(still=float(number))), 1: Beat(number, LATE)}, 1.0)
+        judge.hear(
+            {0: Heartbeat(number, WAITING._replace(still=float(number))), 1: Heartbeat(number, LATE)}, 1.0
+        )
         assert judge.verdict() is None
 
 
 def test_where_no_one_is_behind_all_are_told_with_their_lines() -> None:
-    said = heard(Judge(2, patience=10.0), {0: WAITING, 1: WAITING._replace(line="train.py:8")}, 11)
+    said = heard(FailureDetector(2, patience=10.0), {0: WAITING, 1: WAITING._replace(line="train.py:8")}, 11)
     assert said is not None
     assert said.startswith(
         "the run has stood still for 10 s: rank 0 stands at step 7, in the backward pass, train.py:9; rank 1 stands at"
@@ -202,37 +204,37 @@ def test_where_no_one_is_behind_all_are_told_with_their_lines() -> None:
 
 
 def test_a_run_that_was_suspended_as_a_whole_goes_on() -> None:
-    judge = Judge(2, patience=1800.0)
+    judge = FailureDetector(2, patience=1800.0)
     assert heard(judge, {0: WAITING, 1: LATE}, 3) is None
     judge.hear(
-        {0: Beat(3, WAITING), 1: Beat(2, LATE._replace(still=3.0))}, 7200.0
+        {0: Heartbeat(3, WAITING), 1: Heartbeat(2, LATE._replace(still=3.0))}, 7200.0
     )  # its next beat comes later
     assert judge.verdict() is None
 
 
 def test_silence_counts_for_less_where_an_exchange_has_broken() -> None:
     for broken_exchange, limit in ((False, SILENCE_S), (True, heartbeat.BROKEN_S)):
-        judge = Judge(3, patience=1800.0)
+        judge = FailureDetector(3, patience=1800.0)
         judge.exchange_broken = broken_exchange
-        beat = Beat(1, LATE)
+        beat = Heartbeat(1, LATE)
         seconds = 0
         while judge.verdict() is None:
-            judge.hear({0: Beat(seconds, WAITING), 1: Beat(seconds, WAITING), 2: beat}, 1.0)
+            judge.hear({0: Heartbeat(seconds, WAITING), 1: Heartbeat(seconds, WAITING), 2: beat}, 1.0)
             seconds += 1
         assert seconds == limit + 1
         assert judge.verdict().startswith(f"rank 2 has given no sign of life for {limit:.0f} s")
 
 
 def test_a_process_that_never_begins_is_named_when_patience_is_out() -> None:
-    judge = Judge(2, patience=20.0)
+    judge = FailureDetector(2, patience=20.0)
     for number in range(20):
         assert judge.verdict() is None
-        judge.hear({0: Beat(number, LATE), 1: None}, 1.0)
+        judge.hear({0: Heartbeat(number, LATE), 1: None}, 1.0)
     assert judge.verdict().startswith("rank 1 has not begun within 20 s")
 
 
 def test_a_process_that_has_left_is_named_where_the_others_wait_in_vain() -> None:
-    judge = Judge(2, patience=10.0)
+    judge = FailureDetector(2, patience=10.0)
     said = heard(judge, {0: WAITING, 1: Place(6, 0, False, "", 0.0, left=True)}, 11)
     assert said is not None
     assert "rank 0 stands at step 7, in the backward pass, train.py:9; rank 1 left before step 6." in said
@@ -245,7 +247,7 @@ def test_each_event_of_a_pass_is_noted_as_a_move_and_passed_on() -> None:
         def fetching(self) -> str:
             return "fetched"
 
-    whereabouts = Whereabouts()
+    whereabouts = ProgressMarker()
     followed: Any = Followed(Pass(), whereabouts)
     assert followed.fetching() == "fetched"
     assert whereabouts.look(1.0)[:2] == (5, 1)

@@ -85,8 +85,8 @@ def test_another_number_of_processes_is_refused_with_the_reason(tmp_path: Path) 
 def test_torchrun_starts_both_passes(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from launches import Training\nTraining('DDP')()\n"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+        "from support.launches import Training\nTraining('DDP')()\n"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "geomprobe"]
     for command in (["record", "-o", "run", "--seed", "0", "train.py"], ["replay", "run"]):

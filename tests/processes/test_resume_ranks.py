@@ -14,7 +14,7 @@ from support.same_file import assert_same
 
 from geomprobe import open_trace
 from geomprobe.distributed.ranks import Ranks
-from geomprobe.distributed.step_barrier import Appointment
+from geomprobe.distributed.step_barrier import StepBarrier
 from geomprobe.errors import RunError
 from geomprobe.passes.checkpoint import store as checkpoint
 from geomprobe.report.verify.verify import verify
@@ -184,7 +184,7 @@ def in_step(asking: int, at: int, stops: int) -> list[list[int]]:
     """Two ranks go through steps in turn; one wants something before a step. Gives the steps it is done at."""
     store = torch.distributed.HashStore()
     ranks = [Ranks(rank, 2, store) for rank in (0, 1)]
-    meetings = [Appointment(each, "stop") for each in ranks]
+    meetings = [StepBarrier(each, "stop") for each in ranks]
     done: list[list[int]] = [[], []]
     for step in range(stops):
         for rank, meeting in enumerate(meetings):
@@ -209,7 +209,7 @@ def test_whoever_asks_all_do_it_once_before_the_same_step(asking: int, at: int) 
 def test_a_rank_that_has_passed_the_others_says_so() -> None:
     store = torch.distributed.HashStore()
     ranks = [Ranks(rank, 2, store) for rank in (0, 1)]
-    first, second = (Appointment(each, "stop") for each in ranks)
+    first, second = (StepBarrier(each, "stop") for each in ranks)
     first.call()
     second.due(5)
     for each in ranks:

@@ -30,9 +30,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import command_forks
 import h5py
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from stress import command_forks
 
 TRAINING = Path(__file__).with_name("killed_training.py")
 SEGMENTS = 3

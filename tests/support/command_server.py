@@ -20,7 +20,7 @@ from pathlib import Path
 
 TIMEOUT_S = 60
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"  # where command_forks.py is
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Server:
     """
 
     def __init__(self, preload=None):
-        paths = os.pathsep.join([str(SCRIPTS.parent), str(SCRIPTS)])
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
         env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
         if preload is not None:
             env["LD_PRELOAD"] = str(preload)
@@ -98,7 +98,7 @@ def run(*argv, cwd, env=None):
 
 def serve():
     """Answer requests until standard input ends."""
-    forks = importlib.import_module("command_forks")
+    forks = importlib.import_module("stress.command_forks")
     forks.prepare()
     answers = sys.stdout
     for line in sys.stdin:

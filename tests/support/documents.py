@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")] + sorted(
     (ROOT / "docs").rglob("*.md")
 )
@@ -99,6 +99,10 @@ def _without_launcher(words: list[str]) -> list[str]:
     for i, word in enumerate(words):
         if word == "geomprobe" and (i == 0 or words[0] == "srun" or words[i - 1] == "-m"):
             return words[i:]
-        if re.fullmatch(r"scripts/\w+\.(py|sh)", word) and i and words[0] in ("python", "sh", "torchrun"):
+        if (
+            re.fullmatch(r"scripts/[\w/]+(\.py|\.sh)?", word)
+            and i
+            and words[0] in ("python", "sh", "torchrun")
+        ):
             return words[i:]
     return []

@@ -105,10 +105,10 @@ class LiveWriter:
 
 
 def main(run, kind):
-    from geomprobe.trace.run_folder import Run
+    from geomprobe.trace.run_folder import RunFolder
 
     parts = {}
-    with Run(run).writing():
+    with RunFolder(run).writing():
         print("done", flush=True)
         for line in sys.stdin:
             first, count = map(int, line.split())

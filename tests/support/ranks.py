@@ -19,7 +19,7 @@ _CONTEXT.set_forkserver_preload(
         "torch.distributed.fsdp",
         "torch.distributed.tensor",
         "geomprobe.measure.measurement",
-        "shared_training",
+        "support.shared_training",
     ]
 )
 _LIMIT_S = 120.0

@@ -79,8 +79,8 @@ def recorded(training: Resumable, run: Path, options: dict[str, Any]) -> int:
     """The step that this process began at."""
     vigil.BEAT_S = 0.05
     begun = []
-    put_back = restart.Restart.put_back
-    restart.Restart.put_back = lambda self, probe, *rest: (
+    put_back = restart.Restore.put_back
+    restart.Restore.put_back = lambda self, probe, *rest: (
         put_back(self, probe, *rest),
         begun.append(probe.step),
     )[0]

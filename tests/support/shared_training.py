@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from geomprobe.measure.measurement import Measurement
-from geomprobe.measure.options import Measure
+from geomprobe.measure.options import MeasureOptions
 from geomprobe.probe.hooks.grad_scaler import tag_scaled
 from geomprobe.probe.parameters import measured_parameters
 
@@ -143,8 +143,8 @@ class Case:
     dtype: torch.dtype = torch.float64
 
     @property
-    def measure(self) -> Measure:
-        return Measure(
+    def measure(self) -> MeasureOptions:
+        return MeasureOptions(
             every=self.every,
             curvature_every=int(self.curvature),
             per_parameter=self.per_parameter,

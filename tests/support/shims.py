@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parent / "trace" / "kill_shim.c"
+SOURCE = Path(__file__).with_name("kill_shim.c")
 
 
 def kill_shim(folder: Path) -> Path:

@@ -24,7 +24,7 @@ from geomprobe.measure.curvature.double_backward import graph_of, hessian_vector
 from geomprobe.measure.curvature.hessian_gradient import Curvature
 from geomprobe.measure.inner_products import InnerProducts
 from geomprobe.measure.measurement import Measurement
-from geomprobe.measure.options import Measure
+from geomprobe.measure.options import MeasureOptions
 from geomprobe.probe.parameters import measured_parameters
 from support.refused_layouts import WORLD, named, refusals
 from support.sharded_variants import fsdp_variants
@@ -150,7 +150,7 @@ def _run_halting(wrap: Any, operation: str, measured: bool) -> tuple[Tensor, lis
     optimizer = optimizer_of("momentum", wrapped.parameters())
     parameters = measured_parameters(wrapped, optimizer)
     probe: Any = SimpleNamespace(model=wrapped, optimizer=optimizer, parameters=parameters, step=0)
-    measurement = Measurement(probe, Measure()) if measured else None
+    measurement = Measurement(probe, MeasureOptions()) if measured else None
     if measurement is not None:
         measurement.open({})
     generator = torch.Generator().manual_seed(dist.get_rank())
@@ -216,7 +216,7 @@ def partly_used() -> dict[str, str]:
             lambda c=curvature, p=parameters: c.product([torch.ones_like(local(t)) for t in p])
         )
         probe: Any = SimpleNamespace(model=wrapped, parameters=named(wrapped)[1], step=0)
-        measurement = Measurement(probe, Measure(curvature_every=0))
+        measurement = Measurement(probe, MeasureOptions(curvature_every=0))
         measurement.open({})
         found[name] = _said(lambda m=measurement, p=parameters: m.row([t.grad for t in p], None))
     return found
@@ -236,7 +236,7 @@ def half_seen() -> list[bool]:
     wrapped = ddp(Net())
     probe: Any = SimpleNamespace(model=wrapped, parameters=named(wrapped)[1], step=0)
     probe.optimizer = optimizer_of("momentum", wrapped.parameters())
-    measurement = Measurement(probe, Measure())
+    measurement = Measurement(probe, MeasureOptions())
     measurement.open({})
     found = []
     for hidden in (True, False):
@@ -263,7 +263,7 @@ def fixed_loss() -> dict[str, tuple[float, float]]:
         mine = batch.chunk(WORLD)[dist.get_rank()]
         probe: Any = SimpleNamespace(model=wrapped, parameters=named(wrapped)[1], step=0)
         probe.optimizer = optimizer_of("momentum", wrapped.parameters())
-        measurement = Measurement(probe, Measure(curvature_every=0, sharpness_every=1))
+        measurement = Measurement(probe, MeasureOptions(curvature_every=0, sharpness_every=1))
         measurement.open({})
         measurement.sharpness_of(lambda w=wrapped, x=mine: w(x).square().mean())
         with torch.no_grad():

@@ -20,7 +20,7 @@ _CLOSURE = "pass probe.backward(loss, closure=...), a function that evaluates th
 
 
 @dataclass(frozen=True)
-class Obstacle:
+class Blocker:
     """An operation whose gradient cannot be differentiated again.
 
     Attributes:
@@ -42,11 +42,11 @@ class CurvatureUnavailable(GeomprobeError):
     Attributes:
         obstacle: the operation that blocks it, and the way round.
 
-    >>> print(CurvatureUnavailable(Obstacle("FooBackward", "has no derivative", "Use bar.")))
+    >>> print(CurvatureUnavailable(Blocker("FooBackward", "has no derivative", "Use bar.")))
     Hg cannot be computed exactly: FooBackward has no derivative. Use bar.
     """
 
-    def __init__(self, obstacle: Obstacle) -> None:
+    def __init__(self, obstacle: Blocker) -> None:
         super().__init__(
             f"Hg cannot be computed exactly: {obstacle.operation} {obstacle.reason}. {obstacle.remedy}"
         )
@@ -62,8 +62,8 @@ class _Kind:
     remedy: str
     plain: Callable[[], AbstractContextManager[Any]] | None = None
 
-    def obstacle(self, operation: str) -> Obstacle:
-        return Obstacle(operation, self.reason, self.remedy, self.plain)
+    def obstacle(self, operation: str) -> Blocker:
+        return Blocker(operation, self.reason, self.remedy, self.plain)
 
 
 _KINDS = (
@@ -124,7 +124,7 @@ _TWO_FORMULAS = re.compile(
 
 
 @dataclass
-class Anatomy:
+class GraphInfo:
     """What one walk over a loss's graph finds.
 
     Attributes:
@@ -136,22 +136,22 @@ class Anatomy:
 
     leaves: list[Tensor] = field(default_factory=list)
     functions: list[Any] = field(default_factory=list)
-    obstacles: list[Obstacle] = field(default_factory=list)
+    obstacles: list[Blocker] = field(default_factory=list)
     two_formulas: bool = False
 
 
-def dissect(loss: Tensor) -> Anatomy:
+def inspect_graph(loss: Tensor) -> GraphInfo:
     """Walk the graph of ``loss``; nothing in it is run.
 
     Args:
         loss: any tensor that requires grad.
 
     >>> weight = torch.ones(3, requires_grad=True)
-    >>> anatomy = dissect((weight**2).sum())
+    >>> anatomy = inspect_graph((weight**2).sum())
     >>> anatomy.leaves[0] is weight, anatomy.obstacles
     (True, [])
     """
-    anatomy = Anatomy()
+    anatomy = GraphInfo()
     names: dict[str, None] = {}
     for node in _nodes(loss):
         name = node.name()
@@ -193,18 +193,18 @@ def explained(error: RuntimeError) -> CurvatureUnavailable:
     if named is not None:
         kind = _kind_of(named[1].removeprefix("aten::")) or _OTHER
         return CurvatureUnavailable(kind.obstacle(named[1]))
-    return CurvatureUnavailable(Obstacle("the double backward", f'failed with "{text}"', _OTHER.remedy))
+    return CurvatureUnavailable(Blocker("the double backward", f'failed with "{text}"', _OTHER.remedy))
 
 
 @contextmanager
-def severed_functions(functions: Sequence[Any]) -> Iterator[list[Obstacle]]:
+def severed_functions(functions: Sequence[Any]) -> Iterator[list[Blocker]]:
     """Collect the Python functions that, in a backward pass run inside, return gradients without a graph.
 
     A custom backward that calls a kernel autograd does not know (a Triton or C++ extension, NumPy) raises
     nothing under ``create_graph``: its part of the Hessian is just not there. Started from a root gradient
     that requires grad, every gradient of the pass depends on it linearly, so one that does not is such a loss.
     """
-    found: dict[str, Obstacle] = {}
+    found: dict[str, Blocker] = {}
 
     def watch(node: Any) -> Callable[..., None]:
         def look(returned: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> None:
@@ -216,7 +216,7 @@ def severed_functions(functions: Sequence[Any]) -> Iterator[list[Obstacle]]:
 
         return look
 
-    obstacles: list[Obstacle] = []
+    obstacles: list[Blocker] = []
     with ExitStack() as stack:
         for node in functions:
             stack.callback(node.register_hook(watch(node)).remove)

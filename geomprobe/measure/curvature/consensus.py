@@ -8,7 +8,7 @@ from zlib import crc32
 import torch
 
 from geomprobe.distributed.layout import ElsewhereFailed, Layout
-from geomprobe.measure.curvature.autograd_graph import CurvatureUnavailable, Obstacle
+from geomprobe.measure.curvature.autograd_graph import Blocker, CurvatureUnavailable
 
 # What a process knows of a step's Hg before it is taken: the largest over all processes holds.
 _READY, _PARTIAL, _BLOCKED = range(3)
@@ -38,7 +38,7 @@ def fail_together(layout: Layout, failure: Exception | None, device: torch.devic
         raise failure
     for rank, (_, text) in reasons.items():
         raise CurvatureUnavailable(
-            Obstacle("the global loss", f'has none, says rank {rank} ("{text}")', "See there.")
+            Blocker("the global loss", f'has none, says rank {rank} ("{text}")', "See there.")
         )
 
 

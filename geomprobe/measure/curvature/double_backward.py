@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from geomprobe.measure.curvature.autograd_graph import (
-    Anatomy,
     CurvatureUnavailable,
-    dissect,
+    GraphInfo,
     explained,
+    inspect_graph,
     severed_functions,
 )
 from geomprobe.reproducibility.environment import untouched_rng
@@ -136,7 +136,7 @@ def compared_backward(
 def graph_of(
     loss: Tensor,
     parameters: Sequence[Tensor],
-    anatomy: Anatomy | None = None,
+    anatomy: GraphInfo | None = None,
     module: nn.Module | None = None,
 ) -> Graph:
     """The graph of the gradients of ``loss``, leaving every ``.grad`` alone.
@@ -230,16 +230,16 @@ def untouched(module: nn.Module | None) -> Iterator[None]:
                 )  # .data: a graph that saved the buffer must not see a new version
 
 
-def _clear(loss: Tensor) -> Anatomy:
+def _clear(loss: Tensor) -> GraphInfo:
     """The anatomy of a loss in whose way nothing known stands."""
-    anatomy = dissect(loss)
+    anatomy = inspect_graph(loss)
     if anatomy.obstacles:
         raise CurvatureUnavailable(anatomy.obstacles[0])
     return anatomy
 
 
 def _gradients(
-    loss: Tensor, parameters: Sequence[Tensor], anatomy: Anatomy, module: nn.Module | None
+    loss: Tensor, parameters: Sequence[Tensor], anatomy: GraphInfo, module: nn.Module | None
 ) -> list[Tensor | None]:
     wanted = [parameter for parameter in parameters if parameter.requires_grad]
     with untouched(module), silent(wanted), severed_functions(anatomy.functions) as cut, _explaining():

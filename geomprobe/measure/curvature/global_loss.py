@@ -1,8 +1,8 @@
 """The global loss: what each process differentiates of it, and how their products become those of the whole.
 
 The loss whose gradient the optimizer gets is the mean of the processes' own losses, times a factor (see
-`geomprobe.measure.curvature.reduction_factor`). Its Hessian is linear in them: each process takes ``H v`` of its own loss with the
-global ``v``, and the mean of these is the global one.
+`geomprobe.measure.curvature.reduction_factor`). Its Hessian is linear in them: each process takes ``H v`` of its
+own loss with the global ``v``, and the mean of these is the global one.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch import distributed as dist
 
 from geomprobe.distributed.dtensor import like_local, local, local_gradient
 from geomprobe.distributed.layout import Layout, fsdp_modules
-from geomprobe.measure.curvature.autograd_graph import Obstacle
+from geomprobe.measure.curvature.autograd_graph import Blocker
 
 Closure = Callable[[], Tensor]
 
-_MIXED_PRECISION = Obstacle(
+_MIXED_PRECISION = Blocker(
     "DDP's mixed_precision",
     "frees the weights that the backward pass used",
     "Train under torch.autocast, without it.",
 )
 
 
-class Alone:
+class SingleProcess:
     """One process: its loss is the global one.
 
     Attributes:
@@ -36,13 +36,13 @@ class Alone:
         obstacle: what stops all of it, if anything does.
 
     >>> w = torch.ones(1)
-    >>> with Alone([w]).tensors() as tensors:
+    >>> with SingleProcess([w]).tensors() as tensors:
     ...     tensors[0] is w
     True
     """
 
     later = False
-    obstacle: Obstacle | None = None
+    obstacle: Blocker | None = None
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = list(parameters)
@@ -65,7 +65,7 @@ class Alone:
         return closure
 
 
-class Replicas(Alone):
+class DataParallel(SingleProcess):
     """DDP. `torch.autograd.grad` passes its reducer by, so each process's graph is that of its own loss."""
 
     def __init__(self, parameters: Sequence[Tensor], layout: Layout) -> None:
@@ -87,7 +87,7 @@ class Replicas(Alone):
         return evaluate
 
 
-class Shards(Alone):
+class FullySharded(SingleProcess):
     """FSDP2. All parameters are gathered at once, and its hooks neither reduce nor free anything meanwhile."""
 
     later = True
@@ -123,7 +123,7 @@ class Shards(Alone):
         return [_shard(tensor, p) for tensor, p in zip(whole, self.parameters, strict=True)]
 
 
-class GlobalTensors(Alone):
+class ReplicatedDTensors(SingleProcess):
     """Replicated DTensors: the loss is a DTensor itself, and global."""
 
     def vectors(self, values: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> list[Tensor | None]:
@@ -134,18 +134,18 @@ class GlobalTensors(Alone):
         return [h for product, p in rows if (h := local_gradient(product.detach(), p)) is not None]
 
 
-def global_loss(parameters: Sequence[Tensor], layout: Layout, module: nn.Module | None) -> Alone:
+def global_loss(parameters: Sequence[Tensor], layout: Layout, module: nn.Module | None) -> SingleProcess:
     """What differentiates the global loss of a training that is laid out as ``layout`` says.
 
     >>> type(global_loss([torch.ones(1)], Layout(), None)).__name__
-    'Alone'
+    'SingleProcess'
     """
     if layout.kind == "DDP":
-        return Replicas(parameters, layout)
+        return DataParallel(parameters, layout)
     if layout.kind == "FSDP2":
         assert module is not None  # the layout was found in it
-        return Shards(parameters, layout, module)
-    return GlobalTensors(parameters) if layout.kind == "DTensor" else Alone(parameters)
+        return FullySharded(parameters, layout, module)
+    return ReplicatedDTensors(parameters) if layout.kind == "DTensor" else SingleProcess(parameters)
 
 
 def without_gradients(parameters: Iterable[Tensor], module: nn.Module | None) -> bool:

@@ -20,11 +20,11 @@ from geomprobe.distributed.dtensor import is_dtensor
 from geomprobe.distributed.layout import Layout
 from geomprobe.errors import UsageError
 from geomprobe.measure.curvature.autograd_graph import (
-    Anatomy,
+    Blocker,
     CurvatureUnavailable,
-    Obstacle,
+    GraphInfo,
     coarsest_epsilon,
-    dissect,
+    inspect_graph,
 )
 from geomprobe.measure.curvature.consensus import fail_together
 from geomprobe.measure.curvature.double_backward import (
@@ -72,7 +72,7 @@ class _Part:
     closure: Closure | None
     rng: RNGState | None
     scale: Tensor | None
-    obstacles: list[Obstacle]
+    obstacles: list[Blocker]
     tolerance: float = 0.0
     graph: Graph | None = None
     live: Tensor | None = None
@@ -111,9 +111,9 @@ class Curvature:
         self._module = module
         self._parts: list[_Part] = []
 
-    def obstacle(self, loss: Tensor, closure: Closure | None) -> Obstacle | None:
+    def obstacle(self, loss: Tensor, closure: Closure | None) -> Blocker | None:
         """What is known beforehand to stop the product of ``loss``; see `backward`."""
-        return self._obstacle(dissect(loss), closure)
+        return self._obstacle(inspect_graph(loss), closure)
 
     def backward(
         self,
@@ -138,7 +138,7 @@ class Curvature:
             CurvatureUnavailable: the graph holds an operation without a second derivative, and there is no
                 ``closure``.
         """
-        anatomy = dissect(loss)
+        anatomy = inspect_graph(loss)
         if (obstacle := self._obstacle(anatomy, closure)) is not None:
             raise CurvatureUnavailable(obstacle)
         value = loss.detach() if scale is None else loss.detach() / scale
@@ -235,7 +235,7 @@ class Curvature:
     def _device(self) -> torch.device:
         return self._loss.parameters[0].device
 
-    def _obstacle(self, anatomy: Anatomy, closure: Closure | None) -> Obstacle | None:
+    def _obstacle(self, anatomy: GraphInfo, closure: Closure | None) -> Blocker | None:
         if self._loss.obstacle is not None or closure is not None:
             return self._loss.obstacle
         return next(iter(anatomy.obstacles), None)

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from geomprobe.distributed.dtensor import local_gradient
 from geomprobe.distributed.layout import Layout
-from geomprobe.measure.curvature.autograd_graph import CurvatureUnavailable, Obstacle
-from geomprobe.measure.curvature.global_loss import Alone
+from geomprobe.measure.curvature.autograd_graph import Blocker, CurvatureUnavailable
+from geomprobe.measure.curvature.global_loss import SingleProcess
 from geomprobe.measure.inner_products import InnerProducts
-from geomprobe.measure.per_rank import OwnGradients
+from geomprobe.measure.per_rank import LocalGradients
 
 _SKEW = 0.05  # as far as compression to 8 bits of mantissa turns a gradient, and more than any rounding
 _ROUND = 1e-3  # a factor this near to a whole number of processes is one
@@ -35,15 +35,15 @@ class Reduction:
         factor: None until it is known.
 
     >>> w = torch.ones(1, requires_grad=True)
-    >>> reduction = Reduction(Alone([w]), Layout())
+    >>> reduction = Reduction(SingleProcess([w]), Layout())
     >>> reduction.factor
     1.0
     """
 
-    def __init__(self, global_loss: Alone, layout: Layout) -> None:
+    def __init__(self, global_loss: SingleProcess, layout: Layout) -> None:
         self._loss, self._layout = global_loss, layout
         self.factor: float | None = 1.0 if layout.kind in ("one process", "DTensor") else None
-        self._own = OwnGradients()
+        self._own = LocalGradients()
         self._reduced: list[Tensor | None] = []
 
     @contextmanager
@@ -99,8 +99,8 @@ class Reduction:
         self._reduced = [None if g is None else g.detach().clone() for g in gradients]
 
 
-def _obstacle(factor: float, skew: float) -> Obstacle:
-    return Obstacle(
+def _obstacle(factor: float, skew: float) -> Blocker:
+    return Blocker(
         "the reduction of the gradients",
         f"gives no multiple of the mean of the processes' gradients (the sine of the angle between them is "
         f"{skew:.3g}, the factor along it {factor:.3g})",

@@ -14,16 +14,16 @@ from geomprobe.distributed.layout import Layout
 from geomprobe.errors import RunError
 from geomprobe.passes.checkpoint import store as checkpoint
 from geomprobe.passes.checkpoint.ddp_buckets import Aside, WarmUp, require_buckets
-from geomprobe.passes.checkpoint.resume_point import Resumption
+from geomprobe.passes.checkpoint.resume_point import ResumePoint
 from geomprobe.passes.checkpoint.training_state import restore, restore_streams, streams
 from geomprobe.probe.loops import Position
 from geomprobe.probe.probe import Probe
 from geomprobe.reproducibility.environment import training_manifest
 from geomprobe.reproducibility.environment_check import FIRST_STEP_SECTIONS, require_same, require_same_kind
-from geomprobe.reproducibility.fingerprint import Evidence
+from geomprobe.reproducibility.fingerprint import StepFingerprint
 
 
-class Restart:
+class Restore:
     """What a pass needs to go on in the middle of a run, and to take checkpoints that allow it.
 
     Args:
@@ -35,7 +35,7 @@ class Restart:
         sweep: the loader that is looped over, and the random streams before its iterator was made.
     """
 
-    def __init__(self, resumption: Resumption | None) -> None:
+    def __init__(self, resumption: ResumePoint | None) -> None:
         self._resumption = resumption
         self.goal = resumption.position if resumption is not None else None
         self.loaders: list[DataLoader[Any]] = []
@@ -54,7 +54,9 @@ class Restart:
         loader.load_state_dict(rest["loader"])
         return 0
 
-    def put_back(self, probe: Probe, evidence: Evidence, layout: Layout, ignoring: Aside) -> dict[str, Any]:
+    def put_back(
+        self, probe: Probe, evidence: StepFingerprint, layout: Layout, ignoring: Aside
+    ) -> dict[str, Any]:
         """The goal is reached: put the state back, and hold it to the digests that were taken of it.
 
         Args:
@@ -143,7 +145,7 @@ class Restart:
 
 
 @contextlib.contextmanager
-def _aside(evidence: Evidence, ignoring: Aside) -> Iterator[None]:
+def _aside(evidence: StepFingerprint, ignoring: Aside) -> Iterator[None]:
     """What runs in here is not the training's."""
     pending = evidence.pending
     with ignoring():

@@ -13,12 +13,12 @@ from geomprobe.distributed.ranks import Ranks
 from geomprobe.errors import RunError
 from geomprobe.passes.checkpoint import store as checkpoint
 from geomprobe.probe.loops import Position
-from geomprobe.trace.run_folder import Run
+from geomprobe.trace.run_folder import RunFolder
 from geomprobe.trace.stream.reader import Header
 
 
 @dataclass(frozen=True)
-class Resumption:
+class ResumePoint:
     """How a pass goes on.
 
     Attributes:
@@ -44,15 +44,15 @@ class Resumption:
     buckets: list[str | None] = field(default_factory=list)
 
 
-def resumption(
-    run: Run,
+def find_resume_point(
+    run: RunFolder,
     manifest: dict[str, Any],
     earlier: Sequence[Header],
     reached: int,
     latest: int,
     first: int = 0,
     ranks: Ranks | None = None,
-) -> Resumption:
+) -> ResumePoint:
     """Go on from the last whole checkpoint at or before a step; a damaged one is named and passed over.
 
     Every process of the run goes on from the last one that is whole for all.
@@ -73,7 +73,7 @@ def resumption(
         latest = min(steps)
         if latest == max(steps):
             break
-    begin = Resumption(manifest, tuple(earlier), reached, first)
+    begin = ResumePoint(manifest, tuple(earlier), reached, first)
     if facts is None:
         return begin
     return replace(
@@ -86,7 +86,7 @@ def resumption(
     )
 
 
-def _last_whole(run: Run, latest: int) -> tuple[int, dict[str, Any] | None]:
+def _last_whole(run: RunFolder, latest: int) -> tuple[int, dict[str, Any] | None]:
     """The step and the facts of the last whole checkpoint at or before a step; 0 and None where there is none."""
     for step in reversed(checkpoint.saved(run.checkpoints)):
         if 0 < step <= latest:
@@ -97,10 +97,10 @@ def _last_whole(run: Run, latest: int) -> tuple[int, dict[str, Any] | None]:
     return 0, None
 
 
-def cuts(run: Run, world_size: int) -> list[int]:
+def cuts(run: RunFolder, world_size: int) -> list[int]:
     """The steps at which a run can be cut into segments: those that every process has a checkpoint of.
 
-    >>> cuts(Run("nowhere"), 1)
+    >>> cuts(RunFolder("nowhere"), 1)
     []
     """
     of_ranks = [set(checkpoint.saved(run.of_rank(rank).checkpoints)) for rank in range(world_size)]

@@ -16,7 +16,7 @@ _SPECIFICATION = re.compile(r"(\d+)(steps|min)")
 
 
 @dataclass(frozen=True)
-class Keeping:
+class RetentionPolicy:
     """When checkpoints are written, and how many are kept.
 
     Attributes:
@@ -26,7 +26,7 @@ class Keeping:
     Raises:
         UsageError: ``every`` is none of these, or ``keep`` is below 2.
 
-    >>> Keeping("2steps").parsed
+    >>> RetentionPolicy("2steps").parsed
     (2, 'steps')
     """
 
@@ -53,7 +53,7 @@ class Keeping:
     def too_many(self, steps: list[int]) -> list[int]:
         """Which of the checkpoints on disk go: those whose neighbors lie closest, never the first or the last.
 
-        >>> Keeping(keep=4).too_many([0, 10, 20, 30, 40, 50])
+        >>> RetentionPolicy(keep=4).too_many([0, 10, 20, 30, 40, 50])
         [10, 30]
         """
         left, gone = list(steps), []
@@ -64,7 +64,7 @@ class Keeping:
 
 
 @dataclass(frozen=True)
-class Options:
+class RecordOptions:
     """What a recording keeps beside the fingerprints; an attempt to go on with it takes the same.
 
     Attributes:
@@ -77,7 +77,7 @@ class Options:
     reference_steps: tuple[int, ...] = ()
     ema: tuple[float, ...] = ()
     average: bool = False
-    keeping: Keeping = field(default_factory=Keeping)
+    keeping: RetentionPolicy = field(default_factory=RetentionPolicy)
 
     def __post_init__(self) -> None:
         for decay in self.ema:
@@ -94,28 +94,28 @@ class Options:
         }
 
     @classmethod
-    def of(cls, described: dict[str, Any]) -> Options:
+    def of(cls, described: dict[str, Any]) -> RecordOptions:
         """What `described` described."""
-        keeping = Keeping(described["checkpoint_every"], described["keep_checkpoints"])
+        keeping = RetentionPolicy(described["checkpoint_every"], described["keep_checkpoints"])
         steps, ema = tuple(described["reference_steps"]), tuple(described["ema"])
         return cls(steps, ema, described["average"], keeping)
 
 
-class Due:
+class CheckpointTimer:
     """Tells between the steps of a run when a checkpoint is due; it stays due until one is `taken`.
 
     Args:
         keeping: the policy.
         clock: seconds.
 
-    >>> due = Due(Keeping("2steps"))
+    >>> due = CheckpointTimer(RetentionPolicy("2steps"))
     >>> due(Position(0, 0, 0, 1), 1), due(Position(0, 0, 0, 2), 2), due(Position(0, 0, 0, 3), 3)
     (False, True, True)
     >>> due.taken(3); due(Position(0, 0, 0, 4), 4)
     False
     """
 
-    def __init__(self, keeping: Keeping, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, keeping: RetentionPolicy, clock: Callable[[], float] = time.monotonic) -> None:
         self._count, self._unit = keeping.parsed
         self._clock = clock
         self._epoch_passed = False

@@ -12,7 +12,7 @@ from geomprobe.distributed.dtensor import local
 from geomprobe.distributed.ranks import Ranks
 from geomprobe.errors import UsageError
 from geomprobe.passes.references.raw_arrays import to_numpy
-from geomprobe.trace.run_folder import Run
+from geomprobe.trace.run_folder import RunFolder
 from geomprobe.trace.schema import FINAL, REFERENCE_NAME
 from geomprobe.trace.weights import write_reference
 
@@ -27,12 +27,12 @@ class KeptReferences:
     Attributes:
         sharded: whether each process keeps a shard of its own; replicated weights are kept once.
 
-    >>> kept = KeptReferences(Run("runs/a"), Ranks())
+    >>> kept = KeptReferences(RunFolder("runs/a"), Ranks())
     >>> [kept.is_lowest("best", loss) for loss in (0.5, 0.7, 0.4)]
     [True, False, True]
     """
 
-    def __init__(self, run: Run, ranks: Ranks) -> None:
+    def __init__(self, run: RunFolder, ranks: Ranks) -> None:
         self._run, self._ranks = run, ranks
         self._steps: dict[str, int] = {}  # before which each was taken last
         self._lowest: dict[str, float] = {}  # of those that are the best so far

@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
 
 from geomprobe.probe.hooks import grad_scaler as gradient_calls
-from geomprobe.probe.hooks.mute import hears, where_heard
+from geomprobe.probe.hooks.mute import hears, unless_muted
 from geomprobe.probe.hooks.step_calls import Args, Kwargs
 
 
@@ -58,7 +58,7 @@ def listening(listener: Listener) -> Iterator[None]:
             (_BaseDataLoaderIter, "__next__", _next),
         ):
             original = getattr(owner, name)
-            setattr(owner, name, torch.compiler.disable(where_heard(original, wrap(original, listener))))
+            setattr(owner, name, torch.compiler.disable(unless_muted(original, wrap(original, listener))))
             stack.callback(setattr, owner, name, original)
         hook = register_optimizer_step_pre_hook(torch.compiler.disable(listener.optimizer_stepping))
         stack.callback(hook.remove)

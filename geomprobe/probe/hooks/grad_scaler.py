@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad
 
-from geomprobe.probe.hooks.mute import where_heard
-from geomprobe.probe.step_attempts import Updates
+from geomprobe.probe.hooks.mute import unless_muted
+from geomprobe.probe.step_attempts import StepAttempts
 
 _SCALE = "_geomprobe_scale"  # on a scaled loss: (the loss, the scale)
 
@@ -21,7 +21,7 @@ _SCALE = "_geomprobe_scale"  # on a scaled loss: (the loss, the scale)
 class Listener(Protocol):
     """What a pass does with what is seen."""
 
-    updates: Updates
+    updates: StepAttempts
 
     def loss_scaled(self, factor: Tensor) -> None: ...
 
@@ -42,7 +42,7 @@ def listening_to_gradients(listener: Listener) -> Iterator[None]:
                         setattr(
                             owner,
                             name,
-                            torch.compiler.disable(where_heard(original, wrap(original, listener))),
+                            torch.compiler.disable(unless_muted(original, wrap(original, listener))),
                         )
                         stack.callback(setattr, owner, name, original)
                 wrapped.add(owner)
@@ -61,7 +61,7 @@ def listening_to_gradients(listener: Listener) -> Iterator[None]:
             for cell in _inner(function):
                 clip = cell.cell_contents
                 stack.callback(setattr, cell, "cell_contents", clip)
-                cell.cell_contents = torch.compiler.disable(where_heard(clip, _clip(clip, name, listener)))
+                cell.cell_contents = torch.compiler.disable(unless_muted(clip, _clip(clip, name, listener)))
         yield
 
 

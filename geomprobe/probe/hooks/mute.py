@@ -11,10 +11,10 @@ _unheard = 0
 
 
 @contextlib.contextmanager
-def unheard() -> Iterator[None]:
+def muted() -> Iterator[None]:
     """Inside, models run, gradients are taken and loaders are iterated without an observer being told.
 
-    >>> with unheard():
+    >>> with muted():
     ...     hears()
     False
     """
@@ -35,11 +35,11 @@ def hears() -> bool:
     return not _unheard
 
 
-def where_heard(original: Callable[..., Any], reporting: Callable[..., Any]) -> Callable[..., Any]:
+def unless_muted(original: Callable[..., Any], reporting: Callable[..., Any]) -> Callable[..., Any]:
     """``reporting`` where what happens is heard, ``original`` where it is not.
 
-    >>> call = where_heard(min, max)
-    >>> with unheard():
+    >>> call = unless_muted(min, max)
+    >>> with muted():
     ...     call(1, 2)
     1
     >>> call(1, 2)

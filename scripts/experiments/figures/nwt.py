@@ -1,8 +1,8 @@
 """Draw NWT's figures from run folders: a line for the mean of an epoch, a band from its minimum to its maximum.
 
-    python scripts/experiments/figures/nwt.py fig1 runs/a runs/b -o gamma.png      a line a run, named by what tells them apart
-    python scripts/experiments/figures/nwt.py fig2 runs/cifar runs/imagenet runs/wikitext -o scenarios.png    a column a run
-    python scripts/experiments/figures/nwt.py fig4-epochs runs/long -o budgets.png     against each reference that it kept
+    python scripts/experiments/figures/nwt.py fig1 runs/a runs/b -o gamma.png  a line a run
+    python scripts/experiments/figures/nwt.py fig2 runs/cifar runs/imagenet runs/wikitext -o columns.png  a column a run
+    python scripts/experiments/figures/nwt.py fig4-epochs runs/long -o budgets.png  against each reference that it kept
 
 As in the paper the final epoch is left out, where w nears w*; and of a run whose rate decays to almost nothing, which
 in the paper are those on ImageNet, the last 25 of 180 epochs. Cosines come with the null model, dotted: what a random

@@ -1,6 +1,6 @@
 """Draw the figures of the two papers' theory into docs/gallery.
 
-    python scripts/experiments/figures/theory.py                           all of them; a quarter of an hour on two cores
+    python scripts/experiments/figures/theory.py  all of them; a quarter of an hour on two cores
     python scripts/experiments/figures/theory.py --only random_walk        one, or several
 
 The runs behind them are recorded and replayed under runs/theory, and not made again while they are there.

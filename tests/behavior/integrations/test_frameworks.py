@@ -23,7 +23,7 @@ from geomprobe import Trace, open_trace
 pytestmark = pytest.mark.integrations
 
 SEED = 3
-SCRIPT = Path(__file__).with_name("framework_training.py")
+SCRIPT = Path(__file__).parents[2] / "support/framework_training.py"
 
 
 def command(*arguments: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -160,7 +160,7 @@ def test_an_accelerate_run_that_was_cut_off_goes_on_in_mid_epoch(tmp_path: Path)
 
 
 def snippets() -> list[str]:
-    page = Path(__file__).parents[2] / "docs" / "recipes-frameworks.md"
+    page = Path(__file__).parents[3] / "docs" / "recipes-frameworks.md"
     return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 

@@ -17,10 +17,10 @@ from workloads.data import cifar10
 
 import geomprobe
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+SCRIPTS = Path(__file__).parents[3] / "scripts/examples"
 
 IMAGES = [
-    "train_images.py",
+    "images.py",
     "--dataset",
     "digits",
     "--width",
@@ -30,9 +30,9 @@ IMAGES = [
     "--batch-size",
     "256",
 ]
-LANGUAGE = ["train_language.py", "--corpus", "stdlib", "--modules", "email", "json", "--vocabulary", "200"]
+LANGUAGE = ["language.py", "--corpus", "stdlib", "--modules", "email", "json", "--vocabulary", "200"]
 LANGUAGE += ["--features", "8", "--hidden", "8", "--layers", "2", "--train-words", "6000", "--epochs", "2"]
-SEGMENTATION = ["train_segmentation.py", "--dataset", "digits", "--width", "0.0625", "--epochs", "2"]
+SEGMENTATION = ["segmentation.py", "--dataset", "digits", "--width", "0.0625", "--epochs", "2"]
 SEGMENTATION += ["--patches", "30", "--held-out-patches", "10", "--patch-size", "32"]
 
 
@@ -45,21 +45,21 @@ def script(monkeypatch: pytest.MonkeyPatch, arguments: list[str], name: str) -> 
     ("arguments", "paper"),
     [
         (
-            ["train_images.py"],
+            ["images.py"],
             {"epochs": 190, "batch_size": 256, "lr": 1e-2, "weight_decay": 1e-6, "warmup": None},
         ),
         (
-            ["train_images.py", "--dataset", "imagenet"],
+            ["images.py", "--dataset", "imagenet"],
             {"epochs": 180, "batch_size": 256, "lr": 0.1, "weight_decay": 1e-4, "warmup": 3},
         ),
-        (["train_images.py", "--dataset", "imagenet", "--epochs", "90"], {"epochs": 90, "lr": 0.1}),
-        (["train_images.py"], {"model": "resnet18", "width": 1, "optimizer": "momentum"}),
+        (["images.py", "--dataset", "imagenet", "--epochs", "90"], {"epochs": 90, "lr": 0.1}),
+        (["images.py"], {"model": "resnet18", "width": 1, "optimizer": "momentum"}),
         (
-            ["train_language.py"],
+            ["language.py"],
             {"epochs": 20, "batch_size": 32, "lr": 1e-4, "weight_decay": 1e-5, "optimizer": "adam"},
         ),
         (
-            ["train_segmentation.py"],
+            ["segmentation.py"],
             {
                 "epochs": 26,
                 "batch_size": 10,
@@ -115,7 +115,7 @@ def test_a_small_training_replays_certified(
 def test_the_warm_up_reaches_the_greatest_rate_and_the_cosine_ends_near_zero(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    factor = script(monkeypatch, ["train_images.py"], "imported")["warmup_then_cosine"](30, 180)
+    factor = script(monkeypatch, ["images.py"], "imported")["warmup_then_cosine"](30, 180)
     rates = [factor(step) for step in range(180)]
     assert rates[:3] == pytest.approx([1 / 30, 2 / 30, 3 / 30])
     assert rates[29] == rates[30] == max(rates) == 1
@@ -148,7 +148,7 @@ def test_cifar_10_trains_from_its_own_files(
         (folder / name).write_bytes(content)
         monkeypatch.setitem(cifar10.MD5, name, hashlib.md5(content).hexdigest())
     small = ["--width", "0.0625", "--epochs", "1", "--batch-size", "10", "--workers", "0"]
-    script(monkeypatch, ["train_images.py", "--data", str(tmp_path), *small], "__main__")
+    script(monkeypatch, ["images.py", "--data", str(tmp_path), *small], "__main__")
     assert capsys.readouterr().out.startswith("epoch   1  loss ")
 
 
@@ -165,7 +165,7 @@ def geomprobe_command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess
 
 
 def test_missing_data_ends_a_recording_with_where_to_get_it_and_no_traceback(tmp_path: Path) -> None:
-    done = geomprobe_command("record", "-o", "run", str(SCRIPTS / "train_images.py"), cwd=tmp_path)
+    done = geomprobe_command("record", "-o", "run", str(SCRIPTS / "images.py"), cwd=tmp_path)
     assert done.returncode == 2
     assert "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz" in done.stderr
     assert "Traceback" not in done.stderr

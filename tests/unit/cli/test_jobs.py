@@ -27,7 +27,7 @@ def recorded(bench, tmp_path):
 
 def jobs(bench, run, *options, **env):
     """Start ``replay --jobs 3`` in a process of its own, as it starts others."""
-    package = Path(__file__).parents[2]
+    package = Path(__file__).parents[3]
     env = {**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1", **env}
     command = [sys.executable, "-m", "geomprobe", "replay", str(run), "--jobs", "3", *options]
     return subprocess.Popen(

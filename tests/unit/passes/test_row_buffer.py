@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from geomprobe.passes import row_buffer as rows
-from geomprobe.passes.row_buffer import CAPACITY, INTERVAL, Block, Rows
+from geomprobe.passes.row_buffer import CAPACITY, INTERVAL, Block, RowBuffer
 
 CPU = torch.device("cpu")
 
@@ -29,12 +29,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return standing
 
 
-def collector(floats: int = 2, integers: int = 1) -> tuple[Rows, list[Block]]:
+def collector(floats: int = 2, integers: int = 1) -> tuple[RowBuffer, list[Block]]:
     blocks: list[Block] = []
-    return Rows(CPU, floats, integers, blocks.append), blocks
+    return RowBuffer(CPU, floats, integers, blocks.append), blocks
 
 
-def append(collecting: Rows, step: int) -> None:
+def append(collecting: RowBuffer, step: int) -> None:
     collecting.append(
         torch.tensor([step, -step], dtype=torch.float64),
         torch.tensor([2**62 + step]),
@@ -141,7 +141,7 @@ def test_a_block_that_could_not_be_delivered_is_not_delivered_again(clock: Clock
         calls.append(block)
         raise OSError("no space left")
 
-    collecting = Rows(CPU, 2, 1, refuse)
+    collecting = RowBuffer(CPU, 2, 1, refuse)
     for step in range(CAPACITY - 1):
         append(collecting, step)
     with pytest.raises(OSError, match="no space left"):

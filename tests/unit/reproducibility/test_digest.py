@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from geomprobe.reproducibility.digest import Digests, fold, host_digest, leaves, rng_digests
+from geomprobe.reproducibility.digest import TensorDigests, fold, host_digest, leaves, rng_digests
 
 CPU = torch.device("cpu")
 
@@ -42,7 +42,7 @@ DTYPES = [
 
 
 def digest(*tensors: Tensor) -> int:
-    return int(Digests(CPU)([tensors]).item())
+    return int(TensorDigests(CPU)([tensors]).item())
 
 
 def raw(tensor: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def filled(size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tens
 @pytest.mark.parametrize("size", SIZES)
 def test_any_one_flipped_bit_changes_the_digest(size: int) -> None:
     tensor, seen = filled(size), set()
-    digests, before = Digests(CPU), digest(tensor)
+    digests, before = TensorDigests(CPU), digest(tensor)
     everywhere = range(32 * size) if size < 100 else np.random.default_rng(size).integers(32 * size, size=300)
     for bit in (*everywhere, 0, 32 * size - 1):
         raw(tensor)[bit // 8] ^= 1 << int(bit % 8)
@@ -121,7 +121,7 @@ def test_elements_swapped_between_the_tensors_of_a_group_show() -> None:
 
 def test_groups_are_told_apart_and_do_not_touch_each_other() -> None:
     a, b = filled(20), filled(20_000, seed=1)
-    digests = Digests(CPU)
+    digests = TensorDigests(CPU)
     first, second, none, again = digests([[a], [b], [], [a]]).tolist()
     assert (first, second, none, again) == (digest(a), digest(b), 0, digest(a))
     assert digests([[b], [a]]).tolist() == [second, first]
@@ -205,7 +205,7 @@ def test_the_number_of_threads_does_not_matter() -> None:
     try:
         for threads in (1, 2, 3, 4):
             torch.set_num_threads(threads)
-            found.append(Digests(CPU)([tensors, tensors[::-1]]).tolist())
+            found.append(TensorDigests(CPU)([tensors, tensors[::-1]]).tolist())
     finally:
         torch.set_num_threads(before)
     assert found == [found[0]] * 4
@@ -213,9 +213,9 @@ def test_the_number_of_threads_does_not_matter() -> None:
 
 def test_another_process_gives_the_same_digests() -> None:
     code = (
-        "import torch; from geomprobe.reproducibility.digest import Digests, host_digest, leaves;"
+        "import torch; from geomprobe.reproducibility.digest import TensorDigests, host_digest, leaves;"
         "t = torch.arange(50_000).sin();"
-        "print(Digests(torch.device('cpu'))([[t], [t[:9], t[9:]]]).tolist(),"
+        "print(TensorDigests(torch.device('cpu'))([[t], [t[:9], t[9:]]]).tolist(),"
         "host_digest(*leaves({'a': {3, 1, 2}, 'b': ('x', 'y'), 'c': {'p', 'q', 'r'}})[1]))"
     )
     answers = {
@@ -229,13 +229,13 @@ def test_another_process_gives_the_same_digests() -> None:
         for seed in "12"
     }
     t = torch.arange(50_000).sin()
-    here = Digests(CPU)([[t], [t[:9], t[9:]]]).tolist()
+    here = TensorDigests(CPU)([[t], [t[:9], t[9:]]]).tolist()
     rest = host_digest(*leaves({"a": {3, 1, 2}, "b": ("x", "y"), "c": {"p", "q", "r"}})[1])
     assert answers == {f"{here} {rest}\n"}
 
 
 def test_batches_of_ever_new_lengths_do_not_pile_up() -> None:
-    digests = Digests(CPU)
+    digests = TensorDigests(CPU)
     for size in range(1, 100):
         tensor = filled(size)
         assert digests([[tensor]]).item() == digest(tensor)

@@ -8,7 +8,7 @@ import threading
 from support.live_writer import LiveWriter
 
 from geomprobe.trace.lock_holders import Writer, writers
-from geomprobe.trace.run_folder import Run
+from geomprobe.trace.run_folder import RunFolder
 
 HOST = socket.gethostname()
 
@@ -66,7 +66,7 @@ def test_no_writer_is_ever_refused_because_somebody_asks(tmp_path):
     thread.start()
     try:
         for _ in range(300):
-            with Run(tmp_path).writing():  # raises where the lock is held
+            with RunFolder(tmp_path).writing():  # raises where the lock is held
                 pass
     finally:
         asking.clear()

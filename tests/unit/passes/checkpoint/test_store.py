@@ -15,7 +15,7 @@ from torch import nn
 
 from geomprobe.errors import RunError
 from geomprobe.passes.checkpoint import store as checkpoint
-from geomprobe.passes.checkpoint.retention import Keeping
+from geomprobe.passes.checkpoint.retention import RetentionPolicy
 from geomprobe.passes.checkpoint.training_state import capture, restore
 from geomprobe.probe.probe import Observer, Probe
 from geomprobe.reproducibility.environment import untouched_rng
@@ -206,7 +206,7 @@ def test_a_changed_bit_in_any_file_is_found_and_the_file_named(tmp_path: Path) -
 
 def test_the_writer_keeps_the_state_as_it_was_and_thins_what_lies_closest(tmp_path: Path) -> None:
     probe = trained(mlp, momentum, 0)
-    writer = checkpoint.Writer(tmp_path, Keeping(keep=4).too_many)
+    writer = checkpoint.Writer(tmp_path, RetentionPolicy(keep=4).too_many)
     states = {}
     for step in range(8):
         probe.step = step

@@ -13,13 +13,19 @@ from geomprobe.trace.stream.reader import PartNotBegun, read_part
 
 pytest.importorskip("resource")
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[4]
 LIMITS = (0, 100, 5000, 20_000, 77_777, 200_000, 400_001, 1_000_000)
 
 
 def run(thing, folder, limits=LIMITS):
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])])}
-    command = [sys.executable, str(HERE / "full_disk.py"), thing, str(folder), *map(str, limits)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    command = [
+        sys.executable,
+        str(ROOT / "tests/support/full_disk.py"),
+        thing,
+        str(folder),
+        *map(str, limits),
+    ]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     statuses = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("status")]
     said = [line for line in done.stdout.splitlines() if not line.startswith("status")]

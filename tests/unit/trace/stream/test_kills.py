@@ -18,7 +18,7 @@ from geomprobe.errors import RunError
 from geomprobe.trace.reader import open_trace
 from geomprobe.trace.stream.reader import PartNotBegun, read_part
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[4]
 TRIALS = 25  # of each sort, for each kind of part
 ROWS = 600
 KINDS = ("geomprobe-trace", "geomprobe-record")
@@ -29,10 +29,10 @@ class Writers:
     """The process of ``killed_writer.py``, which forks a writer a request."""
 
     def __init__(self, preload=None):
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])])}
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
         if preload:
             env["LD_PRELOAD"] = str(preload)
-        command = [sys.executable, str(HERE / "killed_writer.py")]
+        command = [sys.executable, str(ROOT / "tests/support/killed_writer.py")]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
         )
