@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from support.cases import CASES, Case, Watch, classified, mlp
 from support.oracle import History, float64, held, seeded
-from behavior.test_two_pass import RELATIVE, assert_columns, run_both
 from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader, TensorDataset
 
 import geomprobe
+from behavior.test_two_pass import RELATIVE, assert_columns, run_both
 from geomprobe.cli import launch
 from geomprobe.errors import UsageError
 
