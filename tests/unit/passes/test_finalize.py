@@ -19,13 +19,14 @@ from geomprobe.report.summary.text import next_command
 
 KILLED = """
 import os, signal, sys
-import test_sealing, geomprobe
+import geomprobe
+from unit.passes import test_finalize
 from geomprobe.passes import finalize as sealing
 run, kind = sys.argv[1:]
 if kind == "trace":
-    geomprobe.record(test_sealing.train, run, seed=0)
+    geomprobe.record(test_finalize.train, run, seed=0)
 setattr(sealing, f"seal_{kind}", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
-geomprobe.replay(test_sealing.train, run) if kind == "trace" else geomprobe.record(test_sealing.train, run, seed=0)
+geomprobe.replay(test_finalize.train, run) if kind == "trace" else geomprobe.record(test_finalize.train, run, seed=0)
 """
 
 
