@@ -19,7 +19,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from geomprobe.errors import UsageError
+from geomprobe.report.output import refuse_existing
 from geomprobe.report.plot import COLUMNS, figure, occupancy_figure, save
 from geomprobe.trace.reader import open_trace
 
@@ -51,8 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Draw the figure and write it."""
     output: Path = arguments.output
-    if output.exists() and not arguments.force:
-        raise UsageError(f"{output} exists; --force overwrites it")
+    refuse_existing(output, arguments.force)
     traces = [open_trace(run) for run in arguments.runs]
     if arguments.occupancy:
         drawing = occupancy_figure(traces, arguments.smooth)

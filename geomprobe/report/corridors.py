@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from geomprobe.corridor.detection import Occupancy, Segments, occupancy, segments
-from geomprobe.report.table import number, table
+from geomprobe.report.table import number, percent, table
 
 if TYPE_CHECKING:
     from geomprobe.trace.reader import Trace
@@ -47,7 +47,7 @@ def render(found: dict[str, Any], num_steps: int) -> str:
     head = (
         f"near-corridors: relative residual lr ||HG||/||G|| of {found['measured']} measured steps{smoothed}"
     )
-    rows = [[number(t), f"{100 * s:.1f} %"] for t, s in found["occupancy"]]
+    rows = [[number(t), percent(s)] for t, s in found["occupancy"]]
     curve = table(["below", "share"], rows, right=[0, 1])
     return "\n\n".join([head, curve, _stays(found, num_steps)])
 
@@ -67,7 +67,7 @@ def _lengths(stays: Segments) -> dict[str, float]:
 
 def _stays(found: dict[str, Any], num_steps: int) -> str:
     stays = sorted(found["stays"], key=lambda stay: stay["entry"] - stay["exit"])
-    line = f"below {number(found['threshold'])}: {100 * found['share']:.1f} % of the measured steps, {len(stays)} stays"
+    line = f"below {number(found['threshold'])}: {percent(found['share'])} of the measured steps, {len(stays)} stays"
     if not stays:
         return line
     lengths = found["lengths"]

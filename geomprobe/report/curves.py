@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from geomprobe.errors import UsageError
 from geomprobe.trace import geometry
-from geomprobe.trace.schema import TRACE_FILE
+from geomprobe.trace.schema import RECORD_FILE, TRACE_FILE
 
 if TYPE_CHECKING:
     from geomprobe.trace.reader import Trace
@@ -120,12 +120,25 @@ def _rate(trace: Trace) -> float | None:
     return float(lr.mean()) / (1 - momentum)
 
 
+def run_name(path: Path) -> str:
+    """The name of a run's folder, for the folder or a file in it; of a file elsewhere, its own name.
+
+    >>> run_name(Path("runs/a")), run_name(Path("runs/a/trace.h5"))
+    ('a', 'a')
+    """
+    path = _without_file(path.absolute())
+    return path.stem if path.is_file() else path.name
+
+
+def _without_file(path: Path) -> Path:
+    return path.parent if path.name in (RECORD_FILE, TRACE_FILE) else path
+
+
 def labels(traces: Sequence[Trace]) -> list[str]:
     """A short name for each run: its folder's, and the settings and the script's options by which these runs differ."""
-    paths = [trace.path.parent if trace.path.name == TRACE_FILE else trace.path for trace in traces]
-    names = [path.stem if path.is_file() else path.absolute().name for path in paths]
+    names = [run_name(trace.path) for trace in traces]
     if len(set(names)) < len(names):
-        names = [str(path) for path in paths]
+        names = [str(_without_file(trace.path)) for trace in traces]
     settings = _differing([_settings(trace.manifest) for trace in traces])
     if len({Path(_script(trace).get("path", "")).name for trace in traces}) == 1:
         asked = _differing([_arguments(_script(trace).get("argv", [])) for trace in traces])

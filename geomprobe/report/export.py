@@ -6,7 +6,6 @@ import csv
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from geomprobe.errors import RunError, UsageError
+from geomprobe.errors import UsageError
+from geomprobe.report.output import refuse_existing, write_errors, written_aside
 from geomprobe.trace import schema
 from geomprobe.trace.reader import Trace
 
@@ -70,7 +70,8 @@ def _columns(trace: Trace) -> Columns:
 
 def _csv(trace: Trace, found: Columns, path: Path, force: bool) -> None:
     """Floats as the shortest text that gives them back bit for bit; nothing where there is no number."""
-    with _aside(path, force) as aside, open(aside, "w", newline="") as file:
+    refuse_existing(path, force)
+    with written_aside(path) as aside, open(aside, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(found)
         for start in range(0, trace.num_steps, _BLOCK_ROWS):
@@ -89,12 +90,13 @@ def _parquet(trace: Trace, found: Columns, path: Path, force: bool) -> None:
         import pyarrow.parquet
     except ImportError as error:
         raise _missing("parquet", "pyarrow") from error
+    refuse_existing(path, force)
     fields = [
         pyarrow.field(name, pyarrow.from_numpy_dtype(values.dtype), metadata=_meaning(name))
         for name, values in found.items()
     ]
     table = pyarrow.table(list(found.values()), schema=pyarrow.schema(fields, metadata=_facts(trace, found)))
-    with _aside(path, force) as aside:
+    with written_aside(path) as aside:
         pyarrow.parquet.write_table(table, aside)
 
 
@@ -125,7 +127,7 @@ def _tensorboard(trace: Trace, found: Columns, path: Path, force: bool) -> None:
         raise UsageError(f"{path} is a file; name a log folder for TensorBoard")
     if path.exists() and any(path.iterdir()) and not force:
         raise UsageError(f"{path} holds something already; --force replaces what was exported there")
-    with _written(path):
+    with write_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         earlier = list(path.glob(f"*{_EVENTS}"))
         with TemporaryDirectory(dir=path, prefix=".") as aside:
@@ -179,32 +181,6 @@ def _description(name: str) -> str:
 
 def _missing(form: str, package: str) -> UsageError:
     return UsageError(f"export --format {form} needs {package}: pip install 'geomprobe[export]'")
-
-
-@contextmanager
-def _aside(path: Path, force: bool) -> Iterator[Path]:
-    """Another name in the same folder, which becomes `path` once all is written."""
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; name a file")
-    if path.exists() and not force:
-        raise UsageError(f"{path} exists; --force overwrites it")
-    aside = path.with_name(f".{path.name}.new")
-    with _written(path):
-        try:
-            yield aside
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)
-
-
-@contextmanager
-def _written(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RunError(
-            f"cannot write {path}: {error.strerror or error}. What was there before is untouched"
-        ) from error
 
 
 _FORMS: dict[str, Callable[[Trace, Columns, Path, bool], None]] = {

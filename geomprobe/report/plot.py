@@ -12,6 +12,7 @@ import numpy as np
 from geomprobe.corridor.detection import occupancy
 from geomprobe.errors import RunError, UsageError
 from geomprobe.report.curves import Curve, groups, labels, null_model
+from geomprobe.report.output import written_aside
 from geomprobe.trace.schema import describe
 
 if TYPE_CHECKING:
@@ -100,14 +101,13 @@ def save(drawing: Figure, path: Path) -> None:
 
     Raises:
         UsageError: matplotlib knows no such format.
-        RunError: the file cannot be written.
+        RunError: the file cannot be written; what was there before stays.
     """
-    try:
-        drawing.savefig(path, dpi=150)
-    except ValueError as error:
-        raise UsageError(f"cannot write {path}: {error}") from error
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+    with written_aside(path) as aside:
+        try:
+            drawing.savefig(aside, dpi=150, format=path.suffix.removeprefix(".") or "png")
+        except ValueError as error:
+            raise UsageError(f"cannot write {path}: {error}") from error
 
 
 def _new_figure(height: float) -> Figure:
