@@ -21,6 +21,9 @@ Array = NDArray[np.float64]
 
 WINDOWS = 50
 """Windows of steps that a trace without epochs is cut into."""
+WIDE = 20
+"""Ratio of largest to smallest value from which a curve is drawn on a logarithmic axis."""
+_NAMES = {"rsi": "RSI", "eb": "EB", "cosine": "cosine γ", "lolr": "loLR", "clr": "CLR"}
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,15 @@ def _rate(trace: Trace) -> float | None:
         return None
     momentum = (optimizer.get("groups") or [{}])[0].get("momentum", 0)
     return float(lr.mean()) / (1 - momentum)
+
+
+def column_name(column: str) -> str:
+    """A column's name as figures show it.
+
+    >>> column_name("rsi"), column_name("grad_norm")
+    ('RSI', 'grad norm')
+    """
+    return _NAMES.get(column, column.replace("_", " "))
 
 
 def run_name(path: Path) -> str:
