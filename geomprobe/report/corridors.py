@@ -1,4 +1,4 @@
-"""Where a run's near-corridors are: the share of steps below each threshold, and the stays below one."""
+"""The near-corridors of a run: the share of steps below each threshold, and the stays below one threshold."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
     from geomprobe.trace.reader import Trace
 
 THRESHOLDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-"""Relative residuals at which the text shows the curve; a figure shows it whole."""
+"""Relative residuals at which the text gives the share of steps below; a figure draws the whole curve."""
 _LONGEST = 5
 
 
 def summarize(trace: Trace, threshold: float, smooth: int | None) -> dict[str, Any]:
-    """Occupancy at `THRESHOLDS` and the stays below ``threshold``, ready for JSON.
+    """Occupancy at `THRESHOLDS` and the stays below ``threshold``, as JSON values.
 
     Args:
         trace: one whose replay took Hg.
-        threshold: relative residual below which a step is inside.
-        smooth: moving average over so many measured rows; None for none.
+        threshold: a step is inside where the relative residual is below this.
+        smooth: width of a moving average, in measured rows; None for no average.
 
     Raises:
         UsageError: nothing was measured, or the threshold is not positive.

@@ -22,11 +22,11 @@ Columns = Mapping[str, NDArray[Any]]
 
 _BLOCK_ROWS = 1 << 16
 _EVENTS = ".geomprobe"
-"""Ends the name of an event file, so that another export finds it among those of other programs."""
+"""The end of the name of an event file: by it, a later export finds its files among those of other programs."""
 
 
 def export(trace: Trace, form: str, path: Path, *, force: bool = False) -> list[str]:
-    """Write a trace's columns, one row a step: those of ``/steps``, and those of each reference under its path.
+    """Write the columns of a trace, one row a step: those of ``/steps``, and those of each reference under its path.
 
     Args:
         trace: the trace, in whatever state it is.
@@ -60,7 +60,7 @@ def export(trace: Trace, form: str, path: Path, *, force: bool = False) -> list[
 
 
 def _columns(trace: Trace) -> Columns:
-    """By name: ``step``, as whole numbers, the rest of ``/steps``, other gradients' and other references' columns."""
+    """By name: ``step`` as integers, the rest of ``/steps``, and the columns of other gradients and references."""
     names = [name for name in (*trace.columns, *trace.oracle_columns) if name != "step"]
     for reference in trace.references[1:]:
         paths = (f"references/{schema.escape(reference)}/{each.name}" for each in schema.REFERENCE_COLUMNS)
@@ -69,7 +69,7 @@ def _columns(trace: Trace) -> Columns:
 
 
 def _csv(trace: Trace, found: Columns, path: Path, force: bool) -> None:
-    """Floats as the shortest text that gives them back bit for bit; nothing where there is no number."""
+    """Each float as the shortest text that reads back bit for bit; an empty cell for NaN."""
     refuse_existing(path, force)
     with written_aside(path) as aside, open(aside, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -84,7 +84,7 @@ def _cells(values: NDArray[Any]) -> list[float | None]:
 
 
 def _parquet(trace: Trace, found: Columns, path: Path, force: bool) -> None:
-    """The same float64 bits, NaN included; what each column means is in its field's metadata."""
+    """The same float64 bits, NaN included; the metadata of a field holds what its column means."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -118,7 +118,7 @@ def _facts(trace: Trace, found: Columns) -> dict[str, str]:
 
 
 def _tensorboard(trace: Trace, found: Columns, path: Path, force: bool) -> None:
-    """One scalar a column, with its meaning as description; TensorBoard keeps float32."""
+    """One scalar a column, with its meaning as description; TensorBoard stores float32."""
     try:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
     except ImportError as error:

@@ -48,7 +48,7 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """What the system says where ``path`` cannot be written, as a `RunError`."""
+    """Turn the system's error where ``path`` cannot be written into a `RunError`."""
     try:
         yield
     except OSError as error:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 COLUMNS = ("rsi", "eb", "cosine")
 
-# Okabe and Ito's palette: told apart by every common kind of color vision.
+# Okabe and Ito's palette: its colors differ in every common kind of color vision.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _GRAY = "0.45"
 _LOGARITHMIC = ("rsi", "eb")

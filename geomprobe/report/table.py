@@ -41,7 +41,7 @@ def size(num_bytes: int) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Columns padded to their widest cell, two spaces apart; those numbered in ``right`` to the right.
+    """Columns as wide as their widest cell, two spaces apart; those numbered in ``right`` are aligned right.
 
     >>> print(table(["name", "rows"], [["rsi", "12"], ["cosine", "3"]], right=[1]))
     name    rows

@@ -1,4 +1,4 @@
-"""The figures of a run's page: small ones, a column each, with a text that says what each shows."""
+"""The figures of a run's page: a small one for each column, and a text that describes it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A run as one self-contained HTML page: the verdict, the figures, the numbers, and how to make it again.
 
-This file gathers what the page shows; `templates/page.html` says how, and escapes all text.
+This file gathers what the page shows. `templates/page.html` lays it out, and escapes all text.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def write(run: Path, output: Path, *, force: bool = False) -> Verdict:
         force: overwrite what is there.
 
     Returns:
-        What the page says first: whether the replay was the recorded run.
+        The verdict at the top of the page: whether the replay was the recorded run.
 
     Raises:
         UsageError: there is something at ``output`` and ``force`` is not set, Jinja2 is not installed, or there are
