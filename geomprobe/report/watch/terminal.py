@@ -1,4 +1,4 @@
-"""A snapshot of a pass for the terminal, by rich: as wide as the terminal is."""
+"""A snapshot of a pass as rich shows it in a terminal, in the width of the terminal."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _BLANK, _ASTERISK_BITS = ord(" "), np.array([[ord("*") - ord(" ")]])
 
 
 def console() -> Console:
-    """Standard output, as rich sees it.
+    """Standard output, as an object of rich.
 
     Raises:
         UsageError: rich is not installed.
@@ -49,7 +49,7 @@ def console() -> Console:
 
 
 def render(snapshot: Snapshot) -> RenderableType:
-    """The whole view: which pass, how far it is, its last values, its curves."""
+    """The whole view: the pass, its progress, its last values, its curves."""
     from rich.columns import Columns
     from rich.console import Group
     from rich.text import Text
@@ -166,7 +166,7 @@ def _doubts(snapshot: Snapshot) -> Iterator[str]:
 
 
 def _values(snapshot: Snapshot) -> Iterator[str]:
-    """The newest number of each column; with its step, where that is an older one."""
+    """The newest number of each column, and its step where another column has a newer one."""
     newest = max((last.step for last in snapshot.last.values()), default=0)
     for name in COLUMNS[snapshot.kind]:
         if name in snapshot.last:
@@ -176,7 +176,7 @@ def _values(snapshot: Snapshot) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class _Bar:
-    """Which of all steps are there, from left to right; half-tone where only some of a letter's are."""
+    """Which of all steps are there, from left to right; a letter is half-tone where some of its steps are missing."""
 
     covered: tuple[tuple[int, int], ...]
     total: int
