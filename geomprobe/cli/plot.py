@@ -38,21 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"columns of the trace, a panel each (default: {','.join(COLUMNS)})",
     )
     parser.add_argument(
-        "--skip-last-epoch",
-        action="store_true",
-        help="leave out the last epoch, in which w comes close to w*",
+        "--skip-last-epoch", action="store_true", help="leave out the last epoch, where w is close to w*"
     )
     parser.add_argument("--no-null-model", action="store_true", help="leave out the random walk")
     parser.add_argument(
-        "--occupancy",
-        action="store_true",
-        help="draw the share of steps below each relative residual",
+        "--occupancy", action="store_true", help="draw the share of steps below each relative residual"
     )
     parser.add_argument(
-        "--smooth",
-        type=int,
-        metavar="N",
-        help="with --occupancy: first average the residual over N measured steps",
+        "--smooth", type=int, metavar="N", help="with --occupancy: first average over N measured steps"
     )
     parser.add_argument("--force", action="store_true", help="overwrite FILE")
 

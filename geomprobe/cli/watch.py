@@ -28,9 +28,7 @@ from geomprobe.report.watch.terminal import console, render
 if TYPE_CHECKING:
     from rich.console import Console
 
-_SHARE = (
-    4  # the pause after a look is at least so many times the look itself, so that the pass keeps its speed
-)
+_SHARE = 4  # a pause is at least so many times as long as a look, so that watching does not slow the pass
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,11 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument("--once", action="store_true", help="print one view and end")
     parser.add_argument(
-        "--interval",
-        type=float,
-        default=2.0,
-        metavar="SECONDS",
-        help="seconds between two looks (default: 2)",
+        "--interval", type=float, default=2.0, metavar="SECONDS", help="time between two looks (default: 2)"
     )
 
 

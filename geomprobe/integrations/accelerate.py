@@ -39,7 +39,7 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: Any, **statefu
 
 
 class _Iterations:
-    """The number of passes over each prepared loader, as state: accelerate makes the seed of an epoch's order from it."""
+    """The number of passes over each prepared loader, as state: it sets the seed of an epoch's order."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator

@@ -14,8 +14,8 @@ from geomprobe.probe.probe import Probe, attach
 class GeomprobeCallback(Callback):
     """Attaches a probe to what a ``Trainer`` trains. Outside of ``geomprobe record`` and ``replay`` it does nothing.
 
-    The loss is that on which Lightning calls backward, so it is divided by ``accumulate_grad_batches``. The batch is the
-    one that ``training_step`` gets. Epochs are those of Lightning.
+    The loss is that on which Lightning calls backward, so it is divided by ``accumulate_grad_batches``. The batch is
+    the one that ``training_step`` gets. Epochs are those of Lightning.
 
     Attributes:
         probe: the probe of the present or the last training; None before the first.
