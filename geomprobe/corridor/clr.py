@@ -83,8 +83,7 @@ class CLR(Optimizer):
     @property
     def skipped_steps(self) -> Tensor:
         """Steps not taken (zero gradient, or a gradient or loss not finite): int64, 0-d, on the device."""
-        count: Tensor = self.param_groups[0]["skipped_steps"]
-        return count
+        return self.param_groups[0]["skipped_steps"]
 
     def scheduled(self, option: str) -> ScheduledOption:
         """The object to give to a torch scheduler, so that it acts on ``option`` of every group.
@@ -216,8 +215,7 @@ def _norm(gradients: list[Tensor], home: torch.device) -> Tensor:
         dtype = torch.float32 if blocks[batch[0]].itemsize < 4 else None
         found = torch._foreach_norm([blocks[index] for index in batch], 2, dtype=dtype)
         norms.append(torch.stack(found).to(norms[0]))
-    total: Tensor = torch.linalg.vector_norm(torch.cat(norms))
-    return total
+    return torch.linalg.vector_norm(torch.cat(norms))
 
 
 def _blocks(gradient: Tensor) -> Iterable[Tensor]:

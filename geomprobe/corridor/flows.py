@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -50,7 +50,12 @@ def gradient_flow(
     >>> [round(x, 10) for x in (flow.flatten() / 2).tolist()]  # 1 and exp(-1)
     [1.0, 0.3678794412]
     """
-    solve = _solver()
+    try:
+        from scipy.integrate import solve_ivp
+    except ImportError as error:
+        raise UsageError(
+            "the gradient flow needs SciPy's integrators: python -m pip install 'geomprobe[flows]'"
+        ) from error
     energy, point = _as_function(energy, start, torch.float64)
     moments = [0.0, *map(float, times)]
     if not all(before <= after for before, after in itertools.pairwise(moments)):
@@ -63,7 +68,7 @@ def gradient_flow(
     path, theta = [], point.cpu().numpy()
     for begin, end in itertools.pairwise(moments):
         if end > begin:
-            solution = solve(velocity, (begin, end), theta, method="DOP853", rtol=rtol, atol=atol)
+            solution = solve_ivp(velocity, (begin, end), theta, method="DOP853", rtol=rtol, atol=atol)
             if not solution.success:
                 raise GeomprobeError(
                     f"the gradient flow stopped between times {begin} and {end}, at time {solution.t[-1]}: "
@@ -182,17 +187,6 @@ def epoch_flow(energies: Sequence[Energy], h: float, theta: Tensor) -> EpochFlow
     return EpochFlow(-mean(theta), -h / 4 * norm_term, -h / 4 * torch.func.grad(inconsistency)(theta))
 
 
-def _solver() -> Callable[..., Any]:
-    try:
-        from scipy.integrate import solve_ivp
-    except ImportError as missing:
-        raise UsageError(
-            "the gradient flow needs SciPy's integrators: python -m pip install 'geomprobe[flows]'"
-        ) from missing
-    solver: Callable[..., Any] = solve_ivp
-    return solver
-
-
 def _as_function(
     energy: Energy | nn.Module, start: Tensor | None, dtype: torch.dtype | None = None
 ) -> tuple[Energy, Tensor]:
@@ -211,8 +205,7 @@ def _as_function(
         values = {
             name: piece.view(p.shape) for (name, p), piece in zip(parameters.items(), pieces, strict=True)
         }
-        value: Tensor = torch.func.functional_call(module, values, ())
-        return value
+        return torch.func.functional_call(module, values, ())
 
     point = parameters_to_vector(parameters.values()) if start is None else start
     return loss, point.detach().to(dtype or point.dtype)

@@ -291,8 +291,7 @@ def _positive(name: str, value: float) -> float:
 
 
 def _norm(vector: Tensor) -> Tensor:
-    length: Tensor = torch.linalg.vector_norm(vector, dim=-1)
-    return length
+    return torch.linalg.vector_norm(vector, dim=-1)
 
 
 def _distance_to_ellipsoid(point: Tensor, axes: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from geomprobe.corridor.detection import Occupancy, Segments, occupancy, segments
+from geomprobe.corridor.detection import occupancy, segments
 from geomprobe.report.table import number, percent, table
 
 if TYPE_CHECKING:
@@ -30,14 +30,17 @@ def summarize(trace: Trace, threshold: float, smooth: int | None) -> dict[str, A
     """
     curve = occupancy(trace, THRESHOLDS, smooth=smooth)
     stays = segments(trace, threshold, smooth=smooth)
+    lengths = stays.lengths
     return {
         "smooth": smooth,
         "measured": stays.measured,
-        "occupancy": _curve(curve),
+        "occupancy": list(zip(curve.thresholds.tolist(), curve.share.tolist(), strict=True)),
         "threshold": threshold,
         "share": stays.share,
         "stays": [{"entry": int(a), "exit": int(b)} for a, b in zip(stays.entries, stays.exits, strict=True)],
-        "lengths": _lengths(stays),
+        "lengths": {"median": float(np.median(lengths)), "longest": int(lengths.max())}
+        if len(lengths)
+        else {},
     }
 
 
@@ -50,19 +53,6 @@ def render(found: dict[str, Any], num_steps: int) -> str:
     rows = [[number(t), percent(s)] for t, s in found["occupancy"]]
     curve = table(["below", "share"], rows, right=[0, 1])
     return "\n\n".join([head, curve, _stays(found, num_steps)])
-
-
-def _curve(curve: Occupancy) -> list[tuple[float, float]]:
-    return [(float(t), float(s)) for t, s in zip(curve.thresholds, curve.share, strict=True)]
-
-
-def _lengths(stays: Segments) -> dict[str, float]:
-    if not len(stays.lengths):
-        return {}
-    return {
-        "median": float(np.median(stays.lengths)),
-        "longest": int(stays.lengths.max()),
-    }
 
 
 def _stays(found: dict[str, Any], num_steps: int) -> str:

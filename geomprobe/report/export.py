@@ -101,17 +101,16 @@ def _parquet(trace: Trace, found: Columns, path: Path, force: bool) -> None:
 
 
 def _facts(trace: Trace, found: Columns) -> dict[str, str]:
+    """What the trace is, and the entry by which pandas makes ``step`` the index."""
     facts = {
         "schema": schema.TRACE_SCHEMA,
         "schema_version": schema.SCHEMA_VERSION,
-        "status": trace.status,
-        "num_parameters": trace.num_parameters,
-        "certificate": trace.certificate,
-        "manifest": trace.manifest,
+        **{name: getattr(trace, name) for name in ("status", "num_parameters", "certificate", "manifest")},
     }
     described = [
-        {"name": name, "field_name": name, "pandas_type": kind, "numpy_type": kind, "metadata": None}
-        for name, kind in ((name, str(values.dtype)) for name, values in found.items())
+        {"name": name, "field_name": name, "metadata": None}
+        | dict.fromkeys(("pandas_type", "numpy_type"), str(values.dtype))
+        for name, values in found.items()
     ]
     pandas = {"index_columns": ["step"], "column_indexes": [], "columns": described}
     return {"geomprobe": json.dumps(facts), "pandas": json.dumps(pandas)}
@@ -166,12 +165,7 @@ def _events(found: Columns) -> Iterator[Any]:
 
 def _meaning(name: str) -> dict[str, str]:
     column = schema.describe(name if "/" in name else f"steps/{name}")
-    return {
-        "long_name": column.long_name,
-        "units": column.units,
-        "formula": column.formula,
-        "source": column.source,
-    }
+    return {key: getattr(column, key) for key in ("long_name", "units", "formula", "source")}
 
 
 def _description(name: str) -> str:

@@ -27,6 +27,8 @@ from geomprobe.trace.schema import describe
 if TYPE_CHECKING:
     from jinja2 import Template
 
+    from geomprobe.trace.reader import Trace
+
 
 def write(run: Path, output: Path, *, force: bool = False) -> Verdict:
     """Write the report of a run: one HTML file that needs no other, no network and no script.
@@ -92,7 +94,7 @@ def _shown(summary: Summary) -> dict[str, Any]:
         "next_command": next_command(summary),
         "facts": facts(summary),
         "figures": {} if trace is None else galleries(trace),
-        "shares": [] if trace is None or not has_numbers(trace, RESIDUAL) else _shares(trace),
+        "shares": [] if trace is None else _shares(trace),
         "num_steps": 0 if trace is None else trace.num_steps,
         "measured": [_row(column) for column in columns if column["measured"]],
         "unmeasured": [column["name"] for column in columns if not column["measured"]],
@@ -104,7 +106,10 @@ def _shown(summary: Summary) -> dict[str, Any]:
     }
 
 
-def _shares(trace: Any) -> list[tuple[str, str]]:
+def _shares(trace: Trace) -> list[tuple[str, str]]:
+    """The share of measured steps below each threshold of the relative residual; nothing where it was not measured."""
+    if not has_numbers(trace, RESIDUAL):
+        return []
     curve = occupancy(trace, THRESHOLDS)
     return [(number(t), percent(share)) for t, share in zip(curve.thresholds, curve.share, strict=True)]
 

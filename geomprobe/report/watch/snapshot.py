@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,8 +51,7 @@ _BUCKETS = 1024
 _RATE_LOOKS = 10
 
 
-@dataclass(frozen=True)
-class Last:
+class Last(NamedTuple):
     """The newest number of a column, and the step that it was measured at."""
 
     step: int
@@ -102,10 +101,10 @@ class Snapshot:
         return max(0, self.total - self.steps) / self.rate
 
 
-class Curve:
+class DownsampledCurve:
     """The mean of a column over stretches of steps, in memory that does not grow with their number.
 
-    >>> curve = Curve(buckets=2)
+    >>> curve = DownsampledCurve(buckets=2)
     >>> curve.add(np.arange(4), np.array([1.0, 3.0, 5.0, np.nan]))
     >>> [part.tolist() for part in curve.points()]
     [[0.5, 2.5], [2.0, 5.0]]
@@ -147,7 +146,7 @@ class _Seen:
 
     def forget(self) -> None:
         self.last: dict[str, Last] = {}
-        self.curves = {name: Curve() for name in CURVES[self._kind]}
+        self.curves = {name: DownsampledCurve() for name in CURVES[self._kind]}
 
     def take(self, header: Header, block: Block) -> None:
         table = TABLES[self._kind]
