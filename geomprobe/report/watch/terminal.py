@@ -100,6 +100,7 @@ def draw(x: Array, y: Array, width: int, height: int, *, plain: bool = False) ->
     means = np.bincount(index, weights=y) / counts
     rows = height * down - 1 - _scaled(means, height * down)
     letters = np.full((height, width), blank)
+    # Several dots may be in one letter: `|=` by index would keep only the last of them.
     np.bitwise_or.at(letters, (rows // down, columns // across), bits[rows % down, columns % across])
     return Drawing(["".join(map(chr, line)) for line in letters], float(means.min()), float(means.max()))
 
