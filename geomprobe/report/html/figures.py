@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING
 
@@ -56,7 +56,10 @@ class Gallery:
     """Figures that have one key."""
 
     keys: list[Key]
-    figures: list[Drawing] = field(default_factory=list)
+    figures: list[Drawing]
+
+    def __contains__(self, column: str) -> bool:
+        return any(figure.name == column for figure in self.figures)
 
 
 def galleries(trace: Trace) -> dict[str, Gallery]:
@@ -65,16 +68,13 @@ def galleries(trace: Trace) -> dict[str, Gallery]:
     Raises:
         UsageError: matplotlib is not installed.
     """
-    found = {"references": _reference_figures(trace)} if len(trace.references) > 1 else {}
-    found |= {section: _column_figures(trace, columns) for section, columns in _SECTIONS.items()}
-    if has_numbers(trace, RESIDUAL):
+    grouped = groups(trace)
+    found = {section: _column_figures(trace, grouped, columns) for section, columns in _SECTIONS.items()}
+    if len(trace.references) > 1:
+        found["references"] = _reference_figures(trace, grouped)
+    if RESIDUAL in found["corridors"]:
         found["corridors"].figures.extend(_occupancy(trace))
     return {section: gallery for section, gallery in found.items() if gallery.figures}
-
-
-def has_numbers(trace: Trace, column: str) -> bool:
-    """Whether a column has a number to draw."""
-    return column in trace and bool(np.isfinite(groups(trace).curve(trace[column]).mean).any())
 
 
 def typeset(formula: str) -> str:
@@ -86,18 +86,23 @@ def typeset(formula: str) -> str:
     return formula.replace("||", "‖").replace("^2", "²")
 
 
-def _column_figures(trace: Trace, columns: Sequence[str]) -> Gallery:
-    grouped = groups(trace)
-    names = [name for name in columns if has_numbers(trace, name)]
+def _drawable(trace: Trace, grouped: Groups, columns: Sequence[str]) -> dict[str, Curve]:
+    """The curves of those of the columns that have a number to draw."""
+    curves = {name: grouped.curve(trace[name]) for name in columns if name in trace}
+    return {name: curve for name, curve in curves.items() if np.isfinite(curve.mean).any()}
+
+
+def _column_figures(trace: Trace, grouped: Groups, columns: Sequence[str]) -> Gallery:
+    curves = _drawable(trace, grouped, columns)
     keys = [Key(f"mean of each {_group(grouped)}"), Key("its minimum to maximum", opacity="0.3")]
-    if any(null_model(trace, name) is not None for name in names):
+    if any(null_model(trace, name) is not None for name in curves):
         keys.append(Key("random walk of as many steps (NWT eq. 8)", "--soft", "5 3"))
     if _different(trace, grouped) is not None:
         keys.append(Key("not the recorded run", "--alarm", opacity="0.2"))
-    return Gallery(keys, [_column_figure(trace, grouped, name) for name in names])
+    return Gallery(keys, [_column_figure(trace, grouped, name, curve) for name, curve in curves.items()])
 
 
-def _column_figure(trace: Trace, grouped: Groups, name: str) -> Drawing:
+def _column_figure(trace: Trace, grouped: Groups, name: str, curve: Curve) -> Drawing:
     def draw() -> Figure:
         drawing = figure([trace], [name])
         start = _different(trace, grouped)
@@ -106,20 +111,18 @@ def _column_figure(trace: Trace, grouped: Groups, name: str) -> Drawing:
         return drawing
 
     described = describe(f"steps/{name}")
-    ends = _ends(grouped, grouped.curve(trace[name]))
-    alt = f"{name}: {described.long_name}, by {grouped.axis}. {ends}"
+    alt = f"{name}: {described.long_name}, by {grouped.axis}. {_ends(grouped, curve)}"
     meaning = f": {described.long_name}, {typeset(described.formula)} ({described.source})"
     return Drawing(name, meaning, _svg(trace, name, draw, alt))
 
 
-def _reference_figures(trace: Trace) -> Gallery:
+def _reference_figures(trace: Trace, grouped: Groups) -> Gallery:
     """Distance and cosine against every reference."""
-    grouped = groups(trace)
     keys = [
         Key(name, f"--line-{i % len(LINES) + 1}", " ".join(map(str, _DASHES[i % len(_DASHES)])))
         for i, name in enumerate(trace.references)
     ]
-    names = [name for name in ("distance", "cosine") if has_numbers(trace, name)]
+    names = _drawable(trace, grouped, ("distance", "cosine"))
     return Gallery(keys, [_against_all(trace, grouped, name) for name in names])
 
 

@@ -13,7 +13,7 @@ from geomprobe.corridor.detection import occupancy
 from geomprobe.errors import UsageError
 from geomprobe.report.corridors import THRESHOLDS
 from geomprobe.report.curves import run_name
-from geomprobe.report.html.figures import RESIDUAL, galleries, has_numbers, typeset
+from geomprobe.report.html.figures import RESIDUAL, galleries, typeset
 from geomprobe.report.output import refuse_existing, written_aside
 from geomprobe.report.summary.commands import again
 from geomprobe.report.summary.facts import facts
@@ -88,13 +88,14 @@ def _shown(summary: Summary) -> dict[str, Any]:
     """All that the page shows beside the verdict, by the name that the template has for it."""
     manifest, entries = summary["manifest"], [each for each in (summary["trace"], summary["record"]) if each]
     trace = open_trace(Path(summary["path"])) if "status" in (summary["trace"] or {}) else None
+    figures = {} if trace is None else galleries(trace)
     columns = next(each["columns"] for each in entries if "columns" in each)
     return {
         "title": run_name(Path(summary["path"])),
         "next_command": next_command(summary),
         "facts": facts(summary),
-        "figures": {} if trace is None else galleries(trace),
-        "shares": [] if trace is None else _shares(trace),
+        "figures": figures,
+        "shares": _shares(trace) if trace is not None and RESIDUAL in figures.get("corridors", ()) else [],
         "num_steps": 0 if trace is None else trace.num_steps,
         "measured": [_row(column) for column in columns if column["measured"]],
         "unmeasured": [column["name"] for column in columns if not column["measured"]],
@@ -107,9 +108,7 @@ def _shown(summary: Summary) -> dict[str, Any]:
 
 
 def _shares(trace: Trace) -> list[tuple[str, str]]:
-    """The share of measured steps below each threshold of the relative residual; nothing where it was not measured."""
-    if not has_numbers(trace, RESIDUAL):
-        return []
+    """The share of measured steps below each threshold of the relative residual."""
     curve = occupancy(trace, THRESHOLDS)
     return [(number(t), percent(share)) for t, share in zip(curve.thresholds, curve.share, strict=True)]
 
