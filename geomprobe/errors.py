@@ -1,12 +1,13 @@
-"""What geomprobe raises. Each message says what happened, where, with which values, and what to do next."""
+"""The errors of geomprobe. Each message states what happened, where, with which values, and what to do next."""
 
 from __future__ import annotations
 
 
 class GeomprobeError(Exception):
-    """Base of every error that geomprobe raises on purpose.
+    """The base of every error that geomprobe raises on purpose.
 
-    ``exit_code`` is what the command line exits with (DESIGN: 0 held, 1 failed, 2 wrong usage, 3 diverged).
+    Attributes:
+        exit_code: the exit code of the command line: 0 success, 1 failed, 2 wrong usage, 3 diverged.
 
     >>> GeomprobeError("no such run").exit_code
     1
@@ -16,7 +17,7 @@ class GeomprobeError(Exception):
 
 
 class UsageError(GeomprobeError):
-    """The command or call itself is wrong; nothing was started."""
+    """The command or the call is wrong; nothing was started."""
 
     exit_code = 2
 
@@ -26,7 +27,7 @@ class RunError(GeomprobeError):
 
 
 class UnsupportedTraining(GeomprobeError):
-    """The training loop does something that geomprobe cannot measure rightly, such as two optimizers stepping."""
+    """The training does something that geomprobe cannot measure correctly, such as steps of two optimizers."""
 
 
 class EnvironmentMismatch(GeomprobeError):
@@ -34,12 +35,12 @@ class EnvironmentMismatch(GeomprobeError):
 
 
 class Stopped(BaseException):
-    """The pass ends before its script does, as it was asked to; what it has done is kept, and it can go on from there.
+    """The pass ends before its script does, because it was asked to. Its rows are kept, and it can be resumed.
 
-    No script's ``except Exception`` holds it up.
+    It is no `Exception`, so that ``except Exception`` in a script does not stop it.
 
     Attributes:
-        together: whether every process of the run ends so, at the same step.
+        together: whether every process of the run ends in this way, at the same step.
 
     >>> Stopped().exit_code
     75
@@ -53,7 +54,7 @@ class Stopped(BaseException):
 
 
 class ReplayDiverged(GeomprobeError):
-    """The replay was not the same run: the first difference, by step, component and tensor.
+    """The replay was not the recorded run; the error names the first difference.
 
     Attributes:
         step: the first step that differed.

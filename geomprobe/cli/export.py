@@ -1,10 +1,10 @@
 """Write a trace for other tools: as CSV, Parquet, or TensorBoard scalars.
 
-One row a step, with the columns of /steps, and those of every other reference under their paths. CSV leaves
-empty what was not measured, and every float reads back bit for bit (in older versions of pandas, with
-float_precision="round_trip"). Parquet has `step` as its index, and the units, formula and source of a column
-as its field's metadata. TensorBoard keeps single precision, and PATH is its log folder. Parquet and TensorBoard
-need packages of their own: pip install 'geomprobe[export]'.
+There is one row a step. Its columns are those of /steps, and those of every other reference under their paths.
+In CSV, a value that was not measured is an empty cell, and every float reads back bit for bit (in older versions of
+pandas, with float_precision="round_trip"). Parquet has `step` as its index, and the units, formula and source of a
+column as the metadata of its field. TensorBoard stores single precision, and PATH is its log folder. Parquet and
+TensorBoard need packages of their own: pip install 'geomprobe[export]'.
 
     geomprobe export runs/a --format csv -o trace.csv
     geomprobe export runs/a --format parquet -o trace.parquet

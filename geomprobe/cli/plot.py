@@ -1,16 +1,16 @@
-"""Draw RSI, EB and cosine (or any columns) of one or several runs.
+"""Draw columns of one or several runs: RSI, EB and cosine, unless others are named.
 
-As NWT's figure 2: a line for the epoch mean, a band from epoch minimum to epoch maximum, and a dashed
-line for the null model, a random walk of as many steps (NWT eq. 8). Traces without epochs are drawn by
-windows of steps. Several runs are laid over one another. A trace that is not certified says so in the
-title. The file's suffix picks the format (png, pdf, svg). Needs matplotlib: pip install 'geomprobe[plot]'.
+The figure is like figure 2 of NWT. A line is the mean of each epoch. A band goes from the minimum of the epoch to its
+maximum. A dashed line is the null model: a random walk of as many steps (NWT eq. 8). A trace without epochs is
+drawn by windows of steps. Several runs share one panel. The title names every trace that is not certified. The suffix
+of the file sets the format (png, pdf, svg). Needs matplotlib: pip install 'geomprobe[plot]'.
 
     geomprobe plot runs/a runs/b -o gamma.png --columns cosine,lolr --skip-last-epoch
     geomprobe plot runs/a -o rates.png --columns lr,lolr,clr                       (NWT figure 3, CG figure 4)
     geomprobe plot runs/a -o corridor.png --columns loss,hg_norm,relative_residual (CG figure 7)
     geomprobe plot runs/a runs/b -o occupancy.png --occupancy --smooth 25
 
-With --occupancy it draws how much of training was spent below each threshold of the relative residual.
+With --occupancy, the figure shows which share of the measured steps is below each threshold of the relative residual.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from geomprobe.errors import UsageError
+from geomprobe.report.output import refuse_existing
 from geomprobe.report.plot import COLUMNS, figure, occupancy_figure, save
 from geomprobe.trace.reader import open_trace
 
@@ -38,12 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"columns of the trace, a panel each (default: {','.join(COLUMNS)})",
     )
     parser.add_argument(
-        "--skip-last-epoch", action="store_true", help="leave out the last epoch, where w nears w*"
+        "--skip-last-epoch", action="store_true", help="leave out the last epoch, where w is close to w*"
     )
     parser.add_argument("--no-null-model", action="store_true", help="leave out the random walk")
-    parser.add_argument("--occupancy", action="store_true", help="draw the occupancy of near-corridors")
     parser.add_argument(
-        "--smooth", type=int, metavar="N", help="with --occupancy: average over N measured steps first"
+        "--occupancy", action="store_true", help="draw the share of steps below each relative residual"
+    )
+    parser.add_argument(
+        "--smooth", type=int, metavar="N", help="with --occupancy: first average over N measured steps"
     )
     parser.add_argument("--force", action="store_true", help="overwrite FILE")
 
@@ -51,8 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Draw the figure and write it."""
     output: Path = arguments.output
-    if output.exists() and not arguments.force:
-        raise UsageError(f"{output} exists; --force overwrites it")
+    refuse_existing(output, arguments.force)
     traces = [open_trace(run) for run in arguments.runs]
     if arguments.occupancy:
         drawing = occupancy_figure(traces, arguments.smooth)

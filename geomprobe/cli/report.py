@@ -1,10 +1,10 @@
-"""Write a run's report: one HTML page, to be read in a browser, sent by mail, or printed.
+"""Write the report of a run: one HTML page for a browser, for mail or for print.
 
-It begins with whether the replay was the recorded run. Then come the figures of the papers, by epoch (RSI, EB,
-cosine, loLR, distance, and with Hg the near-corridors), the numbers, the commands that make the run again, its
+The page first states whether the replay was the recorded run. Then it shows the figures of the papers by epoch (RSI,
+EB, cosine, loLR, distance, and with Hg the near-corridors), the numbers, the commands that make the run again, its
 files and its manifest. The page needs no other file, no network and no script. A run that failed, or whose passes
-have not finished, is reported as it stands; a trace that is not certified says so on every figure. Needs
-matplotlib where there is a trace: pip install 'geomprobe[plot]'.
+have not finished, is reported as it is. Every figure of a trace that is not certified carries its status. Needs
+Jinja2, and matplotlib where there is a trace: pip install 'geomprobe[report]'.
 
     geomprobe report runs/a -o a.html
 """

@@ -1,16 +1,16 @@
-"""Watch a pass while it is being written: progress, rate, time left, last values, curves.
+"""Watch a pass while it runs: progress, rate, time left, last values, curves.
 
-Looks from another process, in a plain terminal, and disturbs nobody: it writes nothing and takes no lock. It
-goes on when the writer dies, and when another one takes over, and ends when the pass is sealed, or on Ctrl-C.
-For the replay of a finished recording it waits.
-What several processes write at once is shown as one. Needs rich: pip install 'geomprobe[terminal]'.
+This runs in a process of its own and does not disturb the pass: it writes nothing and takes no lock. It continues
+when the process that writes dies, and when another one takes over. It ends when the pass is sealed, or on Ctrl-C.
+After a finished recording it waits for the replay. The rows of several processes are shown as one pass.
+Needs rich: pip install 'geomprobe[terminal]'.
 
     geomprobe watch runs/a
     geomprobe watch runs/a --interval 30
     geomprobe watch runs/a --once | mail -s runs/a me
 
-With --once, or where standard output is no terminal, it prints one view. That takes two looks at a pass that is
-running, INTERVAL apart, for the rate.
+With --once, or where standard output is no terminal, it prints one view. If the pass is running, it looks twice,
+INTERVAL apart, because the rate needs two looks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from geomprobe.report.watch.terminal import console, render
 if TYPE_CHECKING:
     from rich.console import Console
 
-_SHARE = 4  # of the time that a look takes, the least pause after it: to watch a pass must not slow it down
+_SHARE = 4  # a pause is at least so many times as long as a look, so that watching does not slow the pass
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument("--once", action="store_true", help="print one view and end")
     parser.add_argument(
-        "--interval", type=float, default=2.0, metavar="SECONDS", help="between two looks (default: 2)"
+        "--interval", type=float, default=2.0, metavar="SECONDS", help="time between two looks (default: 2)"
     )
 
 

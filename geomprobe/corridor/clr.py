@@ -1,4 +1,4 @@
-"""The corridor learning rate (CG section 4) as a torch optimizer that never waits for the host."""
+"""The corridor learning rate (CG section 4) as a torch optimizer that never makes the host wait for the device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class CLR(Optimizer):
                \qquad \theta' = \theta - h\, g(\theta)
 
     (CG eq. 3 with :math:`E^* = 0`, :math:`s = 1` and no cap; Polyak's step size in general.) The norm is
-    that of the whole gradient, over all parameter groups; parameters without a gradient are left alone.
+    that of the whole gradient, over all parameter groups; parameters without a gradient do not change.
 
     Args:
         params: parameters, or parameter groups, which may have their own ``e_star``, ``max_lr``, ``scale``.
@@ -37,9 +37,9 @@ class CLR(Optimizer):
     each time. It is 0 before the first step and after a step that was skipped. What reads the rate of a
     step has to read it after the step, because the rate does not exist before.
 
-    A torch scheduler multiplies or replaces a chosen rate, and here the rate is measured, so there is
-    nothing for it to act on but the cap or the factor: give the scheduler `scheduled` instead of the
-    optimizer. A scheduler put on the optimizer itself is refused at the first step.
+    A torch scheduler multiplies or replaces a rate that was chosen. Here the rate is measured, so a scheduler can act
+    only on the cap or on the factor: give the scheduler `scheduled` instead of the optimizer. A scheduler on the
+    optimizer itself is refused at the first step.
 
     In an initialized process group the loss is averaged over all ranks of the default group, so that every
     rank takes the same rate. Gradients are assumed to be averaged already, as DistributedDataParallel leaves
@@ -83,11 +83,10 @@ class CLR(Optimizer):
     @property
     def skipped_steps(self) -> Tensor:
         """Steps not taken (zero gradient, or a gradient or loss not finite): int64, 0-d, on the device."""
-        count: Tensor = self.param_groups[0]["skipped_steps"]
-        return count
+        return self.param_groups[0]["skipped_steps"]
 
     def scheduled(self, option: str) -> ScheduledOption:
-        """What to hand to a torch scheduler, which will then act on ``option`` of every group.
+        """The object to give to a torch scheduler, so that it acts on ``option`` of every group.
 
         ``scheduled("max_lr")`` makes the schedule a cap on the measured rate, such as a warm-up;
         ``scheduled("scale")`` makes it a factor.
@@ -184,7 +183,7 @@ def _check(group: dict[str, Any], index: int) -> None:
 
 
 def _home(groups: list[dict[str, Any]]) -> torch.device:
-    """Where the rate is computed."""
+    """The device on which the rate is computed: that of the first parameter."""
     return next((p.device for group in groups for p in group["params"]), torch.device("cpu"))
 
 
@@ -193,7 +192,7 @@ def _sum_dtype(device: torch.device) -> torch.dtype:
 
 
 def _batches(tensors: list[Tensor]) -> Iterator[list[int]]:
-    """Indices of tensors that one foreach call can take: of one device and dtype, and not too much at once."""
+    """Indices of tensors for one foreach call: all on one device and of one dtype, and at most `_BATCH` elements."""
     alike: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
     for index, tensor in enumerate(tensors):
         alike[tensor.device, tensor.dtype].append(index)
@@ -216,8 +215,7 @@ def _norm(gradients: list[Tensor], home: torch.device) -> Tensor:
         dtype = torch.float32 if blocks[batch[0]].itemsize < 4 else None
         found = torch._foreach_norm([blocks[index] for index in batch], 2, dtype=dtype)
         norms.append(torch.stack(found).to(norms[0]))
-    total: Tensor = torch.linalg.vector_norm(torch.cat(norms))
-    return total
+    return torch.linalg.vector_norm(torch.cat(norms))
 
 
 def _blocks(gradient: Tensor) -> Iterable[Tensor]:
@@ -240,7 +238,7 @@ def _descend(parameters: list[Tensor], rate: Tensor, sound: Tensor) -> None:
     moves = [(p, p.grad) for p in parameters if p.grad is not None]
     for batch in _batches([parameter for parameter, _ in moves]):
         device = moves[batch[0]][0].device
-        # The rate is 0 where the step is unsound, but 0 times infinity is not: the gradient goes as well.
+        # The rate is 0 where the step is skipped, but 0 times infinity is NaN: so the gradient becomes 0 as well.
         keep, factor = sound.to(device), -rate.to(device)
         updates = [torch.where(keep, moves[index][1], 0) for index in batch]
         if updates[0].dtype is torch.float32:

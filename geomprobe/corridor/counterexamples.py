@@ -19,9 +19,9 @@ class AsymmetricLinear(Landscape):
         dimension: n, the size of ``theta``.
         samples: how many ``x_i`` and ``y_i`` there are.
         batch_size: samples in a minibatch.
-        seed: of the coefficients and of the first ``theta``, all standard normal.
+        seed: of the samples and of the initial ``theta``, all standard normal.
         generator: draws the minibatches; None is torch's global generator, whose state a recording keeps.
-        dtype: of all of it.
+        dtype: of the parameter and of the samples.
 
     >>> model = AsymmetricLinear(4, samples=100, batch_size=8)
     >>> model().shape, model.energy(torch.zeros(3, 4)).shape
@@ -65,7 +65,7 @@ class SinusoidalMixture(Landscape):
 
     Args:
         dimension: n, the size of ``theta``.
-        seed: of ``a`` and of the first ``theta``, both standard normal.
+        seed: of ``a`` and of the initial ``theta``, both standard normal.
         dtype: of both.
 
     >>> mixture = SinusoidalMixture(3)
@@ -89,8 +89,8 @@ class RandomWalk(nn.Module):
     """A loss whose gradient is a fresh random unit vector at each call, so that SGD walks at random (NWT eq. 8).
 
     With learning rate s, SGD on it is the isotropic random walk of fixed step size s from which NWT derive
-    ``RSI ~ 1 / (T - t)`` and ``EB ~ gamma ~ (T - t)^(-1/2)``: the alignment that choosing the last iterate as
-    the reference brings about by itself. The value of the loss means nothing.
+    ``RSI ~ 1 / (T - t)`` and ``EB ~ gamma ~ (T - t)^(-1/2)``. This alignment comes only from the choice of the last
+    iterate as the reference. The value of the loss has no meaning.
 
     Args:
         dimension: n, the size of ``theta``, which starts at 0; the law needs n far above the steps taken.

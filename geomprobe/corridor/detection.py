@@ -1,8 +1,8 @@
-"""Where a run's near-corridors are: stays below a threshold of the relative residual, and how much lies below each.
+"""The near-corridors of a run: stays below a threshold of the relative residual, and the share of steps below it.
 
-A row that was not measured (NaN) is never inside or outside by itself. Shares are shares of the measured
-rows; a stay begins at a measured row below the threshold and lasts until the next measured row that is not,
-so with ``--curvature-every N`` each measurement stands for the steps up to the next one.
+A row that was not measured (NaN) is neither inside nor outside. Shares are shares of the measured rows. A stay starts
+at a measured row below the threshold, and ends at the next measured row that is not below it. So with
+``--curvature-every N`` each measurement stands for the steps up to the next one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Steps = NDArray[np.int64]
 
 @runtime_checkable
 class Columns(Protocol):
-    """What a trace is to this file: named columns, one row a step."""
+    """The part of a trace that this module reads: named columns, one row a step."""
 
     @property
     def columns(self) -> Sequence[str]: ...
@@ -40,8 +40,7 @@ class Segments:
     Attributes:
         threshold: relative residual below which a row is inside.
         entries: the first step of each stay, int64 [k].
-        exits: the first step after each stay, int64 [k]; that of a stay in which the run ends is the step
-            after its last.
+        exits: the first step after each stay, int64 [k]; where the run ends in a stay, the step after the last.
         share: measured rows inside, over measured rows.
         measured: how many rows were measured.
     """
@@ -64,7 +63,7 @@ class Occupancy:
 
     Attributes:
         thresholds: increasing, [k].
-        share: between 0 and 1, never falling, [k].
+        share: between 0 and 1, never decreasing, [k].
     """
 
     thresholds: Floats
@@ -78,8 +77,8 @@ def segments(source: Source, threshold: float, *, smooth: int | None = None) -> 
         source: a trace, of which ``relative_residual`` and ``step`` are read, or a 1-D array of residuals,
             one a step.
         threshold: a row is inside where the relative residual is below this.
-        smooth: average over so many measured rows, centered (fewer at the ends), before comparing; it
-            takes minibatch noise out of entries and exits. None compares the rows as they are.
+        smooth: width, in measured rows, of a centered moving average (over fewer rows at the ends). It takes
+            minibatch noise out of entries and exits. None uses the rows as they are.
 
     Raises:
         UsageError: nothing was measured, the array is not 1-D, ``threshold`` is not positive, or ``smooth``
@@ -95,18 +94,18 @@ def segments(source: Source, threshold: float, *, smooth: int | None = None) -> 
     steps, residuals, end = _measured(source, smooth)
     inside = residuals < threshold
     changes = np.flatnonzero(np.diff(inside, prepend=False, append=False))
-    # A stay that lasts to the end closes one past the last measured row, where `end` stands.
+    # A stay that lasts to the end of the run ends at index len(steps), where `end` is appended.
     moments = np.append(steps, end)[changes]
     return Segments(threshold, moments[::2], moments[1::2], float(inside.mean()), len(steps))
 
 
 def occupancy(source: Source, thresholds: ArrayLike | None = None, *, smooth: int | None = None) -> Occupancy:
-    """The share of the run inside near-corridors at every threshold, not at one.
+    """The share of the run inside near-corridors, at each of many thresholds.
 
     Args:
         source, smooth: as for `segments`.
-        thresholds: increasing; None takes 200, evenly spaced in their logarithm, from the least positive
-            residual to just above the greatest finite one, so that the curve runs over all of its values.
+        thresholds: increasing. None takes 200, evenly spaced in their logarithm, from the smallest positive
+            residual to just above the largest finite one, so that the curve covers all of them.
 
     Raises:
         UsageError: as `segments`.

@@ -1,11 +1,11 @@
-"""Trajectories through a landscape: the gradient flow, and the discrete methods that CG holds against it."""
+"""Trajectories through a landscape: the gradient flow, and the discrete methods that CG compares with it."""
 
 from __future__ import annotations
 
 import copy
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,14 +28,14 @@ def gradient_flow(
 ) -> Tensor:
     """The solution of ``theta' = -g(theta)`` at each of ``times`` (CG section 2), in float64.
 
-    By SciPy's DOP853, an adaptive Runge-Kutta method of order 8, which ends a step on each of the times, so
-    that nothing is interpolated. At a seam, or at the apex of a cone, the flow is not defined, and the
-    integrator gives up or takes very small steps: end before it.
+    The integrator is SciPy's DOP853, an adaptive Runge-Kutta method of order 8. It ends a step on each of the
+    times, so nothing is interpolated. The flow is not defined on a boundary between glued corridors and at the apex
+    of a cone: there the integrator fails or takes very small steps, so end before it.
 
     Args:
         energy: a function from ``theta`` [n] to a scalar, or a module whose ``forward()`` is the loss of its
             own parameters (a copy is used; the flow is that of all its trainable parameters as one vector).
-        times: when to report, increasing, not negative.
+        times: the times of the result, increasing, not negative.
         start: ``theta`` at time 0, [n]; for a module, None means its parameters as they are.
         rtol, atol: tolerances of a step.
 
@@ -44,13 +44,18 @@ def gradient_flow(
 
     Raises:
         UsageError: SciPy is missing, the times do not increase, or a function was given without a start.
-        GeomprobeError: the integrator gave up.
+        GeomprobeError: the integrator failed.
 
     >>> flow = gradient_flow(lambda theta: theta.square().sum() / 2, [0.0, 1.0], torch.tensor([2.0]))
     >>> [round(x, 10) for x in (flow.flatten() / 2).tolist()]  # 1 and exp(-1)
     [1.0, 0.3678794412]
     """
-    solve = _solver()
+    try:
+        from scipy.integrate import solve_ivp
+    except ImportError as error:
+        raise UsageError(
+            "the gradient flow needs SciPy's integrators: python -m pip install 'geomprobe[flows]'"
+        ) from error
     energy, point = _as_function(energy, start, torch.float64)
     moments = [0.0, *map(float, times)]
     if not all(before <= after for before, after in itertools.pairwise(moments)):
@@ -63,11 +68,11 @@ def gradient_flow(
     path, theta = [], point.cpu().numpy()
     for begin, end in itertools.pairwise(moments):
         if end > begin:
-            solution = solve(velocity, (begin, end), theta, method="DOP853", rtol=rtol, atol=atol)
+            solution = solve_ivp(velocity, (begin, end), theta, method="DOP853", rtol=rtol, atol=atol)
             if not solution.success:
                 raise GeomprobeError(
                     f"the gradient flow stopped between times {begin} and {end}, at time {solution.t[-1]}: "
-                    f"{solution.message} A seam or an apex may lie there: end before it"
+                    f"{solution.message} A boundary between corridors or an apex may lie there: end before it"
                 )
             theta = solution.y[:, -1]
         path.append(torch.from_numpy(theta).to(point))
@@ -128,7 +133,7 @@ def momentum(
     Args:
         energy, h, steps, start: as for `gradient_descent`.
         beta: decay rate.
-        velocity: ``v`` at first, [n]; zero when None, as in eq. 4.
+        velocity: the initial ``v``, [n]; None is zero, as in eq. 4.
 
     Returns:
         [steps + 1, n], the start first.
@@ -156,14 +161,14 @@ class EpochFlow(NamedTuple):
 
 
 def epoch_flow(energies: Sequence[Energy], h: float, theta: Tensor) -> EpochFlow:
-    r"""The flow that SGD follows over an epoch, in expectation over the order of its minibatches (CG eq. 20).
+    r"""The flow of SGD over an epoch, in expectation over the order of its minibatches (CG eq. 20).
 
     .. math:: \dot\theta = -g - \tfrac h4 \nabla\|g\|^2 - \tfrac h{4m} \sum_i \nabla\|g - g_i\|^2
 
     Args:
         energies: the loss of each of the m minibatches; their mean is the loss whose gradient is g.
         h: learning rate.
-        theta: where, [n].
+        theta: the point, [n].
 
     >>> energies = [lambda t: t.square().sum(), lambda t: (t - 2).square().sum()]
     >>> [term.tolist() for term in epoch_flow(energies, 0.5, torch.tensor([3.0]))]
@@ -182,24 +187,15 @@ def epoch_flow(energies: Sequence[Energy], h: float, theta: Tensor) -> EpochFlow
     return EpochFlow(-mean(theta), -h / 4 * norm_term, -h / 4 * torch.func.grad(inconsistency)(theta))
 
 
-def _solver() -> Callable[..., Any]:
-    try:
-        from scipy.integrate import solve_ivp
-    except ImportError as missing:
-        raise UsageError(
-            "the gradient flow needs SciPy's integrators: python -m pip install 'geomprobe[flows]'"
-        ) from missing
-    solver: Callable[..., Any] = solve_ivp
-    return solver
-
-
 def _as_function(
     energy: Energy | nn.Module, start: Tensor | None, dtype: torch.dtype | None = None
 ) -> tuple[Energy, Tensor]:
-    """A function of one vector, and the vector to start from; a module's parameters become that vector."""
+    """The energy as a function of one vector, and that vector at the start; for a module, all its parameters."""
     if not isinstance(energy, nn.Module):
         if start is None:
-            raise UsageError("where should the trajectory start? Only a module has a start of its own")
+            raise UsageError(
+                "the trajectory has no start: only a module has parameters to start from, so give one"
+            )
         return energy, start.detach().to(dtype or start.dtype)
     module = copy.deepcopy(energy).to(dtype)
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -209,8 +205,7 @@ def _as_function(
         values = {
             name: piece.view(p.shape) for (name, p), piece in zip(parameters.items(), pieces, strict=True)
         }
-        value: Tensor = torch.func.functional_call(module, values, ())
-        return value
+        return torch.func.functional_call(module, values, ())
 
     point = parameters_to_vector(parameters.values()) if start is None else start
     return loss, point.detach().to(dtype or point.dtype)

@@ -1,11 +1,11 @@
 r"""Losses with known corridors, as torch modules on which any probe can be put.
 
-A corridor is a region where ``Hg = 0`` (CG theorem 2.11). Since :math:`Hg = \frac12 \nabla \|g\|^2`, that
-says that :math:`\|g\|` is one number on each connected piece of it: corridors are the solutions of the
-eikonal equation :math:`\|\nabla E\| = \alpha`, which, up to sign and a constant, are ``alpha`` times the
-distance to something. Of a point, that is a cone; of a hyperplane, a linear piece; of a smooth convex body,
-a ruled surface whose lines are the body's normals. Pieces of different ``alpha`` can be glued along seams,
-where the gradient jumps.
+A corridor is a region where ``Hg = 0`` (CG theorem 2.11). Since :math:`Hg = \frac12 \nabla \|g\|^2`,
+:math:`\|g\|` is then one number on each connected piece of the region. So corridors are the solutions of the
+eikonal equation :math:`\|\nabla E\| = \alpha`. Up to sign and a constant, these are ``alpha`` times the
+distance to something. The distance to a point gives a cone, that to a hyperplane a linear piece, and that to a smooth
+convex body a ruled surface whose lines are the body's normals. Pieces of different ``alpha`` can be glued along
+boundaries, where the gradient jumps.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Landscape(nn.Module, ABC):
     """A loss that is a pure function of one parameter vector, ``theta`` [n].
 
     Args:
-        start: ``theta`` at first, [n]. A tensor's dtype and device are those of the landscape's constants too;
-            afterwards ``.to`` moves all of it, as any module.
+        start: the initial ``theta``, [n]. The landscape's constants get its dtype and device; later, ``.to`` moves
+            all of it, as it does for any module.
 
-    A landscape of one's own defines `energy`:
+    A subclass defines `energy`:
 
     >>> class Bowl(Landscape):
     ...     def energy(self, theta):
@@ -40,15 +40,13 @@ class Landscape(nn.Module, ABC):
 
     theta: nn.Parameter
 
-    def __init__(
-        self, start: Point, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-    ) -> None:
+    def __init__(self, start: Point) -> None:
         super().__init__()
         self.theta = nn.Parameter(torch.as_tensor(start).detach().clone())
 
     @abstractmethod
     def energy(self, theta: Tensor) -> Tensor:
-        """The loss at each of ``theta`` [..., n]: [...]. It depends on nothing else, and changes nothing."""
+        """The loss [...] at each ``theta`` [..., n]. It depends on nothing else, and has no side effects."""
 
     def forward(self) -> Tensor:
         """The loss at ``self.theta``, a scalar."""
@@ -66,12 +64,12 @@ class Landscape(nn.Module, ABC):
 
 
 class ConvexCone(Landscape):
-    r"""``E = alpha ||theta - center||`` (CG example 2.3): one corridor, off its apex.
+    r"""``E = alpha ||theta - center||`` (CG example 2.3): one corridor, except at its apex.
 
     Args:
         alpha: slope, positive.
         center: the apex, [n] or one number for all coordinates.
-        start: ``theta`` at first, [n].
+        start: the initial ``theta``, [n].
 
     >>> cone = ConvexCone(2.0, start=[3.0, 4.0])
     >>> cone().item()
@@ -99,7 +97,7 @@ class ConvexCone(Landscape):
 
 
 class ConcaveCone(ConvexCone):
-    r"""``E = beta - alpha ||theta - center||`` (CG example 2.4): one corridor, off its apex, unbounded below.
+    r"""``E = beta - alpha ||theta - center||`` (CG example 2.4): one corridor, except at its apex; unbounded below.
 
     Args:
         alpha: slope, positive.
@@ -159,12 +157,12 @@ class LinearPiece(Landscape):
 class RuledSurface(Landscape):
     r"""``alpha`` times the distance to a solid ellipsoid (CG example 2.5): a corridor outside it, 0 inside.
 
-    The lines of steepest descent are the ellipsoid's normals, which do not meet in a point, so the surface
-    is ruled without being a cone. The closest point of the ellipsoid
+    The lines of steepest descent are the ellipsoid's normals. They do not meet in one point, so the surface
+    is ruled and is no cone. The closest point of the ellipsoid
     :math:`\sum_i (x_i / a_i)^2 = 1` to a point :math:`x` outside is :math:`a_i^2 x_i / (t + a_i^2)`, with
     :math:`t > 0` the root of :math:`F(t) = \sum_i (a_i x_i / (t + a_i^2))^2 - 1`, and the distance is
-    :math:`t \, \| x_i / (t + a_i^2) \|`. Newton's method from below cannot overshoot, as ``F`` is convex and
-    falling, and autograd goes through it, so that gradient and Hessian are exact to rounding.
+    :math:`t \, \| x_i / (t + a_i^2) \|`. Newton's method from below cannot overshoot, because ``F`` is convex
+    and decreasing. Autograd differentiates its iterations, so gradient and Hessian are exact to rounding.
 
     Args:
         alpha: slope, positive.
@@ -192,7 +190,7 @@ class RuledSurface(Landscape):
         self.alpha = _positive("alpha", alpha)
         self._constant("axes", axes, self.theta.shape)
         self._constant("center", center, self.theta.shape)
-        _positive("the least of axes", self.axes.min().item())
+        _positive("the smallest of axes", self.axes.min().item())
 
     def energy(self, theta: Tensor) -> Tensor:
         """``alpha`` times the distance to the ellipsoid, for ``theta`` [..., n]."""
@@ -205,14 +203,14 @@ class RuledSurface(Landscape):
 
 
 class GluedCorridors(Landscape):
-    r"""``E = max(min of valleys, max of hills)``: corridors glued along seams (CG example 2.6, figure 1b).
+    r"""``E = max(min of valleys, max of hills)``: corridors glued along boundaries (CG example 2.6, figure 1b).
 
-    Everywhere the loss is that of one of its pieces, so it is a corridor off the seams if they all are. It is
-    continuous, and not differentiable at the seams.
+    At each point the loss is that of one of its pieces. So, if all pieces are corridors, it is a corridor except on the
+    boundaries between them. There it is continuous, and not differentiable.
 
     Args:
-        valleys: landscapes that the loss is the least of, at least one; only their `energy` is used.
-        hills: landscapes that rise above the valleys.
+        valleys: landscapes, at least one; the loss is the minimum over them. Only their `energy` is used.
+        hills: landscapes that rise above the valleys: the loss is the maximum of these and of the valleys.
         start: as `ConvexCone`'s.
 
     >>> two = GluedCorridors([ConvexCone(1.0), ConvexCone(2.0, center=[4.0, 0.0])], start=[3.0, 0.0])
@@ -293,13 +291,12 @@ def _positive(name: str, value: float) -> float:
 
 
 def _norm(vector: Tensor) -> Tensor:
-    length: Tensor = torch.linalg.vector_norm(vector, dim=-1)
-    return length
+    return torch.linalg.vector_norm(vector, dim=-1)
 
 
 def _distance_to_ellipsoid(point: Tensor, axes: Tensor) -> Tensor:
     squares = axes.square()
-    # F at a root is 0 and none of its terms exceeds 1, so each term's own root lies below it.
+    # F is 0 at its root, so none of its terms exceeds 1 there: the root of each term lies below that of F.
     root = (axes * point.abs() - squares).amax(-1, keepdim=True).clamp(min=0).detach()
     for _ in range(20):
         terms = (axes * point / (root + squares)).square()

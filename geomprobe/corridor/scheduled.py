@@ -1,4 +1,4 @@
-"""A stand-in for an optimizer, through which a torch scheduler acts on an option other than ``lr``."""
+"""An adapter through which a torch scheduler acts on an option of an optimizer other than ``lr``."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch.optim import Optimizer
 
 
 class ScheduledOption(Optimizer):
-    """An optimizer, to a torch scheduler: its groups' ``lr`` is ``option`` of another optimizer's groups.
+    """What a torch scheduler gets instead of the optimizer: the ``lr`` of its groups is ``option`` of the optimizer's.
 
-    It is made for optimizers that compute their ``lr``. What else a scheduler writes into a group
-    (``initial_lr``, OneCycleLR's ``max_lr``) stays here, so it cannot meet an option of the same name.
-    The schedule's state travels, as ever, in the state dicts of the scheduler and of the other optimizer.
+    It is for optimizers that compute their ``lr``. Everything else that a scheduler writes into a group
+    (``initial_lr``, OneCycleLR's ``max_lr``) stays in this object, so it overwrites no option of the same name.
+    The schedule's state is, as usual, in the state dicts of the scheduler and of the optimizer.
 
     Args:
-        optimizer: the one that steps.
-        option: a key of its parameter groups, with a float behind it.
+        optimizer: the optimizer that makes the steps.
+        option: a key of its parameter groups, whose value is a float.
 
     >>> import torch
     >>> sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], momentum=0.8)
@@ -32,11 +32,11 @@ class ScheduledOption(Optimizer):
         optimizer.register_step_post_hook(lambda *_: self.step())
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Move nothing: called after the other optimizer's step, to show a scheduler that one was made."""
+        """Do nothing. The optimizer calls it after each of its steps, because a scheduler watches for such calls."""
 
 
 class _Group(dict[str, Any]):
-    """A group whose ``lr`` lies elsewhere, looked up each time: loading a state replaces the groups."""
+    """A group whose ``lr`` is in the optimizer, and is looked up at each access: loading a state replaces groups."""
 
     def __init__(self, optimizer: Optimizer, index: int, option: str) -> None:
         super().__init__()

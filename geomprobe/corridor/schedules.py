@@ -1,7 +1,7 @@
-"""Learning rates read from a trace, as a scheduler for another training.
+"""A column of a trace as the learning-rate schedule of another training.
 
-NWT figure 3 holds the locally optimal learning rate (NWT eq. 5) against the schedules that practice has found. Here a
-trace's column becomes a schedule, so that the question can be put to a training.
+NWT figure 3 compares the locally optimal learning rate (NWT eq. 5) with the schedules that are used in practice. With a
+column as schedule, a training can show how well it serves.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ Array = NDArray[np.float64]
 
 
 class TraceLR(LRScheduler):
-    """Takes the rate of each step from a list; after its end, the last one. Call ``step()`` after each update.
+    """A scheduler that takes the rate of each step from a list. Call ``step()`` after each update.
 
-    Groups keep the ratios that their rates had to the first group's when the scheduler was made.
+    After the end of the list the last rate stays. Each group keeps the ratio that its rate had to the rate of the first
+    group when the scheduler was made.
 
     Args:
-        optimizer: whose rates are set.
+        optimizer: the optimizer whose rates are set.
         rates: one a step, positive, in the optimizer's own unit.
         last_epoch: as for torch's schedulers, counted in steps.
 
@@ -84,7 +85,7 @@ def from_trace(
         scale: a factor on all of it.
 
     Returns:
-        What makes a `TraceLR` of an optimizer. See `rates` for what it takes, and for what is raised.
+        A function that makes a `TraceLR` from an optimizer. See `rates` for what it takes, and for what is raised.
 
     >>> import tempfile, geomprobe
     >>> def train(schedule=None):
@@ -107,9 +108,9 @@ def from_trace(
 def rates(trace: Trace, column: str, *, smooth: Smoothing = "epoch", scale: float = 1.0) -> Array:
     """A trace's column as positive learning rates [num_steps].
 
-    Steps without a finite number are interpolated between their neighbors, or take the nearest. What is not positive
-    after smoothing is raised to the least rate that is: a locally optimal rate is negative where the gradient points
-    away from the reference.
+    Steps without a finite number are interpolated between their neighbors; at the ends they take the nearest. A rate
+    that is not positive after smoothing is replaced by the smallest positive one: a locally optimal rate is negative
+    where the gradient points away from the reference.
 
     Args:
         trace, column, smooth, scale: as for `from_trace`.
@@ -158,7 +159,7 @@ def _smoothed(trace: Trace, values: Array, smooth: Smoothing) -> Array:
 
 
 def _of_epochs(trace: Trace, values: Array) -> Array:
-    """Each step's epoch's mean."""
+    """For each step, the mean of its epoch."""
     epoch = trace["epoch"]
     known = np.isfinite(epoch)
     if not known.any():

@@ -1,1 +1,1 @@
-"""Training frameworks: each module finds the raw optimizer inside one, and calls `geomprobe.attach` on it."""
+"""Training frameworks: each module finds the raw optimizer inside one framework, and calls `geomprobe.attach` on it."""

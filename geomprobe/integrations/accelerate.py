@@ -13,13 +13,13 @@ from geomprobe.probe.probe import attach as attach_to
 
 
 def attach(accelerator: Accelerator, model: nn.Module, optimizer: Any, **stateful: Any) -> Probe | InertProbe:
-    """`geomprobe.attach` on a model and an optimizer as ``accelerator.prepare`` gave them.
+    """`geomprobe.attach` on the model and the optimizer that ``accelerator.prepare`` returned.
 
-    The loop keeps its ``accelerator.backward(loss)``; the loss is seen there.
+    The loop keeps its ``accelerator.backward(loss)``, from which the probe gets the loss.
 
     Args:
-        accelerator: whose scaler, if it has one, is the training's.
-        model, optimizer: as prepared.
+        accelerator: the accelerator; its scaler, if it has one, is the scaler of the training.
+        model, optimizer: as ``prepare`` returned them.
         **stateful: as for `geomprobe.attach`, prepared or not.
 
     Returns:
@@ -39,7 +39,7 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: Any, **statefu
 
 
 class _Iterations:
-    """How often each prepared loader was iterated over: the seed of an epoch's order is made from it."""
+    """The number of passes over each prepared loader, as state: it sets the seed of an epoch's order."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator

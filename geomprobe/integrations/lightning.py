@@ -12,13 +12,13 @@ from geomprobe.probe.probe import Probe, attach
 
 
 class GeomprobeCallback(Callback):
-    """Lets ``geomprobe record`` and ``replay`` see what a ``Trainer`` trains; otherwise it does nothing.
+    """Attaches a probe to what a ``Trainer`` trains. Outside of ``geomprobe record`` and ``replay`` it does nothing.
 
-    The loss is seen where Lightning calls backward on it (divided by ``accumulate_grad_batches``, as it does), the
-    batch as ``training_step`` gets it, and epochs as Lightning counts them.
+    The loss is that on which Lightning calls backward, so it is divided by ``accumulate_grad_batches``. The batch is
+    the one that ``training_step`` gets. Epochs are those of Lightning.
 
     Attributes:
-        probe: the probe of the training that runs or ran last, None before the first.
+        probe: the probe of the present or the last training; None before the first.
 
     Raises (when training starts):
         UnsupportedTraining: the module has several optimizers, or none.
@@ -47,7 +47,7 @@ class GeomprobeCallback(Callback):
         self.probe: Probe | InertProbe | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Attach: optimizers, schedulers and the precision plugin's scaler are there now."""
+        """Attach the probe: now there are optimizers, schedulers and the scaler of the precision plugin."""
         if len(trainer.optimizers) != 1:
             found = [type(optimizer).__name__ for optimizer in trainer.optimizers]
             raise UnsupportedTraining(
@@ -59,18 +59,18 @@ class GeomprobeCallback(Callback):
         self.probe = attach(pl_module, trainer.optimizers[0], scaler=scaler, **stateful)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Name the epoch."""
+        """Give the probe the number of the epoch."""
         assert self.probe is not None
         self.probe.epoch = trainer.current_epoch
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Fingerprint the batch."""
+        """Give the probe the batch, of which it takes a fingerprint."""
         assert self.probe is not None
         self.probe.fetched(batch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the probe off: what Lightning does with the model from here on is no part of the run."""
+        """Remove the probe: what Lightning does with the model after the training is no part of the run."""
         assert self.probe is not None
         self.probe.remove()

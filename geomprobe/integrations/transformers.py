@@ -11,13 +11,13 @@ from geomprobe.probe.probe import Probe, attach
 
 
 class GeomprobeCallback(TrainerCallback):
-    """Lets ``geomprobe record`` and ``replay`` see what a ``Trainer`` trains; otherwise it does nothing.
+    """Attaches a probe to what a ``Trainer`` trains. Outside of ``geomprobe record`` and ``replay`` it does nothing.
 
-    The loss is seen where the Trainer calls backward on it, as it divides it under accumulation, the batch as the
-    model gets it, and epochs as the Trainer counts them.
+    The loss is that on which the Trainer calls backward, so it is divided under accumulation. The batch is the one that
+    the model gets. Epochs are those of the Trainer.
 
     Attributes:
-        probe: the probe of the training that runs or ran last, None before the first.
+        probe: the probe of the present or the last training; None before the first.
 
     >>> GeomprobeCallback().probe is None
     True
@@ -29,7 +29,7 @@ class GeomprobeCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Attach: the optimizer is there now, inside accelerate's wrapper."""
+        """Attach the probe: now there is an optimizer, inside accelerate's wrapper."""
         optimizer = kwargs["optimizer"]
         scaler = getattr(optimizer, "scaler", None)
         self.probe = attach(kwargs["model"], optimizer, scheduler=kwargs["lr_scheduler"], scaler=scaler)
@@ -37,13 +37,13 @@ class GeomprobeCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Name the epoch; the Trainer counts in fractions of one."""
+        """Give the probe the number of the epoch, of which the Trainer counts fractions."""
         assert self.probe is not None
         self.probe.epoch = round(state.epoch or 0)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the probe off: what the Trainer does with the model from here on is no part of the run."""
+        """Remove the probe: what the Trainer does with the model after the training is no part of the run."""
         assert self.probe is not None
         self.probe.remove()

@@ -1,4 +1,4 @@
-"""Where a run's near-corridors are: the share of steps below each threshold, and the stays below one."""
+"""The near-corridors of a run: the share of steps below each threshold, and the stays below one threshold."""
 
 from __future__ import annotations
 
@@ -6,38 +6,41 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from geomprobe.corridor.detection import Occupancy, Segments, occupancy, segments
-from geomprobe.report.table import number, table
+from geomprobe.corridor.detection import occupancy, segments
+from geomprobe.report.table import number, percent, table
 
 if TYPE_CHECKING:
     from geomprobe.trace.reader import Trace
 
 THRESHOLDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-"""Relative residuals at which the text shows the curve; a figure shows it whole."""
+"""Relative residuals at which the text gives the share of steps below; a figure draws the whole curve."""
 _LONGEST = 5
 
 
 def summarize(trace: Trace, threshold: float, smooth: int | None) -> dict[str, Any]:
-    """Occupancy at `THRESHOLDS` and the stays below ``threshold``, ready for JSON.
+    """Occupancy at `THRESHOLDS` and the stays below ``threshold``, as JSON values.
 
     Args:
         trace: one whose replay took Hg.
-        threshold: relative residual below which a step is inside.
-        smooth: moving average over so many measured rows; None for none.
+        threshold: a step is inside where the relative residual is below this.
+        smooth: width of a moving average, in measured rows; None for no average.
 
     Raises:
         UsageError: nothing was measured, or the threshold is not positive.
     """
     curve = occupancy(trace, THRESHOLDS, smooth=smooth)
     stays = segments(trace, threshold, smooth=smooth)
+    lengths = stays.lengths
     return {
         "smooth": smooth,
         "measured": stays.measured,
-        "occupancy": _curve(curve),
+        "occupancy": list(zip(curve.thresholds.tolist(), curve.share.tolist(), strict=True)),
         "threshold": threshold,
         "share": stays.share,
         "stays": [{"entry": int(a), "exit": int(b)} for a, b in zip(stays.entries, stays.exits, strict=True)],
-        "lengths": _lengths(stays),
+        "lengths": {"median": float(np.median(lengths)), "longest": int(lengths.max())}
+        if len(lengths)
+        else {},
     }
 
 
@@ -47,27 +50,14 @@ def render(found: dict[str, Any], num_steps: int) -> str:
     head = (
         f"near-corridors: relative residual lr ||HG||/||G|| of {found['measured']} measured steps{smoothed}"
     )
-    rows = [[number(t), f"{100 * s:.1f} %"] for t, s in found["occupancy"]]
+    rows = [[number(t), percent(s)] for t, s in found["occupancy"]]
     curve = table(["below", "share"], rows, right=[0, 1])
     return "\n\n".join([head, curve, _stays(found, num_steps)])
 
 
-def _curve(curve: Occupancy) -> list[tuple[float, float]]:
-    return [(float(t), float(s)) for t, s in zip(curve.thresholds, curve.share, strict=True)]
-
-
-def _lengths(stays: Segments) -> dict[str, float]:
-    if not len(stays.lengths):
-        return {}
-    return {
-        "median": float(np.median(stays.lengths)),
-        "longest": int(stays.lengths.max()),
-    }
-
-
 def _stays(found: dict[str, Any], num_steps: int) -> str:
     stays = sorted(found["stays"], key=lambda stay: stay["entry"] - stay["exit"])
-    line = f"below {number(found['threshold'])}: {100 * found['share']:.1f} % of the measured steps, {len(stays)} stays"
+    line = f"below {number(found['threshold'])}: {percent(found['share'])} of the measured steps, {len(stays)} stays"
     if not stays:
         return line
     lengths = found["lengths"]

@@ -1,4 +1,4 @@
-"""What a figure draws: a column's mean, minimum and maximum by epoch or step window, and the null model."""
+"""What a figure draws: mean, minimum and maximum of a column by epoch or by window of steps, and the null model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from geomprobe.errors import UsageError
 from geomprobe.trace import geometry
-from geomprobe.trace.schema import TRACE_FILE
+from geomprobe.trace.schema import RECORD_FILE, TRACE_FILE
 
 if TYPE_CHECKING:
     from geomprobe.trace.reader import Trace
@@ -20,12 +20,21 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 
 WINDOWS = 50
-"""Windows of steps that a trace without epochs is cut into."""
+"""How many windows of steps a trace without epochs is cut into."""
+WIDE = 20
+"""Ratio of largest to smallest value from which a curve is drawn on a logarithmic axis."""
+_NAMES = {"rsi": "RSI", "eb": "EB", "cosine": "cosine γ", "lolr": "loLR", "clr": "CLR"}
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Rows drawn as one point at ``x`` [groups]: ``of_row`` [T] is each row's group, -1 for none."""
+    """The rows that are drawn as one point.
+
+    Attributes:
+        axis: ``"epoch"`` or ``"step"``.
+        x: where each group is drawn, [groups].
+        of_row: the group of each row, [T]; -1 for a row of no group.
+    """
 
     axis: str
     x: Array
@@ -89,7 +98,7 @@ def groups(trace: Trace, *, skip_last_epoch: bool = False) -> Groups:
 
 
 def null_model(trace: Trace, column: str) -> Array | None:
-    """A random walk's value of a column at each row [T] (NWT eq. 8), None where the walk says nothing.
+    """The value of a column for a random walk at each row [T] (NWT eq. 8); None where there is no formula.
 
     A walk of T orthogonal steps ``lr G`` of one length has ``G.d = lr ||G||^2`` and
     ``||d||^2 = (T - t) lr^2 ||G||^2``, hence ``cosine = (T - t)^(-1/2)``, ``RSI = 1 / (lr (T - t))``,
@@ -120,23 +129,45 @@ def _rate(trace: Trace) -> float | None:
     return float(lr.mean()) / (1 - momentum)
 
 
+def column_name(column: str) -> str:
+    """A column's name as figures show it.
+
+    >>> column_name("rsi"), column_name("grad_norm")
+    ('RSI', 'grad norm')
+    """
+    return _NAMES.get(column, column.replace("_", " "))
+
+
+def run_name(path: Path) -> str:
+    """The name of a run's folder, for the folder or a file in it; of a file elsewhere, its own name.
+
+    >>> run_name(Path("runs/a")), run_name(Path("runs/a/trace.h5"))
+    ('a', 'a')
+    """
+    path = _without_file(path.absolute())
+    return path.stem if path.is_file() else path.name
+
+
+def _without_file(path: Path) -> Path:
+    return path.parent if path.name in (RECORD_FILE, TRACE_FILE) else path
+
+
 def labels(traces: Sequence[Trace]) -> list[str]:
-    """A short name for each run: its folder's, and the settings and the script's options by which these runs differ."""
-    paths = [trace.path.parent if trace.path.name == TRACE_FILE else trace.path for trace in traces]
-    names = [path.stem if path.is_file() else path.absolute().name for path in paths]
+    """A short name for each run: that of its folder, and the settings and script options in which these runs differ."""
+    names = [run_name(trace.path) for trace in traces]
     if len(set(names)) < len(names):
-        names = [str(path) for path in paths]
+        names = [str(_without_file(trace.path)) for trace in traces]
     settings = _differing([_settings(trace.manifest) for trace in traces])
     if len({Path(_script(trace).get("path", "")).name for trace in traces}) == 1:
         asked = _differing([_arguments(_script(trace).get("argv", [])) for trace in traces])
-        # The settings are what the arguments came to; they stay silent only where they are equal.
+        # Where both have a name, the setting wins: it is the value that the run had in the end.
         settings = [{**given, **found} for given, found in zip(asked, settings, strict=True)]
-    told = [", ".join(f"{key} {value}".rstrip() for key, value in each.items()) for each in settings]
-    return [f"{name} ({text})" if text else name for name, text in zip(names, told, strict=True)]
+    texts = [", ".join(f"{key} {value}".rstrip() for key, value in each.items()) for each in settings]
+    return [f"{name} ({text})" if text else name for name, text in zip(names, texts, strict=True)]
 
 
 def _differing(settings: list[dict[str, str]]) -> list[dict[str, str]]:
-    """What is not the same in all of them."""
+    """Of each, the entries that are not the same in all."""
     keys = dict.fromkeys(key for each in settings for key in each)
     kept = [key for key in keys if len({each.get(key) for each in settings}) > 1]
     return [{key: each[key] for key in kept if key in each} for each in settings]
@@ -161,7 +192,7 @@ def _script(trace: Trace) -> dict[str, Any]:
 
 
 def _arguments(argv: Sequence[str]) -> dict[str, str]:
-    """A command line's options by name, ``--batch-size 64`` being ``batch size``; a flag's value is empty."""
+    """The options of a command line: ``--batch-size 64`` gives ``batch size: 64``; the value of a flag is empty."""
     found: dict[str, str] = {}
     name = None
     for word in argv:
@@ -175,7 +206,7 @@ def _arguments(argv: Sequence[str]) -> dict[str, str]:
 
 
 def _short(text: str) -> str:
-    """Six digits of a number are enough to tell runs apart."""
+    """A number in six digits, which are enough to distinguish runs; other text as it is."""
     try:
         return f"{float(text):g}"
     except ValueError:

@@ -6,7 +6,6 @@ import csv
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from geomprobe.errors import RunError, UsageError
+from geomprobe.errors import UsageError
+from geomprobe.report.output import refuse_existing, write_errors, written_aside
 from geomprobe.trace import schema
 from geomprobe.trace.reader import Trace
 
@@ -22,11 +22,11 @@ Columns = Mapping[str, NDArray[Any]]
 
 _BLOCK_ROWS = 1 << 16
 _EVENTS = ".geomprobe"
-"""Ends the name of an event file, so that another export finds it among those of other programs."""
+"""The end of the name of an event file: by it, a later export finds its files among those of other programs."""
 
 
 def export(trace: Trace, form: str, path: Path, *, force: bool = False) -> list[str]:
-    """Write a trace's columns, one row a step: those of ``/steps``, and those of each reference under its path.
+    """Write the columns of a trace, one row a step: those of ``/steps``, and those of each reference under its path.
 
     Args:
         trace: the trace, in whatever state it is.
@@ -60,7 +60,7 @@ def export(trace: Trace, form: str, path: Path, *, force: bool = False) -> list[
 
 
 def _columns(trace: Trace) -> Columns:
-    """By name: ``step``, as whole numbers, the rest of ``/steps``, other gradients' and other references' columns."""
+    """By name: ``step`` as integers, the rest of ``/steps``, and the columns of other gradients and references."""
     names = [name for name in (*trace.columns, *trace.oracle_columns) if name != "step"]
     for reference in trace.references[1:]:
         paths = (f"references/{schema.escape(reference)}/{each.name}" for each in schema.REFERENCE_COLUMNS)
@@ -69,8 +69,9 @@ def _columns(trace: Trace) -> Columns:
 
 
 def _csv(trace: Trace, found: Columns, path: Path, force: bool) -> None:
-    """Floats as the shortest text that gives them back bit for bit; nothing where there is no number."""
-    with _aside(path, force) as aside, open(aside, "w", newline="") as file:
+    """Each float as the shortest text that reads back bit for bit; an empty cell for NaN."""
+    refuse_existing(path, force)
+    with written_aside(path) as aside, open(aside, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(found)
         for start in range(0, trace.num_steps, _BLOCK_ROWS):
@@ -83,40 +84,40 @@ def _cells(values: NDArray[Any]) -> list[float | None]:
 
 
 def _parquet(trace: Trace, found: Columns, path: Path, force: bool) -> None:
-    """The same float64 bits, NaN included; what each column means is in its field's metadata."""
+    """The same float64 bits, NaN included; the metadata of a field holds what its column means."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise _missing("parquet", "pyarrow") from error
+    refuse_existing(path, force)
     fields = [
         pyarrow.field(name, pyarrow.from_numpy_dtype(values.dtype), metadata=_meaning(name))
         for name, values in found.items()
     ]
     table = pyarrow.table(list(found.values()), schema=pyarrow.schema(fields, metadata=_facts(trace, found)))
-    with _aside(path, force) as aside:
+    with written_aside(path) as aside:
         pyarrow.parquet.write_table(table, aside)
 
 
 def _facts(trace: Trace, found: Columns) -> dict[str, str]:
+    """What the trace is, and the entry by which pandas makes ``step`` the index."""
     facts = {
         "schema": schema.TRACE_SCHEMA,
         "schema_version": schema.SCHEMA_VERSION,
-        "status": trace.status,
-        "num_parameters": trace.num_parameters,
-        "certificate": trace.certificate,
-        "manifest": trace.manifest,
+        **{name: getattr(trace, name) for name in ("status", "num_parameters", "certificate", "manifest")},
     }
     described = [
-        {"name": name, "field_name": name, "pandas_type": kind, "numpy_type": kind, "metadata": None}
-        for name, kind in ((name, str(values.dtype)) for name, values in found.items())
+        {"name": name, "field_name": name, "metadata": None}
+        | dict.fromkeys(("pandas_type", "numpy_type"), str(values.dtype))
+        for name, values in found.items()
     ]
     pandas = {"index_columns": ["step"], "column_indexes": [], "columns": described}
     return {"geomprobe": json.dumps(facts), "pandas": json.dumps(pandas)}
 
 
 def _tensorboard(trace: Trace, found: Columns, path: Path, force: bool) -> None:
-    """One scalar a column, with its meaning as description; TensorBoard keeps float32."""
+    """One scalar a column, with its meaning as description; TensorBoard stores float32."""
     try:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
     except ImportError as error:
@@ -125,7 +126,7 @@ def _tensorboard(trace: Trace, found: Columns, path: Path, force: bool) -> None:
         raise UsageError(f"{path} is a file; name a log folder for TensorBoard")
     if path.exists() and any(path.iterdir()) and not force:
         raise UsageError(f"{path} holds something already; --force replaces what was exported there")
-    with _written(path):
+    with write_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         earlier = list(path.glob(f"*{_EVENTS}"))
         with TemporaryDirectory(dir=path, prefix=".") as aside:
@@ -164,12 +165,7 @@ def _events(found: Columns) -> Iterator[Any]:
 
 def _meaning(name: str) -> dict[str, str]:
     column = schema.describe(name if "/" in name else f"steps/{name}")
-    return {
-        "long_name": column.long_name,
-        "units": column.units,
-        "formula": column.formula,
-        "source": column.source,
-    }
+    return {key: getattr(column, key) for key in ("long_name", "units", "formula", "source")}
 
 
 def _description(name: str) -> str:
@@ -179,32 +175,6 @@ def _description(name: str) -> str:
 
 def _missing(form: str, package: str) -> UsageError:
     return UsageError(f"export --format {form} needs {package}: pip install 'geomprobe[export]'")
-
-
-@contextmanager
-def _aside(path: Path, force: bool) -> Iterator[Path]:
-    """Another name in the same folder, which becomes `path` once all is written."""
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; name a file")
-    if path.exists() and not force:
-        raise UsageError(f"{path} exists; --force overwrites it")
-    aside = path.with_name(f".{path.name}.new")
-    with _written(path):
-        try:
-            yield aside
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)
-
-
-@contextmanager
-def _written(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RunError(
-            f"cannot write {path}: {error.strerror or error}. What was there before is untouched"
-        ) from error
 
 
 _FORMS: dict[str, Callable[[Trace, Columns, Path, bool], None]] = {

@@ -11,7 +11,8 @@ import numpy as np
 
 from geomprobe.corridor.detection import occupancy
 from geomprobe.errors import RunError, UsageError
-from geomprobe.report.curves import Curve, groups, labels, null_model
+from geomprobe.report.curves import WIDE, Curve, column_name, groups, labels, null_model
+from geomprobe.report.output import written_aside
 from geomprobe.trace.schema import describe
 
 if TYPE_CHECKING:
@@ -21,13 +22,10 @@ if TYPE_CHECKING:
 
 COLUMNS = ("rsi", "eb", "cosine")
 
-# Okabe and Ito's palette: told apart by every common kind of color vision.
+# Okabe and Ito's palette: its colors differ in every common kind of color vision.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _GRAY = "0.45"
-_NAMES = {"rsi": "RSI", "eb": "EB", "cosine": "cosine γ", "lolr": "loLR", "clr": "CLR"}
 _LOGARITHMIC = ("rsi", "eb")
-_WIDE = 20
-"""Ratio of largest to smallest value from which any other column is drawn on a logarithmic axis."""
 _LONG = 45
 """Characters of a name beyond which the legend has one column: two would not fit beside each other."""
 _WIDEST = 80
@@ -100,14 +98,13 @@ def save(drawing: Figure, path: Path) -> None:
 
     Raises:
         UsageError: matplotlib knows no such format.
-        RunError: the file cannot be written.
+        RunError: the file cannot be written; what was there before stays.
     """
-    try:
-        drawing.savefig(path, dpi=150)
-    except ValueError as error:
-        raise UsageError(f"cannot write {path}: {error}") from error
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+    with written_aside(path) as aside:
+        try:
+            drawing.savefig(aside, dpi=150, format=path.suffix.removeprefix(".") or "png")
+        except ValueError as error:
+            raise UsageError(f"cannot write {path}: {error}") from error
 
 
 def _new_figure(height: float) -> Figure:
@@ -149,7 +146,7 @@ def _scale(panel: Any, column: str, curves: list[Curve]) -> None:
     values = np.concatenate([np.append(curve.low, curve.high) for curve in curves])
     size = np.abs(values[np.isfinite(values) & (values != 0)])
     name = column.rpartition("/")[2]
-    wide = len(size) and (name in _LOGARITHMIC or size.max() > _WIDE * size.min())
+    wide = len(size) and (name in _LOGARITHMIC or size.max() > WIDE * size.min())
     if name == "cosine" or not wide:
         if np.nanmin(values) < 0 < np.nanmax(values):
             panel.axhline(0, color="0.7", linewidth=0.8, zorder=0)
@@ -161,7 +158,7 @@ def _scale(panel: Any, column: str, curves: list[Curve]) -> None:
 
 def _label(column: str) -> str:
     described = describe(column if "/" in column else f"steps/{column}")
-    name = _NAMES.get(described.name, described.name.replace("_", " "))
+    name = column_name(described.name)
     place = column.rpartition("/")[0]
     bare = described.units in ("1", described.name)
     name = name if bare else f"{name} ({described.units})"

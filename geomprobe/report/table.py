@@ -19,6 +19,15 @@ def number(value: float, digits: int = 4) -> str:
     return f"{value:.{digits}g}"
 
 
+def percent(share: float) -> str:
+    """A share of 1 in percent.
+
+    >>> percent(0.125)
+    '12.5 %'
+    """
+    return f"{100 * share:.1f} %"
+
+
 def size(num_bytes: int) -> str:
     """A file size in decimal units.
 
@@ -32,7 +41,7 @@ def size(num_bytes: int) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Columns padded to their widest cell, two spaces apart; those numbered in ``right`` to the right.
+    """Columns as wide as their widest cell, two spaces apart; those numbered in ``right`` are aligned right.
 
     >>> print(table(["name", "rows"], [["rsi", "12"], ["cosine", "3"]], right=[1]))
     name    rows

@@ -1,21 +1,20 @@
-"""A matplotlib figure as SVG that lies in a page: in the page's colors, light or dark, and without fetching."""
+"""A matplotlib figure as SVG inside a page: in the page's colors, light or dark, and without fetching anything."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from geomprobe.errors import UsageError
-from geomprobe.report.html.elements import Markup
-from geomprobe.report.html.style import LINES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+"""Okabe and Ito's palette, in which the figures are drawn; the page shows each as its variable --line-N."""
 ALARM = "#b00020"
 """The red in which plots name what is not certified."""
 
@@ -41,9 +40,13 @@ _STROKES = "stroke-linejoin: round; stroke-linecap: butt"
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
-@contextmanager
-def page_colors() -> Iterator[None]:
-    """Draws whatever is drawn meanwhile so that `inline` finds the colors that are the page's to choose.
+def inline(draw: Callable[[], Figure], name: str, alt: str) -> str:
+    """A figure as one ``<svg>`` element, whose text is escaped.
+
+    Args:
+        draw: makes the figure; it is called with matplotlib's default settings and the page's colors.
+        name: the start of every id in the element; no other figure of the page has it.
+        alt: what the figure shows, for those who do not see it.
 
     Raises:
         UsageError: matplotlib is not installed.
@@ -52,45 +55,29 @@ def page_colors() -> Iterator[None]:
         import matplotlib
     except ImportError as error:
         raise UsageError("report needs matplotlib: pip install 'geomprobe[plot]'") from error
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # her own settings may hold any color, or want TeX
-        matplotlib.rcParams.update(_SETTINGS)
-        yield
-
-
-def inline(drawing: Figure, name: str, alt: str) -> Markup:
-    """A figure as one ``<svg>`` element, within `page_colors`.
-
-    Args:
-        drawing: what was drawn.
-        name: begins every id in it, and must be no other figure's.
-        alt: what it shows, for those who do not see it.
-    """
     written = StringIO()
-    drawing.savefig(written, format="svg", transparent=True, metadata=_NO_METADATA)
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # the user's settings may hold any color, or want TeX
+        matplotlib.rcParams.update(_SETTINGS)
+        draw().savefig(written, format="svg", transparent=True, metadata=_NO_METADATA)
     root = ElementTree.fromstring(written.getvalue())
-    _unstyle(root)
+    for parent in root.findall(
+        ".//{*}style/.."
+    ):  # a style sheet would act on the whole page; _STROKES replaces it
+        for sheet in parent.findall("{*}style"):
+            parent.remove(sheet)
     values = [value for element in root.iter() for value in element.attrib.values()]
-    used = {target for value in values for target in _targets(value)}
+    used = {whole or inner for value in values for whole, inner in _POINTERS.findall(value)}
     for element in root.iter():
-        element.tag = _bare(element.tag)
         attributes = {_bare(key): value for key, value in element.attrib.items()}
         if attributes.get("id") not in used:
             attributes.pop("id", None)
-        element.attrib.clear()
-        element.attrib.update({key: _placed(key, value, name) for key, value in attributes.items()})
+        element.tag = _bare(element.tag)
+        element.attrib = {key: _placed(key, value, name) for key, value in attributes.items()}
     for size in ("width", "height", "version"):
         root.attrib.pop(size)
     root.attrib.update({"role": "img", "aria-label": alt, "style": _STROKES})
-    return Markup(ElementTree.tostring(root, encoding="unicode", short_empty_elements=False))
-
-
-def _unstyle(root: ElementTree.Element) -> None:
-    """Take out the style sheet, which would be the whole page's; `_STROKES` says the same."""
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if _bare(child.tag) == "style":
-                parent.remove(child)
+    return ElementTree.tostring(root, encoding="unicode", short_empty_elements=False)
 
 
 def _bare(name: str) -> str:
@@ -98,12 +85,8 @@ def _bare(name: str) -> str:
     return name.rpartition("}")[2]
 
 
-def _targets(value: str) -> list[str]:
-    """The ids that an attribute points to."""
-    return [whole or inner for whole, inner in _POINTERS.findall(value)]
-
-
 def _placed(key: str, value: str, name: str) -> str:
+    """An attribute's value in the page: its ids start with the figure's name, its colors are the page's."""
     if key == "id":
         return f"{name}-{value}"
     if key == "style":

@@ -1,4 +1,4 @@
-"""What a pass looks like at a moment, while it is written: progress, rate, last values, curves."""
+"""The state of a pass at a moment, while it is written: progress, rate, last values, curves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,17 +42,16 @@ COLUMNS: dict[Kind, tuple[str, ...]] = {
 CURVES: dict[Kind, tuple[str, ...]] = {"record": ("loss",), "trace": ("cosine", "relative_residual")}
 
 SAME = schema.SAME.name
-"""0 in the rows of an uncertified replay from its first difference on."""
+"""The column that is 0 in the rows of an uncertified replay from its first difference on."""
 
 _SEALED = {"record": schema.RECORD_FILE, "trace": schema.TRACE_FILE}
 _SCHEMAS = {"record": schema.RECORD_SCHEMA, "trace": schema.TRACE_SCHEMA}
-_ENDED = ("complete", "incomplete", "uncertified")  # with any other status a pass may still be taken up again
+_ENDED = ("complete", "incomplete", "uncertified")  # with any other status a pass may still be resumed
 _BUCKETS = 1024
 _RATE_LOOKS = 10
 
 
-@dataclass(frozen=True)
-class Last:
+class Last(NamedTuple):
     """The newest number of a column, and the step that it was measured at."""
 
     step: int
@@ -67,17 +66,17 @@ class Snapshot:
         path: the run.
         kind: which pass.
         state: ``"sealed"``; ``"sealing"``; ``"running"`` or, before the first row, ``"starting"``; ``"stopped"`` where
-            the writer is gone; ``"unknown"`` where that cannot be told from this machine; ``"waiting"`` for a replay.
+            no process writes; ``"unknown"`` where this machine cannot find that out; ``"waiting"`` for a replay.
         status: of a sealed pass, such as ``"complete"``.
         steps: how many steps are committed.
-        total: how many there will be, where that is known.
-        covered: first step and the step after the last of each stretch of committed rows.
-        rate: steps a second over the last looks; None where fewer than two found any.
+        total: how many steps there will be, where that is known.
+        covered: for each stretch of committed rows, its first step and the step after its last.
+        rate: steps a second over the last looks; None before two looks have found steps.
         age_s: seconds since the last write; None where there was none.
-        writers: who holds the run.
-        last: by column, the newest number.
-        curves: by column, steps and means [points] over stretches of steps.
-        problems: what cannot be read, and why.
+        writers: the processes that hold the run's locks.
+        last: the newest number of each column.
+        curves: for each column, steps and means [points] over stretches of steps.
+        problems: which parts cannot be read, and why.
     """
 
     path: Path
@@ -96,16 +95,16 @@ class Snapshot:
 
     @property
     def left_s(self) -> float | None:
-        """Seconds that are left at the present rate, where both are known."""
+        """Seconds until the last step at the present rate, where total and rate are known."""
         if self.total is None or not self.rate:
             return None
         return max(0, self.total - self.steps) / self.rate
 
 
-class Curve:
+class DownsampledCurve:
     """The mean of a column over stretches of steps, in memory that does not grow with their number.
 
-    >>> curve = Curve(buckets=2)
+    >>> curve = DownsampledCurve(buckets=2)
     >>> curve.add(np.arange(4), np.array([1.0, 3.0, 5.0, np.nan]))
     >>> [part.tolist() for part in curve.points()]
     [[0.5, 2.5], [2.0, 5.0]]
@@ -117,7 +116,7 @@ class Curve:
         self._counts = np.zeros(buckets)
 
     def add(self, step: NDArray[np.int64], values: Array) -> None:
-        """Take the finite ones of some rows' values."""
+        """Add the values of some rows; those that are not finite are left out."""
         finite = np.isfinite(values)
         step, values = step[finite], values[finite]
         while len(step) and step.max() // self._width >= len(self._sums):
@@ -139,7 +138,7 @@ def _halved(buckets: Array) -> Array:
 
 
 class _Seen:
-    """What the rows that were read so far amount to."""
+    """The newest values and the curves of the rows that were read so far. `Following` calls `take` and `forget`."""
 
     def __init__(self, kind: Kind) -> None:
         self._kind: Kind = kind
@@ -147,7 +146,7 @@ class _Seen:
 
     def forget(self) -> None:
         self.last: dict[str, Last] = {}
-        self.curves = {name: Curve() for name in CURVES[self._kind]}
+        self.curves = {name: DownsampledCurve() for name in CURVES[self._kind]}
 
     def take(self, header: Header, block: Block) -> None:
         table = TABLES[self._kind]
@@ -174,7 +173,7 @@ def _names(kind: Kind) -> tuple[str, ...]:
 
 
 def _joined(stretches: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Stretches in the order of steps, those that touch made one."""
+    """Stretches in the order of steps; those that touch become one."""
     joined: list[tuple[int, int]] = []
     for first, stop in stretches:
         if joined and joined[-1][1] == first:
@@ -184,14 +183,14 @@ def _joined(stretches: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]
 
 
 class Watch:
-    """Looks at a run again and again; each look costs what is new since the one before.
+    """Looks at a run repeatedly; each look reads only the rows that are new.
 
-    Nothing is written, no lock is tried, and the passes may start, die, go on, and be sealed in between.
+    It writes nothing and takes no lock. Between two looks, a pass may start, die, be resumed, or be sealed.
 
     Args:
         path: the run folder.
-        waits: take a run that is recorded, and not replayed yet, for a replay that is about to begin.
-        clock: seconds, for the rate.
+        waits: of a run that is recorded and not replayed, show the replay that is about to start.
+        clock: gives the time in seconds, for the rate.
 
     Raises:
         RunError: there is no run.
@@ -222,7 +221,7 @@ class Watch:
         self._begin(self._latest())
 
     def look(self) -> Snapshot:
-        """The pass now; once it is sealed, for good."""
+        """The pass as it is now; once it is sealed, the snapshot no longer changes."""
         status = self._status(self._kind)
         if not status and not parts(self._stream, self._kind) and self._latest() != self._kind:
             self._begin(self._latest())
@@ -244,7 +243,7 @@ class Watch:
         self._total: int | None = None
 
     def _latest(self) -> Kind:
-        """The pass that is going on, or was the last to."""
+        """The pass that is running, or that ran last."""
         if self._status("trace") or parts(self._stream, "trace"):
             return "trace"
         recorded = self._status("record") in _ENDED
@@ -254,7 +253,7 @@ class Watch:
         return self._path / _SEALED[kind]
 
     def _status(self, kind: Kind) -> str:
-        """What a sealed file says of itself; nothing where there is none."""
+        """The status in a sealed file; empty where there is no file."""
         file = self._sealed(kind)
         try:
             return find(file, _SCHEMAS[kind]).status
@@ -277,9 +276,9 @@ class Watch:
         headers = self._following.look(self._seen)
         covered = _joined((span.first_step, span.part.first_step + span.stop) for span in spans(headers))
         steps = sum(stop - first for first, stop in covered)
-        if self._looks and steps < self._looks[-1][1]:  # it was begun anew
+        if self._looks and steps < self._looks[-1][1]:  # the pass was started again
             self._looks.clear()
-        if steps:  # to start up is not to step
+        if steps:  # the rate does not count the time before the first step
             self._looks.append((self._clock(), steps))
         return covered
 

@@ -1,16 +1,17 @@
-"""A snapshot of a pass for the terminal, by rich: as wide as the terminal is."""
+"""A snapshot of a pass as rich shows it in a terminal, in the width of the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from geomprobe.errors import UsageError
+from geomprobe.report.curves import WIDE, column_name
 from geomprobe.report.table import number
-from geomprobe.report.watch.braille import draw
 from geomprobe.report.watch.snapshot import COLUMNS, SAME, Snapshot
 from geomprobe.trace.derive import Array
 from geomprobe.trace.lock_holders import Writer
@@ -20,17 +21,19 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 _PASSES = {"record": "recording (pass 1)", "trace": "replay (pass 2)"}
-_NAMES = {"cosine": "cosine γ", "relative_residual": "relative residual"}
 _UNITS = ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))
 _HEIGHT = 4
 _LABELS = 10
 _NAMED = 3
-_WIDE = 20
-"""Ratio of largest to smallest value from which a positive curve is drawn over its logarithm."""
+
+# Unicode has a character for every set of dots in a grid of four rows by two columns: the bit of each dot.
+_BRAILLE, _BRAILLE_BITS = 0x2800, np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])
+# Without Unicode, a letter has one dot: the bits that make an asterisk of a blank.
+_BLANK, _ASTERISK_BITS = ord(" "), np.array([[ord("*") - ord(" ")]])
 
 
 def console() -> Console:
-    """Standard output, as rich sees it.
+    """Standard output, as an object of rich.
 
     Raises:
         UsageError: rich is not installed.
@@ -46,7 +49,7 @@ def console() -> Console:
 
 
 def render(snapshot: Snapshot) -> RenderableType:
-    """The whole view: which pass, how far it is, its last values, its curves."""
+    """The whole view: the pass, its progress, its last values, its curves."""
     from rich.columns import Columns
     from rich.console import Group
     from rich.text import Text
@@ -62,8 +65,51 @@ def render(snapshot: Snapshot) -> RenderableType:
     blocks.append(Columns([Text(value, no_wrap=True) for value in _values(snapshot)], padding=(0, 2)))
     for name, (x, y) in snapshot.curves.items():
         if len(x):
-            blocks.append(_Chart(_NAMES.get(name, name), x, y))
+            blocks.append(_Chart(column_name(name), x, y))
     return Group(*blocks)
+
+
+class Drawing(NamedTuple):
+    """Lines of text, and the values that are drawn on their lowest and highest row of dots."""
+
+    lines: list[str]
+    low: float
+    high: float
+
+
+def draw(x: Array, y: Array, width: int, height: int, *, plain: bool = False) -> Drawing:
+    """A curve as dots, two by four in a letter: the mean over each column of dots, from the lowest to the highest.
+
+    Args:
+        x: where the points are; the first and the last one are at the edges. At least one.
+        y: their values, all finite.
+        width: letters in a line.
+        height: lines.
+        plain: draw with asterisks, one in a letter, for terminals that know ASCII only.
+
+    >>> print("\\n".join(draw(np.arange(8.0), np.arange(8.0), 4, 2).lines))
+    ⠀⠀⡠⠊
+    ⡠⠊⠀⠀
+    >>> draw(np.array([0.0, 1.0]), np.array([2.0, 1.0]), 2, 2, plain=True)
+    Drawing(lines=['* ', ' *'], low=1.0, high=2.0)
+    """
+    blank, bits = (_BLANK, _ASTERISK_BITS) if plain else (_BRAILLE, _BRAILLE_BITS)
+    down, across = bits.shape
+    place = _scaled(x, width * across)
+    columns, index, counts = np.unique(place, return_inverse=True, return_counts=True)
+    means = np.bincount(index, weights=y) / counts
+    rows = height * down - 1 - _scaled(means, height * down)
+    letters = np.full((height, width), blank)
+    # Several dots may be in one letter: `|=` by index would keep only the last of them.
+    np.bitwise_or.at(letters, (rows // down, columns // across), bits[rows % down, columns % across])
+    return Drawing(["".join(map(chr, line)) for line in letters], float(means.min()), float(means.max()))
+
+
+def _scaled(values: Array, count: int) -> NDArray[np.int64]:
+    """Values as whole numbers from 0 for the lowest to ``count - 1`` for the highest."""
+    low, high = values.min(), values.max()
+    share = (values - low) / (high - low) if high > low else np.zeros(len(values))
+    return np.rint(share * (count - 1)).astype(np.int64)
 
 
 def duration(seconds: float) -> str:
@@ -121,7 +167,7 @@ def _doubts(snapshot: Snapshot) -> Iterator[str]:
 
 
 def _values(snapshot: Snapshot) -> Iterator[str]:
-    """The newest number of each column; with its step, where that is an older one."""
+    """The newest number of each column, and its step where another column has a newer one."""
     newest = max((last.step for last in snapshot.last.values()), default=0)
     for name in COLUMNS[snapshot.kind]:
         if name in snapshot.last:
@@ -131,7 +177,7 @@ def _values(snapshot: Snapshot) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class _Bar:
-    """Which of all steps are there, from left to right; half-tone where only some of a letter's are."""
+    """Which of all steps are there, from left to right; a letter is half-tone where some of its steps are missing."""
 
     covered: tuple[tuple[int, int], ...]
     total: int
@@ -159,7 +205,7 @@ class _Chart:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
         from rich.text import Text
 
-        logarithmic = self.y.min() > 0 and self.y.max() > _WIDE * self.y.min()
+        logarithmic = self.y.min() > 0 and self.y.max() > WIDE * self.y.min()
         name = self.name.replace("γ", "gamma") if options.ascii_only else self.name
         scale = " (log)" if logarithmic else ""
         yield Text(f"{name}{scale}, steps 0 to {int(self.x.max())}", style="bold", no_wrap=True)

@@ -10,6 +10,8 @@ from support.sealed_runs import train, write_run
 from geomprobe.cli import report
 from geomprobe.errors import UsageError
 
+pytest.importorskip("jinja2")
+
 
 def run(*argv):
     parser = argparse.ArgumentParser()

@@ -124,7 +124,9 @@ def test_the_epoch_flow_is_what_sgd_follows_in_expectation_over_shufflings():
 def test_wrong_calls_are_refused():
     with pytest.raises(UsageError, match=r"must increase from 0, but they are \[1.0, 0.5\]"):
         gradient_flow(ConvexCone(), [1.0, 0.5])
-    with pytest.raises(UsageError, match="where should the trajectory start"):
+    with pytest.raises(
+        UsageError, match="the trajectory has no start: only a module has parameters to start"
+    ):
         gradient_descent(quartic, 0.1, 1)
 
 

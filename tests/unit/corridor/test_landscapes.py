@@ -113,7 +113,7 @@ def test_gluing_leaves_the_pieces_as_they_were():
     ("make", "message"),
     [
         (lambda: ConvexCone(0.0), "alpha must be positive, but it is 0.0"),
-        (lambda: RuledSurface(axes=[1.0, -2.0]), "the least of axes must be positive, but it is -2.0"),
+        (lambda: RuledSurface(axes=[1.0, -2.0]), "the smallest of axes must be positive, but it is -2.0"),
         (lambda: LinearPiece([1.0, 2.0, 3.0]), r"slope has shape \(3,\), but for theta of 2 elements"),
         (lambda: Quadratic([[1.0, 2.0, 3.0]]), r"a has shape \(1, 3\), .* it must be \(2, 2\)"),
         (lambda: GluedCorridors([]), "at least one valley"),

@@ -174,7 +174,7 @@ def test_a_first_group_without_a_rate_is_refused(tmp_path: Path) -> None:
 def test_the_package_loads_it_on_first_use_only() -> None:
     code = (
         "import sys, geomprobe; print('geomprobe.corridor.schedules' in sys.modules); "
-        "print(geomprobe.corridor.schedules.from_trace.__name__)"
+        "print(geomprobe.schedules.from_trace.__name__)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "from_trace"]

@@ -18,6 +18,7 @@ from geomprobe.report.html.page import write
 from geomprobe.trace.reader import open_trace
 
 pytest.importorskip("matplotlib")
+pytest.importorskip("jinja2")
 
 VOID = {"meta", "link", "br", "img"}
 FIRST = {"step": 20, "component": "loss", "tensor": "loss"}
@@ -383,6 +384,13 @@ def test_her_matplotlib_settings_are_neither_used_nor_changed(tmp_path, text, wh
 def test_without_matplotlib_the_extra_is_named_and_nothing_is_written(tmp_path, whole, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UsageError, match=r"report needs matplotlib: pip install 'geomprobe\[plot\]'"):
+        write(whole, tmp_path / "report.html")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_jinja2_the_extra_is_named_and_nothing_is_written(tmp_path, whole, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(UsageError, match=r"report needs Jinja2: pip install 'geomprobe\[report\]'"):
         write(whole, tmp_path / "report.html")
     assert list(tmp_path.iterdir()) == []
 

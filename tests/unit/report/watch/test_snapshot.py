@@ -18,7 +18,7 @@ from support.live_writer import (
 
 from geomprobe.errors import RunError
 from geomprobe.report.watch import snapshot as watch_module
-from geomprobe.report.watch.snapshot import Curve, Last, Watch
+from geomprobe.report.watch.snapshot import DownsampledCurve, Last, Watch
 from geomprobe.trace.seal import seal_record, seal_trace
 
 TOTAL = 400
@@ -325,7 +325,7 @@ def test_a_curve_is_the_mean_over_stretches_however_it_comes(blocks):
     values = generator.normal(size=1000)
     values[::3] = np.nan
     values[1] = np.inf
-    curve, start = Curve(buckets=64), 0
+    curve, start = DownsampledCurve(buckets=64), 0
     for size in blocks:
         curve.add(np.arange(start, start + size), values[start : start + size])
         start += size

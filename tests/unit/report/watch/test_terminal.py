@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from geomprobe.errors import UsageError
-from geomprobe.report.watch.braille import draw
 from geomprobe.report.watch.snapshot import Last, Snapshot
-from geomprobe.report.watch.terminal import console, render
+from geomprobe.report.watch.terminal import console, draw, render
 from geomprobe.trace.lock_holders import Writer
 
 pytest.importorskip("rich")
