@@ -7,6 +7,7 @@ from argparse import ArgumentTypeError
 from dataclasses import dataclass, fields, replace
 
 import pytest
+import torch
 
 import geomprobe
 from geomprobe.cli import build_parser, jobs
@@ -179,6 +180,33 @@ def test_continuing_with_another_option_names_it_and_both_values_and_what_to_do(
     words = r"runs/a was recorded with ema = \[0\.9\], and now it is \[0\.99\]: .* same options .* --force"
     with pytest.raises(RunError, match=words):
         require_same_options("runs/a was recorded", json.loads(json.dumps(then)), now)
+
+
+def test_a_recording_that_was_cut_off_keeps_its_options_and_refuses_others(tmp_path):
+    steps = iter([*range(3), KeyboardInterrupt, *range(10)])
+
+    def train():
+        model = torch.nn.Linear(2, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(5):
+            if next(steps) is KeyboardInterrupt:
+                raise KeyboardInterrupt
+            optimizer.zero_grad()
+            model(torch.randn(4, 2)).square().mean().backward()
+            optimizer.step()
+
+    run = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        geomprobe.record(train, run, seed=1, ema=[0.5], strict=False)
+    with pytest.raises(RunError, match=r"run was recorded with ema = \[0\.5\], and now it is \[0\.9\]"):
+        geomprobe.record(train, run, resume=True, ema=[0.9])
+    with geomprobe.record(train, run, resume=True, ema=[0.5]) as record:
+        assert record.references == ["final", "ema-0.5"]
+        recording = record.manifest["recording"]
+        assert (record.manifest["seed"], record.manifest["strict"]) == (1, False)
+    assert recording["argv"] == ["--seed", "1", "--no-strict", "--ema", "0.5"]
+    trace = geomprobe.replay(train, run, every=2, held_out_every=0, references={})
+    assert trace.manifest["measure"]["argv"] == ["--every", "2"]
 
 
 def test_an_option_that_is_on_by_default_is_switched_off_by_its_negation():
