@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Replay, and name what was written and whether the replay held."""
+    """Replay, and print what was written and whether the replay was the recorded run."""
     options = ReplayOptions.of_arguments(arguments)
     folder, count = arguments.folder, arguments.jobs
     _restart_early(folder)
@@ -77,8 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
                 return 0
         if count > 1:
             jobs.replay(run, recorded, options, count, debug=arguments.debug)
-            return _tell(open_trace(folder), folder)
-    return _tell(_replayed(folder, options, script), folder)
+            return _report(open_trace(folder), folder)
+    return _report(_replayed(folder, options, script), folder)
 
 
 def _restart_early(folder: str) -> None:
@@ -98,15 +98,15 @@ def _replayed(folder: str, options: ReplayOptions, script: Mapping[str, Any]) ->
         raise launch.ScriptFailed(f"{failure} It did not when it was recorded. {kept}") from failure
 
 
-def _tell(trace: Trace, run: str) -> int:
+def _report(trace: Trace, run: str) -> int:
     """Print how the replay ended; of several processes, the first does."""
     if not launch.first_rank():
         return 0
-    held = trace.certificate
+    certificate = trace.certificate
     if trace.status == "incomplete":
         print(f"Wrote {trace.num_steps} steps of {run}/{TRACE_FILE}; other segments of it are still to come.")
         return 0
-    compared = f"{held['steps_equal']} of {held['steps_recorded']} steps equal"
+    compared = f"{certificate['steps_equal']} of {certificate['steps_recorded']} steps equal"
     if trace.status == "complete":
         verdict = f"{compared}, w_T bitwise equal: certified"
     else:

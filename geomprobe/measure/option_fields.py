@@ -188,20 +188,20 @@ class Options:
         )
 
 
-def whole(least: int | None = None) -> Callable[[str], int]:
+def whole(minimum: int | None = None) -> Callable[[str], int]:
     """A parser of whole numbers.
 
     >>> whole(1)("12")
     12
     """
-    bound = "" if least is None else f" of at least {least}"
+    bound = "" if minimum is None else f" of at least {minimum}"
 
     def parse(text: str) -> int:
         try:
             number = int(text)
         except ValueError:
             number = None
-        if number is None or (least is not None and number < least):
+        if number is None or (minimum is not None and number < minimum):
             raise argparse.ArgumentTypeError(f"{text!r} is no whole number{bound}")
         return number
 
