@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import FrameType
 from typing import IO, Any
 
 from geomprobe.errors import GeomprobeError, ReplayDiverged, Stopped, UsageError
-from geomprobe.passes import lease as claims
+from geomprobe.measure.before_clipping import require_clipped
+from geomprobe.passes import lease
 from geomprobe.passes.checkpoint.resume_point import cuts, segments
+from geomprobe.passes.options import ReplayOptions
 from geomprobe.trace.record import Record
 from geomprobe.trace.run_folder import RunFolder
 
-# So that threads of several processes that wait for their like do not keep the others from the cores. It moves no bits.
+# Threads that wait sleep instead of spinning, so that several processes share the cores. No result changes by it.
 _YIELDING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 
 
@@ -30,45 +32,70 @@ class SegmentsFailed(GeomprobeError):
         self.exit_code = exit_code
 
 
-def replay(arguments: argparse.Namespace, recorded: Record) -> None:
+def require_sense(options: ReplayOptions, count: int) -> None:
+    """Refuse what a replay in several processes cannot do, before anything starts.
+
+    Raises:
+        UsageError: an option asks for such a thing, or this process is one of a launch.
+    """
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise UsageError(
+            f"--jobs {count}: it would start processes beside those of this launch. Start a launch for each "
+            "segment instead, here or on other machines: torchrun ... -m geomprobe replay RUN --segment I/K"
+        )
+    if options.per_rank:
+        raise UsageError(
+            f"--jobs {count} splits a run of one process, and --per-rank keeps the gradient of each process of a DDP "
+            "training: leave one of them out. Nothing was replayed."
+        )
+    replace(options, segment=(1, count), force=False, resume=False)  # raises where there can be no segments
+
+
+def replay(
+    run: RunFolder, recorded: Record, options: ReplayOptions, count: int, *, debug: bool = False
+) -> None:
     """Run a process for each segment to its end, and show what they print on standard error.
 
     Args:
-        arguments: those of ``geomprobe replay``.
-        recorded: the recording.
+        run: the run.
+        recorded: its recording.
+        options: those of the whole replay.
+        count: how many segments are asked for.
+        debug: show the tracebacks of errors.
 
     Raises:
         UsageError: there are no checkpoints to split the run at, or the options do not go together.
         SegmentsFailed: some failed.
         Stopped: SIGTERM came.
     """
-    run = RunFolder(arguments.folder)
-    ranges = segments(_cuts(recorded, run), recorded.num_steps, arguments.jobs)
-    if not claims.ready_for_segments(run, force=arguments.force, resume=arguments.resume):
+    require_clipped(options, recorded.manifest)
+    ranges = segments(_cuts(recorded, run), recorded.num_steps, count)
+    if not lease.ready_for_segments(run, force=options.force, resume=options.resume):
         return
     steps = ", ".join(f"{first} to {stop - 1}" for first, stop in ranges)
     print(
-        f"geomprobe: {len(ranges)} segments, of steps {steps}; `geomprobe watch {arguments.folder}` shows how far they "
-        "are",
+        f"geomprobe: {len(ranges)} segments, of steps {steps}; `geomprobe watch {run.path}` shows how far they are",
         file=sys.stderr,
     )
-    commands = [_command(arguments, i) for i in range(1, len(ranges) + 1)]
+    commands = [
+        [*command(run.path, options, i, count), *["--debug"] * debug] for i in range(1, len(ranges) + 1)
+    ]
     shares = [_share(recorded.manifest, i, len(ranges)) for i in range(len(ranges))]
     codes = _run(commands, shares)
     failed = {i: code for i, code in enumerate(codes, 1) if code}
     if {Stopped.exit_code, -signal.SIGTERM} & set(failed.values()):  # the latter before its replay had begun
         raise Stopped
     if failed:
-        raise SegmentsFailed(_account(failed, ranges, arguments), _worst(failed))
+        raise SegmentsFailed(_account(failed, ranges, run, count), _worst(failed))
 
 
 def pieces(run: RunFolder, recorded: Record, count: int) -> int:
     """How many segments there are when ``count`` are asked for."""
-    return len(segments(cuts(run, claims.world_size(recorded.manifest)), recorded.num_steps, count))
+    return len(segments(cuts(run, lease.world_size(recorded.manifest)), recorded.num_steps, count))
 
 
 def _cuts(recorded: Record, run: RunFolder) -> list[int]:
-    steps = cuts(run, claims.world_size(recorded.manifest))
+    steps = cuts(run, lease.world_size(recorded.manifest))
     if len(steps) < 2:
         kept = recorded.manifest.get("recording", {})
         reason = "its loop over epochs is not `for epoch in probe.epochs(n)`, or has one epoch only"
@@ -78,26 +105,19 @@ def _cuts(recorded: Record, run: RunFolder) -> list[int]:
             reason = "it was recorded with --checkpoint-every never"
         raise UsageError(
             f"{run.path} has no checkpoints to split it at, because {reason}. Replay it without --jobs, or record it "
-            "anew, perhaps with --checkpoint-every 500steps."
+            "again, perhaps with --checkpoint-every 500steps."
         )
     return steps
 
 
-def _command(arguments: argparse.Namespace, number: int) -> list[str]:
-    command = [sys.executable, "-m", "geomprobe", "replay", arguments.folder]
-    command += ["--segment", f"{number}/{arguments.jobs}", "--every", str(arguments.every)]
-    if arguments.curvature_every is not None:
-        command += (
-            ["--curvature-every", str(arguments.curvature_every)]
-            if arguments.curvature_every
-            else ["--no-curvature"]
-        )
-    for name in ("sharpness_every", "held_out_every", "full_gradient_every"):
-        command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
-    for name, path in arguments.reference:
-        command += ["--reference", f"{name}={path}"]
-    flags = ("finite_step", "per_parameter", "before_clipping", "compile", "debug")
-    return command + [f"--{flag.replace('_', '-')}" for flag in flags if getattr(arguments, flag)]
+def command(run: str | os.PathLike[str], options: ReplayOptions, number: int, count: int) -> list[str]:
+    """The command line that replays one segment, with the options of the whole replay.
+
+    >>> command("runs/a", ReplayOptions(every=2, force=True), 1, 3)[1:]
+    ['-m', 'geomprobe', 'replay', 'runs/a', '--every', '2', '--segment', '1/3']
+    """
+    own = replace(options, segment=(number, count), force=False, resume=False)
+    return [sys.executable, "-m", "geomprobe", "replay", os.fspath(run), *own.argv()]
 
 
 def _share(manifest: Mapping[str, Any], place: int, count: int) -> dict[str, str]:
@@ -163,16 +183,14 @@ def _worst(failed: Mapping[int, int]) -> int:
     )
 
 
-def _account(
-    failed: Mapping[int, int], ranges: Sequence[tuple[int, int]], arguments: argparse.Namespace
-) -> str:
+def _account(failed: Mapping[int, int], ranges: Sequence[tuple[int, int]], run: RunFolder, count: int) -> str:
     how = {ReplayDiverged.exit_code: "diverged", -signal.SIGKILL: "was killed"}
     what = [
-        f"segment {i}/{arguments.jobs} (steps {ranges[i - 1][0]} to {ranges[i - 1][1] - 1}) "
+        f"segment {i}/{count} (steps {ranges[i - 1][0]} to {ranges[i - 1][1] - 1}) "
         f"{how.get(code, f'ended with exit code {code}')}"
         for i, code in failed.items()
     ]
     return (
         f"{', '.join(what)}; see its lines above. What the others measured is kept. Once that is mended, "
-        f"`geomprobe replay {arguments.folder} --jobs {arguments.jobs} --resume` does only what is left."
+        f"`geomprobe replay {run.path} --jobs {count} --resume` does only what is left."
     )

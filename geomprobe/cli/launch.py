@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import math
 import os
 import runpy
 import sys
@@ -14,7 +13,6 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-from geomprobe.distributed.ranks import PATIENCE_S
 from geomprobe.errors import GeomprobeError, UsageError
 
 # Read by Python and cuBLAS at start-up only.
@@ -110,26 +108,13 @@ def runner(script: Mapping[str, Any]) -> Callable[[], None]:
     return run
 
 
-def add_patience(parser: argparse.ArgumentParser) -> None:
-    """Declare what both passes take for runs of several processes."""
-    parser.add_argument(
-        "--patience",
-        type=_seconds,
-        default=PATIENCE_S,
-        metavar="SECONDS",
-        help="of several processes, how long those that stand still for one of them wait before all stop "
-        f"(default: {PATIENCE_S:g})",
-    )
+class CommandHelp(argparse.RawDescriptionHelpFormatter):
+    """Help that shows the name of an argument that takes the rest of the line, where argparse shows only dots."""
 
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
-    return seconds
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        if action.nargs == argparse.REMAINDER:
+            return str(action.metavar)
+        return super()._format_args(action, default_metavar)
 
 
 def first_rank() -> bool:

@@ -7,9 +7,10 @@ optimizer, whether or not the script calls geomprobe.attach. Everything lands in
     geomprobe record -o runs/a --seed 0 --reference-steps 100,200 -m project.train
     geomprobe record -o runs/a --resume train.py --lr 0.1
 
-The whole state is kept at each epoch of `for epoch in probe.epochs(n)`. With --resume, a recording that was cut
-off goes on from there, and one that is not there begins, so that a queue can run the same line again and again.
-On SIGTERM the state is kept after the present step, and the exit code is 75.
+A checkpoint of the whole state is written at each epoch of `for epoch in probe.epochs(n)`. With --resume, a
+recording that was cut off continues from its last checkpoint, and one that does not exist yet starts, so that a
+queue can run the same line again and again. On SIGTERM a checkpoint is written after the present step, and the
+exit code is 75.
 
 Options of geomprobe come before the script; what follows it is the script's own.
 """
@@ -23,106 +24,46 @@ from typing import Any
 
 from geomprobe.cli import launch
 from geomprobe.errors import RunError, UsageError
+from geomprobe.passes.options import RecordOptions
 from geomprobe.trace.record import Record, open_record
 from geomprobe.trace.schema import RECORD_FILE, STREAM_DIR
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
+    parser.formatter_class = launch.CommandHelp
     parser.add_argument("-o", "--output", metavar="RUN", required=True, help="the run folder to make")
-    parser.add_argument("--seed", type=int, help="for Python, NumPy and torch (default: drawn, and stored)")
-    there = parser.add_mutually_exclusive_group()
-    there.add_argument("--force", action="store_true", help="replace a run that is there")
-    there.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with a recording that was cut off, with its own options (the script may be left out)",
-    )
-    parser.add_argument(
-        "--strict",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="enforce deterministic algorithms (default: yes; --no-strict is stored in the manifest)",
-    )
-    _add_kept(parser)
-    launch.add_patience(parser)
+    RecordOptions.add_arguments(parser)
     parser.add_argument(
         "-m",
         dest="module",
         nargs=argparse.REMAINDER,
-        metavar="MODULE",
+        metavar="MODULE [ARGS...]",
         help="run a module instead of a script",
     )
     parser.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT [ARGS...]", help="what to run")
 
 
-def _add_kept(parser: argparse.ArgumentParser) -> None:
-    """What is kept on the way."""
-    parser.add_argument(
-        "--checkpoint-every",
-        default="epoch",
-        metavar="WHEN",
-        help="epoch (default), a number of steps or minutes (500steps, 30min; these need probe.batches), or never",
-    )
-    parser.add_argument(
-        "--keep-checkpoints",
-        type=_count,
-        default=32,
-        metavar="N",
-        help="keep at most N, spread evenly over the run (default: 32), or all",
-    )
-    parser.add_argument(
-        "--reference-steps",
-        type=_steps,
-        default=(),
-        metavar="N,N,...",
-        help="also keep the weights before these steps, as further references",
-    )
-    parser.add_argument(
-        "--ema",
-        type=_decays,
-        default=(),
-        metavar="B,B,...",
-        help="also keep exponential moving averages of the weights, such as 0.999, as references ema-B",
-    )
-    parser.add_argument(
-        "--average", action="store_true", help="also keep the running average of the weights, as a reference"
-    )
-
-
 def run(arguments: argparse.Namespace) -> int:
-    """Record, and say what was written."""
+    """Record, and name what was written."""
+    options = RecordOptions.of_arguments(arguments)
     command = arguments.module or arguments.script
     folder = Path(arguments.output).absolute()
-    if arguments.resume and _complete(folder):
+    if options.resume and _complete(folder):
         print(f"Nothing to do: {arguments.output}/{RECORD_FILE} is complete.")
         return 0
     if command:
         script = launch.described(command[0], command[1:], module=bool(arguments.module))
-    elif arguments.resume:
+    elif options.resume:
         script = _begun(folder, arguments.output)
     else:
         raise UsageError("Name the script to record: geomprobe record -o RUN train.py [ARGS...]")
     launch.restart_with(launch.START_UP)
 
-    from geomprobe.passes import api as passes
+    from geomprobe.passes.api import run_record
 
     try:
-        with passes.record(
-            launch.runner(script),
-            folder,
-            seed=arguments.seed,
-            strict=arguments.strict,
-            force=arguments.force,
-            resume=arguments.resume,
-            checkpoint_every=arguments.checkpoint_every,
-            keep_checkpoints=arguments.keep_checkpoints,
-            reference_steps=arguments.reference_steps,
-            ema=arguments.ema,
-            average=arguments.average,
-            patience=arguments.patience,
-            script=script,
-        ) as recorded:
+        with run_record(launch.runner(script), folder, options, script) as recorded:
             if launch.first_rank():
                 print(_account(recorded, arguments.output))
                 print(f"Next: geomprobe replay {arguments.output}", file=sys.stderr)
@@ -145,22 +86,20 @@ def _account(recorded: Record, run: str) -> str:
 
 
 def _complete(folder: Path) -> bool:
-    if (
-        not (folder / RECORD_FILE).exists() or (folder / STREAM_DIR).exists()
-    ):  # a kill left something to clear
-        return False
+    if not (folder / RECORD_FILE).exists() or (folder / STREAM_DIR).exists():
+        return False  # in the latter case a kill left something to clear
     with open_record(folder) as recorded:
         return recorded.status == "complete"
 
 
 def _begun(folder: Path, run: str) -> dict[str, Any]:
-    """The script of a recording that is to go on, as it is now."""
+    """The script of a recording that was cut off, as the script is now."""
     try:
         with open_record(folder) as begun:
             return launch.present(begun.manifest["script"], run)
     except RunError as nothing:
         raise UsageError(
-            f"{nothing}. Name the script to begin with: geomprobe record -o {run} --resume train.py"
+            f"{nothing}. Name the script to start with: geomprobe record -o {run} --resume train.py"
         ) from None
 
 
@@ -168,29 +107,3 @@ def _left_behind(folder: Path, run: str) -> str:
     if not (folder / RECORD_FILE).exists():
         return "It had not taken a step, so there is nothing in the record."
     return f"What was recorded before that is kept: geomprobe inspect {run}"
-
-
-def _decays(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(item) for item in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of decays such as 0.99,0.999") from None
-
-
-def _count(text: str) -> int | None:
-    if text == "all":
-        return None
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number, and not 'all'") from None
-
-
-def _steps(text: str) -> tuple[int, ...]:
-    try:
-        steps = tuple(int(item) for item in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of steps such as 100,200") from None
-    if min(steps) < 0:
-        raise argparse.ArgumentTypeError(f"{text!r}: steps are counted from 0")
-    return steps

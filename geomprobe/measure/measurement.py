@@ -50,7 +50,8 @@ class Measurement:
         self._probe, self._measure = probe, measure
         self.layout = Layout.of(probe.model, probe.parameters) if layout is None else layout
         self._parameters = list(probe.parameters.values())
-        second = measure.curvature_every or measure.sharpness_every
+        self._curvature_every = measure.curvature_interval
+        second = self._curvature_every or measure.sharpness_every
         self._curvature = Curvature(self._parameters, probe.model, self.layout) if second else None
         self._of_ranks = PerRankProducts(self._parameters, self.layout) if measure.per_rank else None
         self._unclipped = BeforeClipping(self._parameters, self.layout) if measure.before_clipping else None
@@ -78,7 +79,7 @@ class Measurement:
         names = self._products.names
         self._own = [i for i, name in enumerate(names) if "/" not in name]
         own = [names[i] for i in self._own]
-        curvature = list(CURVATURE_PRODUCTS) if measure.curvature_every else []
+        curvature = list(CURVATURE_PRODUCTS) if self._curvature_every else []
         self.columns = [*(product_column(*_product(name)) for name in names), *map(product_column, curvature)]
         if measure.per_parameter:
             for products in (own, curvature):
@@ -103,7 +104,7 @@ class Measurement:
         if self.curvature_missing is not None:
             return {"every": 0, "missing": self.curvature_missing}
         route = self._curvature.route if self._curvature is not None else None
-        return {"every": self._measure.curvature_every, "route": route}
+        return {"every": self._curvature_every, "route": route}
 
     def sharpness_of(self, closure: Callable[[], Tensor]) -> None:
         """Take the sharpness of the loss that ``closure`` evaluates, instead of the minibatch's."""
@@ -234,7 +235,7 @@ class Measurement:
         )
 
     def _wants_curvature(self) -> bool:
-        return self._due(self._measure.curvature_every)
+        return self._due(self._curvature_every)
 
     def _wants_graph(self) -> bool:
         return self._wants_curvature() or (
@@ -289,7 +290,7 @@ class Measurement:
         """This process's part of ``g.Hg`` and ``Hg.Hg``, with a row for each parameter if asked for."""
         rows = (1 + len(self._parameters),) if self._measure.per_parameter else ()
         missing = self._unmeasured.new_full((*rows, 2), torch.nan)
-        if not self._measure.curvature_every:
+        if not self._curvature_every:
             return missing[..., :0]
         if not ready or not self._wants_curvature():
             return missing

@@ -3,72 +3,78 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from geomprobe.errors import UsageError
+from geomprobe.measure.option_fields import Options, option, whole
 
 
-@dataclass(frozen=True)
-class MeasureOptions:
+@dataclass(frozen=True, kw_only=True)
+class MeasureOptions(Options):
     """What a replay measures.
 
-    Attributes:
-        every: measure each N-th step; every step is compared all the same.
-        curvature_every: take Hg at each N-th step, of those that are measured; 0 for never.
-        finite_step: where Hg is taken, evaluate the minibatch's loss after a whole step as well.
-        sharpness_every: take the Hessian's top eigenvalue at each N-th step, of those that are measured.
-        held_out_every: measure a minibatch that the update does not use at each N-th step; 0 for never.
-        full_gradient_every: measure the gradient over all samples at the end of each N-th epoch; 0 for never.
-        curvature_required: fail where Hg has no exact route, instead of leaving it out and saying so.
-        per_parameter: keep the inner products of each parameter tensor too.
-        per_rank: under DDP, keep those of each rank's own gradient too, before the ranks' are averaged (and
-            clipped): its minibatch is the rank's share of the step's.
-        before_clipping: keep those of the gradient before the script clipped it, too.
-        compiled: compile the inner products, which pays off in long runs.
+    Raises:
+        UsageError: a number that means nothing, or options that exclude each other.
+
+    >>> MeasureOptions(every=10, curvature_every=0).argv()
+    ['--every', '10', '--no-curvature']
     """
 
-    every: int = 1
-    curvature_every: int = 1
-    finite_step: bool = False
-    sharpness_every: int = 0
-    held_out_every: int = 0
-    full_gradient_every: int = 0
-    curvature_required: bool = False
-    per_parameter: bool = False
-    per_rank: bool = False
-    before_clipping: bool = False
-    compiled: bool = False
+    every: int = option(1, "measure each N-th step; every step is compared", metavar="N", parse=whole(1))
+    curvature_every: int | None = option(
+        None,
+        "take Hg at each N-th step, if that is measured, and stop where Hg has no exact route (default: at each "
+        "measured step where it has one)",
+        metavar="N",
+        parse=whole(0),
+        constants={"--no-curvature": (0, "leave Hg out")},
+    )
+    finite_step: bool = option(
+        False,
+        "where Hg is taken, also measure the loss and the gradient of the same minibatch after a whole step (needs "
+        "probe.backward(loss, closure=...))",
+    )
+    sharpness_every: int = option(
+        0,
+        "take the top eigenvalue of the Hessian at each N-th step, if that is measured; 0 for never (Lanczos: tens of "
+        "products each)",
+        metavar="N",
+        parse=whole(0),
+    )
+    held_out_every: int = option(
+        0,
+        "measure a minibatch that the update does not use at each N-th step, 0 for never (needs probe.held_out)",
+        metavar="N",
+        parse=whole(0),
+    )
+    full_gradient_every: int = option(
+        0,
+        "measure the gradient over all samples before the first step and at the end of each N-th epoch, 0 for never; "
+        "it stands in the row of the step that follows (needs probe.full_gradient_of)",
+        metavar="N",
+        parse=whole(0),
+    )
+    per_parameter: bool = option(False, "keep the inner products of each parameter tensor too")
+    per_rank: bool = option(
+        False, "under DDP, also keep those of each process's own gradient, before they are averaged"
+    )
+    before_clipping: bool = option(False, "also measure each step's gradient before the script clipped it")
+    compiled: bool = option(
+        False, "compile the inner products: seconds at the start, faster steps", flag="--compile"
+    )
 
-    @classmethod
-    def asked(cls, *, curvature_every: int | None, **options: Any) -> MeasureOptions:
-        """What the options of `geomprobe.replay` ask for.
-
-        Args:
-            curvature_every: None for each measured step where Hg has an exact route.
-            **options: the others, each under the name of its attribute.
-
-        Raises:
-            UsageError: a number that means nothing, or options that exclude each other.
-
-        >>> MeasureOptions.asked(curvature_every=None).curvature_required
-        False
-        """
-        measure = cls(
-            curvature_every=1 if curvature_every is None else curvature_every,
-            curvature_required=curvature_every is not None or options.get("sharpness_every", 0) > 0,
-            **options,
-        )
-        if measure.every < 1:
-            raise UsageError(f"every={measure.every}: measure each N-th step with N at least 1")
-        for name in ("curvature_every", "sharpness_every", "held_out_every", "full_gradient_every"):
-            if (number := getattr(measure, name)) < 0:
-                raise UsageError(f"{name}={number}: name each N-th, or 0 for never")
-        if measure.finite_step and not measure.curvature_every:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.finite_step and self.curvature_every == 0:
             raise UsageError(
                 "finite_step is measured where Hg is, and curvature_every=0 leaves Hg out: drop one of them"
             )
-        return measure
 
-    def described(self) -> dict[str, Any]:
-        """For the manifest."""
-        return {"every": self.every, "per_parameter": self.per_parameter, "compiled": self.compiled}
+    @property
+    def curvature_interval(self) -> int:
+        """Hg is wanted at each so-many-th measured step; 0 for never."""
+        return 1 if self.curvature_every is None else self.curvature_every
+
+    @property
+    def curvature_required(self) -> bool:
+        """Whether the replay fails where Hg has no exact route; else Hg is left out there, and the reason noted."""
+        return self.curvature_every is not None or self.sharpness_every > 0

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from geomprobe.distributed.ranks import PATIENCE_S, Ranks, here
+from geomprobe.distributed.ranks import here
 from geomprobe.errors import Stopped, UnsupportedTraining, UsageError
 from geomprobe.measure.before_clipping import require_clipped
-from geomprobe.measure.options import MeasureOptions
-from geomprobe.passes import finalize as sealing
-from geomprobe.passes.checkpoint.resume_point import ResumePoint
-from geomprobe.passes.checkpoint.retention import RecordOptions, RetentionPolicy
+from geomprobe.measure.option_fields import Options
+from geomprobe.passes import finalize
 from geomprobe.passes.lease import (
     StepRange,
     acquire,
@@ -24,6 +24,7 @@ from geomprobe.passes.lease import (
     replayed_before,
     unfinished_recording,
 )
+from geomprobe.passes.options import RecordOptions, ReplayOptions, require_same_options
 from geomprobe.passes.recording import Recording
 from geomprobe.passes.references.loaded import References
 from geomprobe.passes.replaying import Replaying, SegmentEnded
@@ -45,49 +46,50 @@ from geomprobe.trace.run_folder import RunFolder
 
 Train = Callable[[], Any]
 RunPath = str | os.PathLike[str]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def record(
-    train: Train,
-    run: RunPath,
-    *,
-    seed: int | None = None,
-    strict: bool = True,
-    force: bool = False,
-    resume: bool = False,
-    reference_steps: Collection[int] = (),
-    ema: Collection[float] = (),
-    average: bool = False,
-    checkpoint_every: str = "epoch",
-    keep_checkpoints: int | None = 32,
-    patience: float = PATIENCE_S,
-    script: Mapping[str, Any] | None = None,
-) -> Record:
+def _takes(
+    options: Callable[P, Options],
+) -> Callable[[Callable[..., R]], Callable[Concatenate[Train, RunPath, P], R]]:
+    """Declare that the ``**options`` of a function are the fields of a dataclass.
+
+    For mypy and editors by the types here, for `help` and the documentation by the signature and the docstring that
+    the function gets. So no option is written out a second time.
+    """
+
+    def declare(function: Callable[..., R]) -> Callable[Concatenate[Train, RunPath, P], R]:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        fields = inspect.signature(options).parameters.values()
+        function.__signature__ = signature.replace(parameters=[*own, *fields])  # type: ignore[attr-defined]
+        if function.__doc__ is not None:  # python -OO
+            start, _, rest = function.__doc__.partition("        **options:")
+            entries = options.documented()  # type: ignore[attr-defined]
+            function.__doc__ = f"{start}{entries}\n{rest.partition(chr(10))[2]}"
+        return function
+
+    return declare
+
+
+@_takes(RecordOptions)
+def record(train: Train, run: RunPath, **options: Any) -> Record:
     """Pass 1: call ``train()``, and keep its final weights and what a replay needs in ``run``.
 
     Args:
-        train: builds the model and trains it; whatever it needs it makes anew at each call.
+        train: builds the model and trains it; at each call, everything that it uses is built from scratch.
         run: the run folder.
-        seed: for Python, NumPy and torch; drawn and stored when None.
-        strict: enforce deterministic algorithms while training.
-        force: replace what is in ``run``.
-        resume: go on with a recording that was cut off, with the options it was begun with, from its last checkpoint;
-            begin where there is none, and do nothing where it is complete.
-        reference_steps: also keep the weights before these steps, as references ``step-N``.
-        ema: also keep exponential moving averages of the weights with these decays, as references ``ema-DECAY``.
-        average: also keep the running average of the weights, as the reference ``average``.
-        checkpoint_every: ``"epoch"``, ``"500steps"``, ``"30min"`` or ``"never"``.
-        keep_checkpoints: how many at most, spread evenly over the run; None for all.
-        patience: seconds that processes which stand still for one of them wait before all stop.
-        script: what is run, for the manifest; described from ``train`` when None.
+        **options: the fields of `geomprobe.passes.options.RecordOptions`.
 
     Returns:
         The sealed record.
 
     Raises:
-        UsageError: ``run`` holds something and ``force`` is not set, or a pass is running already.
-        RunError: the recording to go on with is damaged, or what it does now is not what it did.
-        EnvironmentMismatch: the environment differs from the one it was begun in, in a way that changes bits.
+        UsageError: ``run`` holds something and ``force`` is not set, a pass is running already, or there is no such
+            option.
+        RunError: the recording to resume is damaged, was started with other options, or trains otherwise now.
+        EnvironmentMismatch: the environment differs from the one it was started in, in a way that changes bits.
         UnsupportedTraining: the loop does something that cannot be measured; see the message.
 
     >>> import tempfile, torch, geomprobe
@@ -104,159 +106,124 @@ def record(
     >>> replay(train, folder).certificate["steps_equal"]
     3
     """
+    return run_record(train, run, RecordOptions.of(**options), function_script(train))
+
+
+def run_record(train: Train, run: RunPath, options: RecordOptions, script: Mapping[str, Any]) -> Record:
+    """Record ``train()``, as `record` does and `geomprobe record` too.
+
+    Args:
+        train: what is run.
+        run: the run folder.
+        options: what is asked for.
+        script: what the manifest says of ``train``.
+    """
     target = RunFolder(run)
-    _require_startable(0 if seed is None else seed)
-    script = function_script(train) if script is None else script
-    keeping = RetentionPolicy(checkpoint_every, keep_checkpoints)
-    options = RecordOptions(tuple(reference_steps), tuple(ema), average, keeping)
-    ranks = here(patience)
-    held = unfinished_recording(target) if resume else target.recording(force)
+    _require_startable(options.seed or 0)
+    ranks = here(options.patience)
+    held = unfinished_recording(target) if options.resume else target.recording(options.force)
     with ranks.watched(), held_by_first(ranks, held) as left:
-        begun = going_on = None
-        if resume and left:
-            begun, going_on = begun_recording(target, seed, ranks)
-        if begun is not None:
-            seed, strict, options = begun["seed"], begun["strict"], RecordOptions.of(begun["recording"])
-        if left or not resume:
-            seed = ranks.said_by_first("seed", draw_seed() if seed is None else seed)
-            _record(train, target, seed, strict, script, options, ranks, going_on)
+        if left or not options.resume:
+            begun = resume_point = None
+            if options.resume:
+                begun, resume_point = begun_recording(target, options.seed, ranks)
+            if begun is not None:
+                require_same_options(
+                    f"{target.path} was recorded", {**begun, **begun["recording"]}, options.asked()
+                )
+                options = RecordOptions.parse(begun["recording"]["argv"])
+            seed = ranks.said_by_first("seed", draw_seed() if options.seed is None else options.seed)
+            with _running(seed, options.strict):
+                manifest = start_manifest(seed=seed, strict=options.strict, script=script) | ranks.described()
+                if resume_point is not None:
+                    require_same_start(resume_point.manifest, manifest, target.path, "go on")
+                    manifest = resume_point.manifest
+                recording = Recording(target, manifest, replace(options, seed=seed), ranks, resume_point)
+                with _observed(recording):
+                    train()
+                    recording.complete()
     return open_record(target.path)
 
 
-def _record(
-    train: Train,
-    target: RunFolder,
-    seed: int,
-    strict: bool,
-    script: Mapping[str, Any],
-    options: RecordOptions,
-    ranks: Ranks,
-    going_on: ResumePoint | None = None,
-) -> None:
-    with _running(seed, strict):
-        manifest = start_manifest(seed=seed, strict=strict, script=script) | ranks.described()
-        if going_on is not None:
-            require_same_start(going_on.manifest, manifest, target.path, "go on")
-            manifest = going_on.manifest
-        recording = Recording(target, manifest, options, ranks, going_on)
-        with _observed(recording):
-            train()
-            recording.complete()
-
-
-def replay(
-    train: Train,
-    run: RunPath,
-    *,
-    every: int = 1,
-    curvature_every: int | None = None,
-    finite_step: bool = False,
-    sharpness_every: int = 0,
-    held_out_every: int = 0,
-    full_gradient_every: int = 0,
-    per_parameter: bool = False,
-    per_rank: bool = False,
-    before_clipping: bool = False,
-    compiled: bool = False,
-    references: Mapping[str, RunPath] | None = None,
-    uncertified: bool = False,
-    force: bool = False,
-    resume: bool = False,
-    segment: tuple[int, int] | None = None,
-    patience: float = PATIENCE_S,
-    script: Mapping[str, Any] | None = None,
-) -> Trace:
+@_takes(ReplayOptions)
+def replay(train: Train, run: RunPath, **options: Any) -> Trace:
     """Pass 2: call ``train()`` again, compare every step with the recording, and measure it.
 
     Args:
         train: the function that was recorded.
         run: the run folder.
-        every: measure each N-th step; every step is compared.
-        curvature_every: take Hg at each N-th step, of those that are measured; 0 for never. None means at
-            each one where Hg has an exact route, and to leave it out, and say so, where it has none.
-        finite_step: where Hg is taken, also measure ``secant_residual`` and ``linear_decrease_gap``: the loss
-            and its gradient on the same minibatch after a whole step. Needs ``probe.backward(loss, closure=...)``.
-        sharpness_every: take the Hessian's top eigenvalue at each N-th measured step; 0 for never.
-        held_out_every: measure the gradient of a minibatch that the update does not use, named by `Probe.held_out`, at
-            each N-th step; 0 for never.
-        full_gradient_every: measure the gradient over all samples, named by `Probe.full_gradient_of`, before the first
-            step and at the end of each N-th epoch; 0 for never. It stands in the row of the step that follows.
-        per_parameter: keep the inner products of each parameter tensor too.
-        per_rank: under DDP, keep those of each rank's own gradient too, before the ranks' are averaged.
-        before_clipping: also measure each step's gradient as it was before the script clipped it.
-        compiled: compile the inner products (seconds at the start, faster steps).
-        references: further weights to measure against, by name: files with a state_dict or safetensors.
-        uncertified: go on where the replay differs, marking every later row.
-        force: replace an earlier trace.
-        resume: go on with a replay that was cut off, with the same options; begin where there is none.
-        segment: ``(i, k)``: replay only the i-th of k pieces, i from 1, beside other processes that replay the others.
-            It goes on where it was cut off, and whichever ends last seals the trace.
-        patience: seconds that processes which stand still for one of them wait before all stop.
-        script: what is run, to compare with the recording; described from ``train`` when None.
+        **options: the fields of `geomprobe.passes.options.ReplayOptions`.
 
     Returns:
         The trace: sealed, or, after a segment that was not the last, what there is of it.
 
     Raises:
+        UsageError: there is a trace and neither ``force`` nor ``resume`` is set, or there is no such option.
         RunError: ``run`` is no finished recording, or its reference is not finite.
         EnvironmentMismatch: the environment differs in a way that changes bits; nothing was replayed.
         ReplayDiverged: the replay was not the same run; what was measured before is kept.
     """
+    return run_replay(train, run, ReplayOptions.of(**options), function_script(train))
+
+
+def run_replay(train: Train, run: RunPath, options: ReplayOptions, script: Mapping[str, Any]) -> Trace:
+    """Replay ``train()``, as `replay` does and `geomprobe replay` too.
+
+    Args:
+        train: what is run.
+        run: the run folder.
+        options: what is asked for.
+        script: what ``train`` is, to compare with the recording's manifest.
+    """
     target = RunFolder(run)
-    script = function_script(train) if script is None else script
-    if uncertified and (resume or segment is not None):
-        raise UsageError(
-            "an uncertified replay cannot go on from checkpoints, which are of the run that it differs from: "
-            "run it whole"
-        )
-    measure = MeasureOptions.asked(
-        every=every,
-        curvature_every=curvature_every,
-        finite_step=finite_step,
-        sharpness_every=sharpness_every,
-        held_out_every=held_out_every,
-        full_gradient_every=full_gradient_every,
-        per_parameter=per_parameter,
-        per_rank=per_rank,
-        before_clipping=before_clipping,
-        compiled=compiled,
-    )
-    ranks = here(patience)
+    ranks = here(options.patience)
     with ranks.watched(), contextlib.closing(own_record(target, ranks)) as recorded:
         seed, strict = recorded.manifest["seed"], recorded.manifest["strict"]
         with _running(seed, strict):
             manifest = start_manifest(seed=seed, strict=strict, script=script) | ranks.described()
-            if not uncertified:
+            if not options.uncertified:
                 require_same_start(recorded.manifest, manifest, target.path, "replay")
             manifest["sources"] = recorded.manifest.get("sources", {})
-            files = {name: Path(path).absolute() for name, path in (references or {}).items()}
+            files = {name: Path(path) for name, path in options.references.items()}
             weights = References(recorded, files)  # before an earlier trace is removed
-            require_clipped(measure, recorded.manifest)
-            with held_by_first(ranks, acquire(target, recorded, force, resume, segment)) as claimed:
+            require_clipped(options, recorded.manifest)
+            lease = acquire(target, recorded, options.force, options.resume, options.segment)
+            with held_by_first(ranks, lease) as claimed:
                 if claimed is not None:
                     stretch = StepRange(*claimed)
                     begin = replayed_before(target, recorded, stretch, ranks)
                     replaying = Replaying(
-                        target, recorded, weights, manifest, measure, uncertified, begin, stretch.stop, ranks
+                        target,
+                        recorded,
+                        weights,
+                        manifest,
+                        options,
+                        options.uncertified,
+                        begin,
+                        stretch.stop,
+                        ranks,
                     )
                     with contextlib.suppress(SegmentEnded), _observed(replaying):
                         train()
                         replaying.complete()
-                if segment is not None:
+                if options.segment is not None:
                     if ranks.first:
-                        sealing.seal_whole(target, recorded.num_steps)
+                        finalize.seal_whole(target, recorded.num_steps)
                     ranks.said_by_first("segment over", True)
     return open_trace(target.path)
 
 
-def two_pass(train: Train, run: RunPath, *, seed: int | None = None, force: bool = False) -> Trace:
+def two_pass(
+    train: Train, run: RunPath, *, seed: int | None = None, force: bool = False, **options: Any
+) -> Trace:
     """Record ``train()`` and replay it, in one process: for notebooks and tests.
 
     Args:
-        train: builds the model and trains it; whatever it needs it makes anew at each call.
+        train: builds the model and trains it; at each call, everything that it uses is built from scratch.
         run: the run folder.
-        seed: for Python, NumPy and torch; drawn and stored when None.
+        seed: of the generators of Python, NumPy and torch; drawn and stored when None.
         force: replace what is in ``run``.
+        **options: those of `replay`.
 
     Returns:
         The sealed trace.
@@ -276,8 +243,9 @@ def two_pass(train: Train, run: RunPath, *, seed: int | None = None, force: bool
     >>> two_pass(train, tempfile.mkdtemp(), seed=0)["cosine"][-1].round(5)
     np.float64(1.0)
     """
+    asked = ReplayOptions.of(**options)  # before the recording, which may take long
     record(train, run, seed=seed, force=force)
-    return replay(train, run)
+    return run_replay(train, run, asked, function_script(train))
 
 
 @contextlib.contextmanager

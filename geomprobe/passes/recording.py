@@ -20,9 +20,10 @@ from geomprobe.passes.attempts import AttemptLog
 from geomprobe.passes.checkpoint import store as checkpoint
 from geomprobe.passes.checkpoint.ddp_buckets import buckets
 from geomprobe.passes.checkpoint.resume_point import ResumePoint
-from geomprobe.passes.checkpoint.retention import CheckpointTimer, RecordOptions
+from geomprobe.passes.checkpoint.retention import CheckpointTimer
 from geomprobe.passes.checkpoint.shared_tensors import parted
 from geomprobe.passes.checkpoint.training_state import capture
+from geomprobe.passes.options import RecordOptions
 from geomprobe.passes.references.averages import Averages
 from geomprobe.passes.references.kept import KeptReferences
 from geomprobe.passes.row_buffer import Block, RowBuffer

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -23,6 +21,7 @@ from geomprobe.passes.attempts import AttemptLog, manifest_of
 from geomprobe.passes.checkpoint import store as checkpoint
 from geomprobe.passes.checkpoint.resume_point import ResumePoint
 from geomprobe.passes.group_commit import GroupCommit
+from geomprobe.passes.options import require_same_options
 from geomprobe.passes.param_groups import group_columns, group_values
 from geomprobe.passes.references.loaded import References
 from geomprobe.passes.row_buffer import Block, RowBuffer
@@ -76,8 +75,7 @@ class Replaying(Session):
         self._run, self._record, self._measure, self._uncertified = run, record, measure, uncertified
         self._measurement: Measurement | None = None
         self._references = references
-        options = {**asdict(measure), "files": self._references.digests}
-        self.manifest["measure"] = {**measure.described(), "options": options}
+        self.manifest["measure"] = {**measure.described(), "files": self._references.digests}
         self._counts_attempts = record.manifest.get("updates", {}).get("scaled", False)
         # A replay goes on only over rows that were found equal before they were committed.
         start = resumption.step if resumption is not None else 0
@@ -307,15 +305,11 @@ class Replaying(Session):
                 )
 
     def _require_same_options(self) -> None:
+        # Of the references, the content of their files counts, not the path.
+        aside = ("argv", "references")
+        now = {name: value for name, value in self.manifest["measure"].items() if name not in aside}
         for part in self.resumption.earlier if self.resumption is not None else ():
-            then = manifest_of([part])["measure"]["options"]
-            now = json.loads(json.dumps(self.manifest["measure"]["options"]))
-            if differing := sorted(name for name in now if now[name] != then.get(name)):
-                name = differing[0]
-                raise RunError(
-                    f"{part.path} was replayed with {name} = {then.get(name)}, and now it is {now[name]}: one trace "
-                    "cannot hold both. Give the same options, or begin anew with --force."
-                )
+            require_same_options(f"{part.path} was replayed", manifest_of([part])["measure"], now)
 
     def _compare_and_write(self, block: Block) -> None:
         if self._comparison.difference is not None and not self._uncertified:

@@ -41,8 +41,8 @@ from workloads import GPT
 import geomprobe
 from geomprobe.distributed.ranks import here
 from geomprobe.measure.options import MeasureOptions
-from geomprobe.passes.checkpoint.retention import RecordOptions
 from geomprobe.passes.lease import own_record
+from geomprobe.passes.options import RecordOptions
 from geomprobe.passes.recording import Recording
 from geomprobe.passes.references.loaded import References
 from geomprobe.passes.replaying import Replaying

@@ -39,7 +39,7 @@ from torchvision.models import resnet18
 
 import geomprobe
 from geomprobe.measure.options import MeasureOptions
-from geomprobe.passes.checkpoint.retention import RecordOptions
+from geomprobe.passes.options import RecordOptions
 from geomprobe.passes.recording import Recording
 from geomprobe.passes.references.loaded import References
 from geomprobe.passes.replaying import Replaying

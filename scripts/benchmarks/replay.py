@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 
 import geomprobe
 from geomprobe.passes.checkpoint import store as checkpoint
-from geomprobe.passes.checkpoint.retention import RecordOptions, RetentionPolicy
+from geomprobe.passes.options import RecordOptions
 from geomprobe.passes.recording import Recording
 from geomprobe.probe.hooks.global_hooks import listening
 from geomprobe.probe.probe import observe
@@ -146,7 +146,7 @@ def with_and_without(folder: Path, epochs: int) -> tuple[float, float, list[floa
         run.stream.mkdir(parents=True)
         manifest = start_manifest(seed=0, strict=True, script={})
         lanes.append(
-            (Recording(run, manifest, RecordOptions(keeping=RetentionPolicy(every))), train(epochs + 1))
+            (Recording(run, manifest, RecordOptions(checkpoint_every=every)), train(epochs + 1))
         )
     times: tuple[list[float], list[float]] = [], []
     for epoch in range(epochs + 1):

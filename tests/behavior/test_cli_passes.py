@@ -289,7 +289,10 @@ USAGE = {
         ["record", "-o", "new", "--seed", "-1", "train.py"],
         "seed -1 is outside 0 .. 4294967295",
     ),
-    "a seed in words": (["record", "-o", "new", "--seed", "lucky", "train.py"], "invalid int value: 'lucky'"),
+    "a seed in words": (
+        ["record", "-o", "new", "--seed", "lucky", "train.py"],
+        "argument --seed: 'lucky' is no whole number",
+    ),
     "reference steps in words": (
         ["record", "-o", "new", "--reference-steps", "abc", "train.py"],
         "'abc' is no list of steps such as 100,200",
@@ -302,8 +305,14 @@ USAGE = {
         ["record", "-o", "run", "train.py"],
         "exists and is not empty: nothing was recorded",
     ),
-    "every 0th step": (["replay", "run", "--every", "0"], "--every 0: N is at least 1"),
-    "every step in words": (["replay", "run", "--every", "some"], "invalid int value: 'some'"),
+    "every 0th step": (
+        ["replay", "run", "--every", "0"],
+        "argument --every: '0' is no whole number of at least 1",
+    ),
+    "every step in words": (
+        ["replay", "run", "--every", "some"],
+        "argument --every: 'some' is no whole number",
+    ),
     "an unknown option": (["replay", "run", "--fast"], "unrecognized arguments: --fast"),
 }
 

@@ -95,6 +95,7 @@ def manifest_of(optimizer, groups, dtype, names, size, seed):
         "geomprobe": "0.1.0",
         "seed": seed,
         "strict": True,
+        "recording": {"argv": ["--seed", str(seed)]},
         "script": {
             "kind": "script",
             "path": "train.py",

@@ -1,18 +1,13 @@
-"""What a recording keeps beside its fingerprints, and when it writes checkpoints."""
+"""When a recording writes checkpoints, and which of them it keeps."""
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-from geomprobe.errors import UsageError
-from geomprobe.passes.references.averages import require_decay
+from geomprobe.passes.options import checkpoint_interval
 from geomprobe.probe.loops import TOP, Position
-
-_SPECIFICATION = re.compile(r"(\d+)(steps|min)")
 
 
 @dataclass(frozen=True)
@@ -23,9 +18,6 @@ class RetentionPolicy:
         every: ``"epoch"``, ``"500steps"``, ``"30min"`` or ``"never"``.
         keep: how many at most, spread evenly over the steps; None for all.
 
-    Raises:
-        UsageError: ``every`` is none of these, or ``keep`` is below 2.
-
     >>> RetentionPolicy("2steps").parsed
     (2, 'steps')
     """
@@ -33,22 +25,10 @@ class RetentionPolicy:
     every: str = "epoch"
     keep: int | None = 32
 
-    def __post_init__(self) -> None:
-        if self.every not in ("epoch", "never") and not self.parsed[0]:
-            raise UsageError(
-                f"checkpoints every {self.every!r}: say epoch, never, or a number of steps or minutes, as 500steps "
-                "or 30min"
-            )
-        if self.keep is not None and self.keep < 2:
-            raise UsageError(
-                f"keep {self.keep} checkpoints: at least 2, the first and the latest, are always kept"
-            )
-
     @property
     def parsed(self) -> tuple[int, str]:
         """``every`` as a number and its unit; 0 where it is no number of anything."""
-        found = _SPECIFICATION.fullmatch(self.every)
-        return (int(found[1]), found[2]) if found else (0, self.every)
+        return checkpoint_interval(self.every)
 
     def too_many(self, steps: list[int]) -> list[int]:
         """Which of the checkpoints on disk go: those whose neighbors lie closest, never the first or the last.
@@ -61,44 +41,6 @@ class RetentionPolicy:
             i = min(range(1, len(left) - 1), key=lambda i: left[i + 1] - left[i - 1])
             gone.append(left.pop(i))
         return gone
-
-
-@dataclass(frozen=True)
-class RecordOptions:
-    """What a recording keeps beside the fingerprints; an attempt to go on with it takes the same.
-
-    Attributes:
-        reference_steps: steps t whose weights ``w_t`` are kept as the reference ``step-t``.
-        ema: decays of the exponential moving averages of the weights that are kept as references.
-        average: keep the running average of the weights as a reference.
-        keeping: when checkpoints are written, and how many are kept.
-    """
-
-    reference_steps: tuple[int, ...] = ()
-    ema: tuple[float, ...] = ()
-    average: bool = False
-    keeping: RetentionPolicy = field(default_factory=RetentionPolicy)
-
-    def __post_init__(self) -> None:
-        for decay in self.ema:
-            require_decay(decay)
-
-    def described(self) -> dict[str, Any]:
-        """For the manifest."""
-        return {
-            "reference_steps": list(self.reference_steps),
-            "ema": list(self.ema),
-            "average": self.average,
-            "checkpoint_every": self.keeping.every,
-            "keep_checkpoints": self.keeping.keep,
-        }
-
-    @classmethod
-    def of(cls, described: dict[str, Any]) -> RecordOptions:
-        """What `described` described."""
-        keeping = RetentionPolicy(described["checkpoint_every"], described["keep_checkpoints"])
-        steps, ema = tuple(described["reference_steps"]), tuple(described["ema"])
-        return cls(steps, ema, described["average"], keeping)
 
 
 class CheckpointTimer:

@@ -81,11 +81,11 @@ def _updates(updates: Mapping[str, Any]) -> dict[str, str]:
 def _measured(trace: Summary) -> str:
     if "measure" not in trace:
         return ""
-    every = trace["measure"].get("every", 1)
+    options = trace["measure"]
+    every = options.get("every", 1)
     rows = ["each step" if every == 1 else f"each {every}th step"]
     if tensors := len(trace["per_parameter"]):
         rows.append(f"and per parameter ({tensors} tensors)")
-    options = trace["measure"].get("options", {})
     if held_out := options.get("held_out_every"):
         rows.append(f"a held-out minibatch in 1 of {held_out} steps")
     if full := options.get("full_gradient_every"):

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.resumable import Bench
+from support.resumable import Bench, said
 
 from geomprobe.trace.reader import open_trace
 
@@ -112,4 +112,19 @@ def test_processes_of_a_launch_do_not_start_others(bench, recorded):
     assert failed.returncode == 2
     assert "--jobs 3: it would start processes beside those of this launch" in err
     assert "replay RUN --segment I/K" in err
+    assert not (recorded / "trace.h5").exists()
+
+
+def test_an_option_for_several_ranks_is_refused_before_anything_starts(bench, recorded):
+    before = sorted(recorded.rglob("*"))
+    words = "--jobs 2 splits a run of one process", "--per-rank", "Nothing was replayed"
+    said(bench.replay(recorded, "--jobs", "2", "--per-rank"), 2, *words)
+    assert sorted(recorded.rglob("*")) == before
+
+
+def test_an_option_that_the_recording_has_nothing_for_is_refused_once(bench, recorded):
+    refused = said(
+        bench.replay(recorded, "--jobs", "2", "--before-clipping"), 2, "the recording saw no call of"
+    )
+    assert "segments, of steps" not in refused.err
     assert not (recorded / "trace.h5").exists()

@@ -1,0 +1,259 @@
+"""What each pass is asked for: one dataclass a pass, from which everything that names an option is made."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from geomprobe.distributed.ranks import PATIENCE_S
+from geomprobe.errors import RunError, UsageError
+from geomprobe.measure.option_fields import Options, option, whole
+from geomprobe.measure.options import MeasureOptions
+
+if TYPE_CHECKING:
+    from geomprobe.passes.checkpoint.retention import RetentionPolicy
+
+_INTERVAL = re.compile(r"(\d+)(steps|min)")
+
+
+def checkpoint_interval(text: str) -> tuple[int, str]:
+    """How often checkpoints are written, as a number and its unit; 0 where it is no number of anything.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is no such interval.
+
+    >>> checkpoint_interval("500steps"), checkpoint_interval("never")
+    ((500, 'steps'), (0, 'never'))
+    """
+    found = _INTERVAL.fullmatch(text)
+    count, unit = (int(found[1]), found[2]) if found else (0, text)
+    if not count and unit not in ("epoch", "never"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not epoch, never, or a number of steps or minutes, such as 500steps or 30min"
+        )
+    return count, unit
+
+
+def _interval(text: str) -> str:
+    checkpoint_interval(text)
+    return text
+
+
+def _count(text: str) -> int | None:
+    if text == "all":
+        return None
+    try:
+        return whole(2)(text)  # the first and the latest are always kept
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, and not 'all'") from None
+
+
+def _steps(text: str) -> tuple[int, ...]:
+    try:
+        steps = tuple(int(item) for item in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of steps such as 100,200") from None
+    if min(steps) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: steps are counted from 0")
+    return steps
+
+
+def _decays(text: str) -> tuple[float, ...]:
+    try:
+        decays = tuple(float(item) for item in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of decays such as 0.99,0.999") from None
+    if not all(0 < decay < 1 for decay in decays):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: an exponential moving average has a decay between 0 and 1, such as 0.999"
+        )
+    return decays
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return seconds
+
+
+def _reference(text: str) -> tuple[str, str]:
+    name, _, path = text.partition("=")
+    if not (name and path):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH, such as best=checkpoints/best.pt")
+    return name, str(Path(path).absolute())
+
+
+def _segment(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of 1/K to K/K, such as 3/4")
+    return int(number), int(count)
+
+
+def _joined(by: str) -> Any:
+    return lambda values: by.join(map(str, values))
+
+
+def _patience() -> Any:
+    return option(
+        PATIENCE_S,
+        "of several processes: abort if no process has made progress for this many seconds",
+        metavar="SECONDS",
+        parse=_seconds,
+        text=lambda seconds: str(seconds).removesuffix(".0"),
+        lasting=False,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordOptions(Options):
+    """What a recording is asked for.
+
+    >>> RecordOptions(ema=[0.9, 0.99], strict=False).argv()
+    ['--no-strict', '--ema', '0.9,0.99']
+    """
+
+    PURPOSE = "record"
+
+    seed: int | None = option(
+        None,
+        "seed of the generators of Python, NumPy and torch (default: drawn, and stored)",
+        metavar="N",
+        parse=whole(),
+    )
+    force: bool = option(False, "replace a run that is there", excludes="start", lasting=False)
+    resume: bool = option(
+        False,
+        "continue a recording that was cut off, with its own options (the script may be left out); start where there "
+        "is none, and do nothing where it is complete",
+        excludes="start",
+        lasting=False,
+    )
+    strict: bool = option(True, "use deterministic algorithms only")
+    checkpoint_every: str = option(
+        "epoch",
+        "write a checkpoint at each epoch, after so many steps or minutes (500steps, 30min; these need "
+        "probe.batches), or never",
+        metavar="WHEN",
+        parse=_interval,
+    )
+    keep_checkpoints: int | None = option(
+        32,
+        "keep at most N checkpoints, spread evenly over the run; all (in Python, None) keeps every one",
+        metavar="N",
+        parse=_count,
+        text=lambda count: "all" if count is None else str(count),
+    )
+    reference_steps: Collection[int] = option(
+        (),
+        "also keep the weights before these steps, as references step-N",
+        metavar="N,N,...",
+        parse=_steps,
+        text=_joined(","),
+    )
+    ema: Sequence[float] = option(
+        (),
+        "also keep exponential moving averages of the weights with these decays, such as 0.999, as references ema-B",
+        metavar="B,B,...",
+        parse=_decays,
+        text=_joined(","),
+    )
+    average: bool = option(False, "also keep the running average of the weights, as the reference average")
+    patience: float = _patience()
+
+    @property
+    def keeping(self) -> RetentionPolicy:
+        """When checkpoints are written, and how many are kept."""
+        from geomprobe.passes.checkpoint.retention import (
+            RetentionPolicy,
+        )  # imports torch, and --help does not
+
+        return RetentionPolicy(self.checkpoint_every, self.keep_checkpoints)
+
+    def described(self) -> dict[str, Any]:
+        """For the manifest, which has the seed and ``strict`` at its top."""
+        return {name: value for name, value in super().described().items() if name not in ("seed", "strict")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayOptions(MeasureOptions):
+    """What a replay is asked for: what it measures, against which weights, and which part of the run it does.
+
+    >>> ReplayOptions(every=10, segment=(3, 4)).argv()
+    ['--every', '10', '--segment', '3/4']
+    """
+
+    PURPOSE = "replay"
+
+    references: Mapping[str, str | PathLike[str]] = option(
+        {},
+        "also measure against the weights in a file: a state_dict, or safetensors (may be repeated; in Python, a "
+        "mapping from name to path)",
+        metavar="NAME=PATH",
+        parse=_reference,
+        text=lambda item: f"{item[0]}={fspath(item[1])}",
+        flag="--reference",
+    )
+    uncertified: bool = option(False, "continue where the replay differs, and mark every later row")
+    force: bool = option(False, "replace an earlier trace", excludes="start", lasting=False)
+    resume: bool = option(
+        False,
+        "continue a replay that was cut off, given the same options; start where there is none",
+        excludes="start",
+        lasting=False,
+    )
+    patience: float = _patience()
+    segment: tuple[int, int] | None = option(
+        None,
+        "replay only the I-th of K pieces, while other processes replay the others, and continue where it was cut "
+        "off; whichever ends last seals the trace",
+        metavar="I/K",
+        parse=_segment,
+        text=_joined("/"),
+        excludes="split",
+        lasting=False,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.segment and (self.force or self.resume):
+            raise UsageError(
+                "a segment continues by itself where it was cut off: leave out --force and --resume"
+            )
+        if self.uncertified and (self.segment or self.resume):
+            raise UsageError(
+                "an uncertified replay cannot continue from checkpoints, which are of the run that it differs from: "
+                "replay the run whole"
+            )
+
+
+def require_same_options(begun: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to continue a pass with other options than those it was started with.
+
+    Args:
+        begun: what was begun, and how, such as ``"runs/a was recorded"``.
+        then: the options in its manifest.
+        now: those to compare, by the same names.
+
+    Raises:
+        RunError: one of them differs.
+
+    >>> require_same_options("runs/a was replayed", {"every": 1, "compiled": False}, {"every": 1})
+    """
+    for name, value in json.loads(json.dumps(now)).items():
+        if value != then.get(name):
+            raise RunError(
+                f"{begun} with {name} = {then.get(name)}, and now it is {value}: one file cannot hold both. Give the "
+                "same options as then, or start over with --force."
+            )
