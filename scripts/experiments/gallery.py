@@ -14,7 +14,7 @@ import geomprobe
 
 HEAD = """# The papers' experiments
 
-Made by one command from the repository's root, which goes on where it was stopped; it needs the extra `examples`:
+Made by one command from the repository's root, which continues where it was stopped; it needs the extra `examples`:
 
     python scripts/experiments gallery --scale {scale}{jobs}
 
@@ -75,8 +75,8 @@ def section(experiment: Experiment | Elsewhere, scale: str, root: Path) -> str:
     small = " --scale tiny" if scale == "tiny" else ""
     command = f"`python scripts/experiments run {experiment.name}{small}`"
     if isinstance(experiment, Elsewhere):
-        command = f"`python scripts/{' '.join(experiment.command)}`"
-        seen = f"what it shows is told [on a page of its own]({experiment.page})."
+        command = f"`python scripts/experiments {' '.join(experiment.command)}`"
+        seen = f"see [the page of its own]({experiment.page})."
     else:
         seen = account(experiment, scale, root) + (
             f" {found().get(experiment.name, '')}" if scale == "tiny" else ""

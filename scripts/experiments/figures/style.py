@@ -41,7 +41,7 @@ QUICK = Size(epochs=2, descent_epochs=3, walks=20, walk_steps=20, walk_dimension
 
 
 class Drawn(NamedTuple):
-    """A figure, and the numbers that are said of it."""
+    """A figure, and the numbers that its page quotes."""
 
     figure: Figure
     numbers: dict[str, float]
@@ -68,7 +68,8 @@ def legend_below(figure: Figure, panels: Iterable[Any], columns: int) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG of 256 colors: surfaces take a third of the space, and lines look the same."""
+    """Write a PNG of 256 colors, and say so: surfaces take a third of the space, and lines look the same."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     Image.open(buffer).convert("RGB").quantize(256).save(path, optimize=True)
+    print(f"Wrote {path}", flush=True)
