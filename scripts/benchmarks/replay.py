@@ -12,7 +12,6 @@ at each, over that of epochs without, the two trainings taking turns epoch by ep
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 import os
 import statistics
@@ -20,26 +19,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import lanes
 import torch
-from digits import Digits, small_resnet
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
+# isort: split
+# lanes has put the examples on the path.
+from digits import Digits, small_resnet
+
 import geomprobe
 from geomprobe.passes.checkpoint import store as checkpoint
-from geomprobe.passes.checkpoint.retention import RecordOptions, RetentionPolicy
-from geomprobe.passes.recording import Recording
-from geomprobe.probe.hooks.global_hooks import listening
-from geomprobe.probe.probe import observe
 from geomprobe.report.table import number, table
-from geomprobe.reproducibility.environment import seed_everything, start_manifest, strict_mode
-from geomprobe.trace.run_folder import RunFolder
+from geomprobe.reproducibility.environment import seed_everything, strict_mode
 
-TRAINING = Path(__file__).with_name("train_digits.py")
+TRAINING = lanes.SCRIPTS / "examples" / "digits.py"
 DAY_S, PAPER_EPOCHS = 86_400.0, 180
 
 
@@ -111,7 +109,7 @@ def checkpoint_times(run: Path) -> tuple[float, float]:
     return statistics.median(writing), statistics.median(reading)
 
 
-def train(epochs: int) -> Generator[None, None, None]:
+def train(epochs: int) -> Iterator[None]:
     """The quickstart's training, an epoch at a time."""
     seed_everything(0)
     model = small_resnet(16)
@@ -127,42 +125,17 @@ def train(epochs: int) -> Generator[None, None, None]:
         yield
 
 
-@contextlib.contextmanager
-def reporting(recording: Recording) -> Iterator[None]:
-    """Let a training report to its pass."""
-    before = observe(recording)
-    try:
-        with listening(recording):
-            yield
-    finally:
-        observe(before)
-
-
 def with_and_without(folder: Path, epochs: int) -> tuple[float, float, list[float]]:
     """Median seconds of an epoch with a checkpoint and without, and the ratios of neighbors."""
-    lanes = []
-    for every in ("epoch", "never"):
-        run = RunFolder(folder / every)
-        run.stream.mkdir(parents=True)
-        manifest = start_manifest(seed=0, strict=True, script={})
-        lanes.append(
-            (Recording(run, manifest, RecordOptions(keeping=RetentionPolicy(every))), train(epochs + 1))
-        )
-    times: tuple[list[float], list[float]] = [], []
-    for epoch in range(epochs + 1):
-        for i in (0, 1) if epoch % 2 else (1, 0):
-            recording, lane = lanes[i]
-            with reporting(recording):
-                began = time.perf_counter()
-                next(lane)
-                if epoch:
-                    times[i].append(time.perf_counter() - began)
-    for recording, lane in lanes:
-        with reporting(recording):
-            lane.close()
-            recording.complete()
-    ratios = [a / b for a, b in zip(*times, strict=True)]
-    return statistics.median(times[0]), statistics.median(times[1]), ratios
+    trainings = {
+        every: lanes.Lane(train(epochs + 1), lanes.recording(folder / every, every))
+        for every in ("epoch", "never")
+    }
+    times = lanes.take_turns(trainings, epochs, warm_up=1)
+    for training in trainings.values():
+        training.finish()
+    ratios = [a / b for a, b in zip(times["epoch"], times["never"], strict=True)]
+    return lanes.typical(times["epoch"]), lanes.typical(times["never"]), ratios
 
 
 def predictions(costs: Costs, epochs: int) -> str:
@@ -195,9 +168,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, strict_mode(True):
         costs, serial, parallel = measured(Path(folder), epochs, jobs, arguments.rounds)
         with_one, without, ratios = with_and_without(Path(folder), arguments.checkpointed_epochs)
-    print(
-        f"torch {torch.__version__}, {os.cpu_count()} cores; {TRAINING.name}, {epochs} epochs, one thread\n"
-    )
+    print(f"{lanes.machine()}; {TRAINING.name}, {epochs} epochs, one thread\n")
     rows = [
         ["serial replay", f"{serial:.1f} s"],
         [f"replay --jobs {jobs}", f"{parallel:.1f} s"],

@@ -1,59 +1,45 @@
 """What the probe costs on several processes: step times of recording and replaying, against the plain step.
 
-    python scripts/benchmarks/distributed.py                                    1, 2 and 4 processes, DDP and FSDP2
-    python scripts/benchmarks/distributed.py --processes 8 --features 1024 --layers 12 --batch-size 16 --steps 100
+    python scripts/benchmarks/processes.py                                      1, 2 and 4 processes, DDP and FSDP2
+    python scripts/benchmarks/processes.py --processes 8 --features 1024 --layers 12 --batch-size 16 --steps 100
 
-Four trainings of the same GPT on the same words take turns, step by step in the same processes, so that whatever slows
-the machine slows them all; each step begins when all processes are there, and is over when the device is:
+Four trainings of the same GPT on the same words take turns, step by step in the same processes; each step begins when
+all processes are there, and is over when the device is:
 
     plain       the training loop, without geomprobe
     recording   pass 1
     replaying   pass 2, without Hg
     Hg          pass 2, with Hg at each step
 
-Ratios are of median step times to the plain step's; a step's time is that of the slowest process. Where each process
-has a GPU it is NCCL; on CPUs it is gloo, with one thread a process, and more processes than cores measure the crowd.
+Ratios to the plain step are medians over rounds of turns; a step's time is that of the slowest process. Where each
+process has a GPU it is NCCL; on CPUs it is gloo with one thread a process, and more processes than cores crowd them.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import platform
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+import lanes
 import torch
-from distributed import LanguageModel, join_the_others, spread
 from torch import Tensor
 from torch import distributed as dist
+
+# isort: split
+# lanes has put the examples and the workloads on the path.
+from distributed import LanguageModel, join_the_others, spread
 from workloads import GPT
 
 import geomprobe
-from geomprobe.distributed.ranks import here
-from geomprobe.measure.options import MeasureOptions
-from geomprobe.passes.checkpoint.retention import RecordOptions
-from geomprobe.passes.lease import own_record
-from geomprobe.passes.recording import Recording
-from geomprobe.passes.references.loaded import References
-from geomprobe.passes.replaying import Replaying
-from geomprobe.passes.session import Session
-from geomprobe.probe.hooks.global_hooks import listening
-from geomprobe.probe.probe import observe
 from geomprobe.report.table import table
-from geomprobe.reproducibility.environment import seed_everything, start_manifest, strict_mode
-from geomprobe.trace.run_folder import RunFolder
+from geomprobe.reproducibility.environment import seed_everything, strict_mode
 
-Lane = Iterator[None]
 LANES = ["plain", "recording", "replaying", "Hg"]
 WARM_UP = 3
 VOCABULARY = 2000
@@ -67,7 +53,7 @@ def batches(options: argparse.Namespace, rank: int, device: torch.device) -> lis
     return [(words[:, :-1], words[:, 1:]) for words in (few[i % 4] for i in range(options.steps + WARM_UP))]
 
 
-def train(options: argparse.Namespace, data: list[tuple[Tensor, Tensor]], probed: bool) -> Lane:
+def train(options: argparse.Namespace, data: list[tuple[Tensor, Tensor]], probed: bool) -> Iterator[None]:
     """The training loop, one step at a time."""
     seed_everything(0)
     sizes = {"features": options.features, "layers": options.layers, "context": options.context}
@@ -85,61 +71,29 @@ def train(options: argparse.Namespace, data: list[tuple[Tensor, Tensor]], probed
         yield
 
 
-@contextlib.contextmanager
-def reporting(observation: Session | None) -> Iterator[None]:
-    """Let one training report to its pass while it takes a step."""
-    if observation is None:
-        yield
-        return
-    before = observe(observation)
-    try:
-        with listening(observation):
-            yield
-    finally:
-        observe(before)
-
-
-def observed(
+def lane(
     name: str, folder: Path, options: argparse.Namespace, data: list[tuple[Tensor, Tensor]]
-) -> Session | None:
-    """The pass of a lane; for a replay, its recording is made first."""
+) -> lanes.Lane:
+    """A training by its name, with the pass that it reports to."""
+    training = partial(train, options, data)
     if name == "plain":
-        return None
-    run = RunFolder(folder / name)
-    if name != "recording":
-        geomprobe.record(lambda: [None for _ in train(options, data, True)], run.path, seed=0).close()
-    ranks = here()
-    manifest = start_manifest(seed=0, strict=True, script={}) | ranks.described()
-    run.stream.mkdir(parents=True, exist_ok=True)
+        return lanes.Lane(training(False))
     if name == "recording":
-        return Recording(run, manifest, RecordOptions(), ranks)
-    recorded = own_record(run, ranks)
-    measure = MeasureOptions(curvature_every=int(name == "Hg"))
-    return Replaying(run, recorded, References(recorded, {}), manifest, measure, ranks=ranks)
+        return lanes.Lane(training(True), lanes.recording(folder / name))
+    session = lanes.replaying(folder / name, partial(training, True), curvature_every=int(name == "Hg"))
+    return lanes.Lane(training(True), session)
 
 
 def step_times(options: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
     """Seconds of each step of each training on this process, taking turns."""
     device, rank, _ = join_the_others()
     data = batches(options, rank, device)
-    passes = {name: observed(name, folder, options, data) for name in LANES}
-    lanes = {name: train(options, data, name != "plain") for name in LANES}
-    times: dict[str, list[float]] = {name: [] for name in LANES}
-    for _ in data:
-        for name, lane in lanes.items():
-            dist.barrier()
-            began = time.perf_counter()
-            with reporting(passes[name]):
-                next(lane)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times[name].append(time.perf_counter() - began)
-    for name, observation in passes.items():
-        with reporting(observation):
-            next(lanes[name], None)
-        if isinstance(observation, (Recording, Replaying)):
-            observation.complete()  # raises if the replay was not the same run
-    return {name: seconds[WARM_UP:] for name, seconds in times.items()}
+    trainings = {name: lane(name, folder, options, data) for name in LANES}
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else None
+    times = lanes.take_turns(trainings, options.steps, WARM_UP, before=dist.barrier, after=wait)
+    for training in trainings.values():
+        training.finish()
+    return times
 
 
 def worker(options: argparse.Namespace) -> None:
@@ -160,43 +114,26 @@ def worker(options: argparse.Namespace) -> None:
 
 def measured(options: argparse.Namespace, processes: int, parallel: str) -> dict[str, list[float]]:
     """The step times of a training laid out in one way."""
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(processes),
-    ]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     sizes = [
         part
         for name in ("steps", "batch_size", "context", "features", "layers")
         for part in (f"--{name.replace('_', '-')}", str(getattr(options, name)))
     ]
-    package = str(Path(geomprobe.__file__).parents[1])
-    environment = {
-        **os.environ,
-        "PYTHONPATH": package,
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-        "OMP_NUM_THREADS": "1",
-    }
+    env = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
-        command = [*torchrun, __file__, "--worker", parallel, "--folder", folder, *sizes]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    found: dict[str, list[float]] = json.loads(done.stdout.splitlines()[-1])
+        words = ["--worker", parallel, "--folder", folder, *sizes]
+        found: dict[str, list[float]] = lanes.alone(__file__, *words, launcher=launcher, env=env)
     return found
 
 
-def rows(options: argparse.Namespace) -> Iterator[list[Any]]:
+def rows(options: argparse.Namespace) -> Iterator[list[str]]:
     """A line of the table for each layout."""
     for parallel in options.parallel:
         for processes in options.processes:
             times = measured(options, processes, parallel)
-            medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-            ratios = [f"{medians[name] / medians['plain']:.2f}" for name in LANES[1:]]
-            yield [parallel, str(processes), f"{1e3 * medians['plain']:.1f} ms", *ratios]
+            ratios = [f"{lanes.ratio(times[name], times['plain']):.2f}" for name in LANES[1:]]
+            yield [parallel, str(processes), f"{1e3 * lanes.typical(times['plain']):.1f} ms", *ratios]
 
 
 def main() -> None:
@@ -216,12 +153,7 @@ def main() -> None:
     if options.worker:
         worker(options)
         return
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{platform.machine()}, {os.cpu_count()} cores"
-    )
-    print(f"torch {torch.__version__}, {device}")
+    print(lanes.machine())
     print(
         f"GPT of {options.layers} layers of width {options.features}, batch {options.batch_size} x {options.context} "
         f"on each process, {options.steps} steps"
