@@ -1,4 +1,4 @@
-"""Each module of geomprobe/ has a test file of its place and name in tests/unit, or is in a list here with its tests."""
+"""Each module of geomprobe/ has a test file of its place and name in tests/unit, or is in a list with its tests."""
 
 from __future__ import annotations
 
