@@ -14,6 +14,6 @@ fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-.venv/bin/lint-imports
+.venv/bin/lint-imports --no-logo
 .venv/bin/python -m pytest -m "$only" "$@"
 [ -z "$all" ] || sh scripts/test_integrations.sh

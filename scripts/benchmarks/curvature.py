@@ -7,7 +7,7 @@
 Trainings of one model on the same batches take turns, step by step in one process:
 
     plain        forward, backward, update
-    by hand      the least code that has Hg: autograd.grad with create_graph, and autograd.grad of that
+    by hand      the shortest code that has Hg: autograd.grad with create_graph, and autograd.grad of that
     geomprobe    Curvature.backward and Curvature.product
     every 8th    the same at each 8th step, plain backward at the others
     curvlinops   a plain step and curvlinops' HessianLinearOperator on its minibatch, where it is installed

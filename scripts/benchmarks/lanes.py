@@ -29,7 +29,9 @@ from geomprobe.passes.references.loaded import References
 from geomprobe.passes.replaying import Replaying
 from geomprobe.probe.hooks.global_hooks import listening
 from geomprobe.probe.probe import observe
+from geomprobe.reproducibility.environment import seed_everything as seed_everything
 from geomprobe.reproducibility.environment import start_manifest
+from geomprobe.reproducibility.environment import strict_mode as strict_mode
 from geomprobe.trace.run_folder import RunFolder
 
 SCRIPTS = Path(__file__).resolve().parents[1]
@@ -60,7 +62,10 @@ def replaying(run: Path, train: Callable[[], Iterator[None]], **measure: Any) ->
 
 @contextlib.contextmanager
 def reporting(session: Pass | None) -> Iterator[None]:
-    """Let the training that runs meanwhile report to a pass. A lane enters it anew for each of its steps."""
+    """Let the training inside report to a pass. A lane enters it for each of its steps, since only one pass can listen.
+
+    This is the only place that knows how a pass listens.
+    """
     if session is None:
         yield
         return

@@ -31,7 +31,6 @@ from torchvision.models import resnet18
 
 import geomprobe
 from geomprobe.report.table import table
-from geomprobe.reproducibility.environment import seed_everything, strict_mode
 
 LANES = ["plain", "inert", "recording", "replaying", "compiled", "naive"]
 WARM_UP = 3
@@ -51,7 +50,7 @@ def train(
     data: list[tuple[Tensor, Tensor]], before_step: Callable[[nn.Module], None] | None = None
 ) -> Iterator[None]:
     """The plain training loop, one step at a time."""
-    seed_everything(0)
+    lanes.seed_everything(0)
     model = resnet18()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     for images, labels in data:
@@ -66,7 +65,7 @@ def train(
 
 def train_probed(data: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
     """The same loop with the probe."""
-    seed_everything(0)
+    lanes.seed_everything(0)
     model = resnet18()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     probe = geomprobe.attach(model, optimizer)
@@ -121,7 +120,7 @@ def main() -> None:
     shape = (3, arguments.image, arguments.image)
     steps = WARM_UP if arguments.alone else arguments.steps
     data = batches(WARM_UP + steps, arguments.batch_size, shape)
-    with tempfile.TemporaryDirectory() as folder, strict_mode(True):
+    with tempfile.TemporaryDirectory() as folder, lanes.strict_mode(True):
         if arguments.alone:
             lanes.print_peak(lane(arguments.alone, Path(folder), data), WARM_UP, steps)
             return

@@ -38,7 +38,6 @@ from workloads import GPT
 
 import geomprobe
 from geomprobe.report.table import table
-from geomprobe.reproducibility.environment import seed_everything, strict_mode
 
 LANES = ["plain", "recording", "replaying", "Hg"]
 WARM_UP = 3
@@ -55,7 +54,7 @@ def batches(options: argparse.Namespace, rank: int, device: torch.device) -> lis
 
 def train(options: argparse.Namespace, data: list[tuple[Tensor, Tensor]], probed: bool) -> Iterator[None]:
     """The training loop, one step at a time."""
-    seed_everything(0)
+    lanes.seed_everything(0)
     sizes = {"features": options.features, "layers": options.layers, "context": options.context}
     model = spread(LanguageModel(GPT(VOCABULARY, **sizes)).to(data[0][0].device), options.worker)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -99,7 +98,7 @@ def step_times(options: argparse.Namespace, folder: Path) -> dict[str, list[floa
 def worker(options: argparse.Namespace) -> None:
     """One process of a measurement; the first of them prints the times of the slowest, step by step."""
     torch.set_num_threads(1)
-    with strict_mode(True):
+    with lanes.strict_mode(True):
         times = step_times(options, Path(options.folder))
     mine = torch.tensor([times[name] for name in LANES], dtype=torch.float64)
     mine = mine.to("cuda") if torch.cuda.is_available() else mine

@@ -35,7 +35,6 @@ from digits import Digits, small_resnet
 import geomprobe
 from geomprobe.passes.checkpoint import store as checkpoint
 from geomprobe.report.table import number, table
-from geomprobe.reproducibility.environment import seed_everything, strict_mode
 
 TRAINING = lanes.SCRIPTS / "examples" / "digits.py"
 DAY_S, PAPER_EPOCHS = 86_400.0, 180
@@ -73,7 +72,7 @@ class Costs:
 
 
 def measured(folder: Path, epochs: int, jobs: int, rounds: int) -> tuple[Costs, float, float]:
-    """The costs, and the times of a serial and of a parallel replay: the least of each."""
+    """The costs, and the times of a serial and of a parallel replay: the minimum of each."""
     recordings = {n: recorded(folder / str(n), n) for n in (1, epochs)}
     options = {"one epoch": (1, 1), "serial": (epochs, 1), "parallel": (epochs, jobs)}
     times: dict[str, list[float]] = {name: [] for name in options}
@@ -82,15 +81,15 @@ def measured(folder: Path, epochs: int, jobs: int, rounds: int) -> tuple[Costs, 
             times[name].append(
                 geomprobe_command("replay", "--force", "--jobs", str(count), str(folder / str(n)))
             )
-    least = {name: min(seconds) for name, seconds in times.items()}
-    replay_epoch = (least["serial"] - least["one epoch"]) / (epochs - 1)
+    shortest = {name: min(seconds) for name, seconds in times.items()}
+    replay_epoch = (shortest["serial"] - shortest["one epoch"]) / (epochs - 1)
     record_epoch = (recordings[epochs] - recordings[1]) / (epochs - 1)
-    start = least["one epoch"] - replay_epoch
+    start = shortest["one epoch"] - replay_epoch
     nothing_left = ["replay", "--segment", "1000/1000", str(folder / str(epochs))]  # as far as they go alike
     parent = min(geomprobe_command(*nothing_left) for _ in range(rounds))
     write, load = checkpoint_times(folder / str(epochs))
     costs = Costs(record_epoch, replay_epoch, start, parent, load, write)
-    return costs, least["serial"], least["parallel"]
+    return costs, shortest["serial"], shortest["parallel"]
 
 
 def checkpoint_times(run: Path) -> tuple[float, float]:
@@ -111,7 +110,7 @@ def checkpoint_times(run: Path) -> tuple[float, float]:
 
 def train(epochs: int) -> Iterator[None]:
     """The quickstart's training, an epoch at a time."""
-    seed_everything(0)
+    lanes.seed_everything(0)
     model = small_resnet(16)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     loader = DataLoader(Digits(train=True), 64, shuffle=True, drop_last=True, num_workers=1)
@@ -139,7 +138,7 @@ def with_and_without(folder: Path, epochs: int) -> tuple[float, float, list[floa
 
 
 def predictions(costs: Costs, epochs: int) -> str:
-    """What the model says of several devices: for this run, and for a day's training of the papers' length."""
+    """What the model predicts for several devices: for this run, and for a day's training of the papers' length."""
     scale = DAY_S / PAPER_EPOCHS / costs.record_epoch
     day = replace(costs, record_epoch=DAY_S / PAPER_EPOCHS, replay_epoch=scale * costs.replay_epoch)
     rows = []
@@ -161,11 +160,11 @@ def main() -> None:
     )
     parser.add_argument("--epochs", type=int, default=200, help="of the run that is replayed")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3, help="of which the least time counts")
+    parser.add_argument("--rounds", type=int, default=3, help="of which the shortest time counts")
     parser.add_argument("--checkpointed-epochs", type=int, default=60, help="with and without a checkpoint")
     arguments = parser.parse_args()
     epochs, jobs = arguments.epochs, arguments.jobs
-    with tempfile.TemporaryDirectory() as folder, strict_mode(True):
+    with tempfile.TemporaryDirectory() as folder, lanes.strict_mode(True):
         costs, serial, parallel = measured(Path(folder), epochs, jobs, arguments.rounds)
         with_one, without, ratios = with_and_without(Path(folder), arguments.checkpointed_epochs)
     print(f"{lanes.machine()}; {TRAINING.name}, {epochs} epochs, one thread\n")

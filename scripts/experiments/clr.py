@@ -161,7 +161,7 @@ def draw_rates(sweep: Sweep, found: Results) -> Figure:
 
 
 def table(sweep: Sweep, found: Results) -> str:
-    """The numbers, as Markdown; the last two over the last epochs: the seeds' mean, their least and greatest."""
+    """The numbers, as Markdown; the last two over the last epochs: the seeds' mean, minimum and maximum."""
     rows = [
         "| task | method | epochs to a loss of 0.2 | of 0.01 | training loss | held-out accuracy (%) |",
         "|---|---|---|---|---|---|",

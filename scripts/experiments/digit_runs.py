@@ -105,7 +105,7 @@ def descend(make_loss: Callable[[], nn.Module], rate: float, epochs: int, steps:
 
 
 def measured(train: Callable[[], Any], run: Path, seed: int = 0) -> geomprobe.Trace:
-    """The certified trace of a training, recorded and replayed unless ``run`` holds it already."""
+    """The certified trace of a training, recorded and replayed unless ``run`` has it already."""
     if (run / "trace.h5").exists() and (trace := geomprobe.open_trace(run)).status == "complete":
         return trace
     return geomprobe.two_pass(train, run, seed=seed, force=True)

@@ -102,15 +102,15 @@ def account(experiment: Experiment, scale: str, root: Path) -> str:
 
 
 def made_with(experiments: Iterable[Experiment | Elsewhere], scale: str, root: Path) -> str:
-    """What the runs' manifests say of software and machine, each once."""
-    told = set()
+    """Software and machine of the runs, from their manifests, each once."""
+    found = set()
     for experiment in experiments:
         for folder in folders_of(experiment, scale, root):
             manifest = geomprobe.open_trace(folder).manifest
             hardware, threads = manifest["hardware"], manifest["flags"]["num_threads"]
             devices = ", ".join(map(str, hardware["devices"])) or "no GPU"
-            told.add(
+            found.add(
                 f"torch {manifest['software']['torch']} on {hardware['machine']} ({hardware['cpu_capability']}), "
                 f"{devices}, {threads} thread{'s' * (threads > 1)} a run"
             )
-    return "; ".join(sorted(told)) or "nothing but the commands below"
+    return "; ".join(sorted(found)) or "nothing but the commands below"

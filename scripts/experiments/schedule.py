@@ -118,7 +118,7 @@ def draw(chosen: dict[str, Rates], found: Results) -> Figure:
 
 
 def table(found: Results) -> str:
-    """The numbers over the last epochs, as Markdown: the seeds' mean, their least and greatest."""
+    """The numbers over the last epochs, as Markdown: the seeds' mean, minimum and maximum."""
     rows = ["| schedule | training loss | held-out accuracy (%) |", "|---|---|---|"]
     for name, runs in found.items():
         loss, accuracy = (column(runs, key)[:, -LAST:].mean(1) for key in ("loss", "accuracy"))

@@ -1,4 +1,4 @@
-"""Draw CG's figures from run folders: a line for the mean over seeds, a band from the least to the greatest of them.
+"""Draw CG's figures from run folders: a line for the mean over seeds, a band from their minimum to their maximum.
 
     python scripts/experiments figure cg fig2 runs/clr-0 runs/clr-1 runs/sgd-0 runs/sgd-1 -o clr.png
     python scripts/experiments figure cg fig7 runs/clr-0 runs/clr-1 -o hg.png

@@ -60,14 +60,14 @@ def steps_band(folder: Path, column: str) -> Band:
 
 
 def seeds_band(folders: Sequence[Path], column: str) -> Band:
-    """CG's: the mean over seeds of an epoch's mean, and the least and greatest of the seeds'."""
+    """CG's: the mean over seeds of an epoch's mean, and the minimum and maximum over the seeds."""
     found = [geomprobe.open_trace(folder).per_epoch(column) for folder in folders]
     means = np.stack([each.mean for each in found])
     return Band(found[0].epoch, means.mean(0), means.min(0), means.max(0))
 
 
 def lines_of_runs(folders: Sequence[Path], seeds_together: bool) -> Lines:
-    """The lines of a figure, labeled with what tells them apart.
+    """The lines of a figure, labeled with what differs between them.
 
     Args:
         folders: of the runs, in the order of the figure.
