@@ -8,7 +8,7 @@ from sphinx.util.docutils import SphinxTranslator
 import geomprobe
 
 project = "geomprobe"
-author = "the geomprobe authors"
+author = "the geomprobe developers"
 version = release = geomprobe.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]

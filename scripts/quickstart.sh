@@ -1,7 +1,7 @@
 #!/bin/sh
 # Records, replays, verifies and plots the training of a small ResNet on handwritten digits.
 #
-#     sh scripts/quickstart.sh [RUN]        default: runs/digits, made anew each time
+#     sh scripts/quickstart.sh [RUN]        default: runs/digits, replaced each time
 extras=examples
 . "$(dirname "$0")/setup.sh"
 run=${1:-runs/digits}
@@ -24,5 +24,5 @@ Wrote
   $run/gamma.png   RSI, EB and their ratio gamma by epoch (No Wrong Turns, figure 2)
 
 Look at gamma.png: is gamma positive all along, and above the dashed line, which is what a random walk would
-show? Then open trace.h5 with h5py, xarray or geomprobe.open_trace("$run"); README.md says what each column means.
+show? Then open trace.h5 with h5py, xarray or geomprobe.open_trace("$run"); README.md explains each column.
 END

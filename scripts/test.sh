@@ -1,5 +1,5 @@
 #!/bin/sh
-# Every check: style, types, tests and doctests. With --all the slow cases too, and those that need a training framework,
+# Every check: style, types, the order of imports, tests and doctests. With --all the slow cases too, and those that need a training framework,
 # in an environment of their own. Further arguments go to pytest.
 #
 #     sh scripts/test.sh
@@ -14,5 +14,6 @@ fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
+.venv/bin/lint-imports --no-logo
 .venv/bin/python -m pytest -m "$only" "$@"
 [ -z "$all" ] || sh scripts/test_integrations.sh

@@ -4,11 +4,10 @@
     python scripts/benchmarks/curvature.py --models gpt        one of them
     python scripts/benchmarks/curvature.py --steps 100         longer, steadier
 
-Trainings of one model on the same batches take turns, step by step in one process, so that whatever slows the
-machine slows them all:
+Trainings of one model on the same batches take turns, step by step in one process:
 
     plain        forward, backward, update
-    by hand      the least code that has Hg: autograd.grad with create_graph, and autograd.grad of that
+    by hand      the shortest code that has Hg: autograd.grad with create_graph, and autograd.grad of that
     geomprobe    Curvature.backward and Curvature.product
     every 8th    the same at each 8th step, plain backward at the others
     curvlinops   a plain step and curvlinops' HessianLinearOperator on its minibatch, where it is installed
@@ -21,26 +20,20 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
-import platform
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
+import lanes
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from geomprobe.measure.curvature.hessian_gradient import Curvature
+from geomprobe.report.table import table
 
 SPARSE = 8
 WARM_UP = SPARSE  # rounds
 
 Batch = tuple[Tensor, Tensor]
-Lane = Iterator[None]
 
 
 class GPT(nn.Module):
@@ -123,7 +116,7 @@ class Training:
         self.parameters = list(model.parameters())
         self.optimizer = torch.optim.SGD(self.parameters, lr=0.01, momentum=0.9)
 
-    def run(self, data: list[Batch]) -> Lane:
+    def run(self, data: list[Batch]) -> Iterator[None]:
         for step, (x, y) in enumerate(data):
             self.optimizer.zero_grad()
             loss = functional.cross_entropy(self.model(x), y)
@@ -185,90 +178,46 @@ LANES: dict[str, type[Training]] = {
 }
 
 
-def lane(name: str, model: str, steps: int) -> Lane:
+def lane(name: str, model: str, steps: int) -> lanes.Lane:
     """The training ``name`` of ``model``; all of one model see the same weights and batches."""
     _, build, batch = MODELS[model]
     torch.manual_seed(0)
     data = [batch() for _ in range(4)]
-    return LANES[name](build()).run([data[i % 4] for i in range(steps)])
+    return lanes.Lane(LANES[name](build()).run([data[i % 4] for i in range(steps)]))
 
 
 def available(model: str) -> list[str]:
-    """The lanes that run here; says why another does not."""
+    """The lanes that run here; prints why curvlinops does not, if so."""
     names = list(LANES)
     if importlib.util.find_spec("curvlinops") is None:
         return names[:-1]
     try:
-        next(lane("curvlinops", model, 1))
+        lane("curvlinops", model, 1)()
     except Exception as error:  # whatever it is, it is that lane's
         print(f"curvlinops does not run on this model: {str(error).splitlines()[0]}")
         return names[:-1]
     return names
 
 
-def measure(model: str, names: list[str], steps: int) -> dict[str, list[float]]:
-    """Seconds of each step of each training, taking turns, each round beginning with another one."""
-    times: dict[str, list[float]] = {name: [] for name in names}
-    lanes = {name: lane(name, model, WARM_UP + steps) for name in names}
-    for step in range(WARM_UP + steps):
-        turn = step % len(names)
-        for name in names[turn:] + names[:turn]:
-            began = time.perf_counter()
-            next(lanes[name])
-            times[name].append(time.perf_counter() - began)
-    return {name: seconds[WARM_UP:] for name, seconds in times.items()}
-
-
-def per_step(name: str, seconds: list[float]) -> float:
-    """Median step time; of a sparse lane the mean over its kinds of steps, weighted by their number."""
-    every = LANES[name].every
-    measured = statistics.median(seconds[::every])
-    others = [s for i, s in enumerate(seconds) if i % every]
-    return (measured + (every - 1) * statistics.median(others)) / every if others else measured
-
-
-def ratio(name: str, other: str, times: dict[str, list[float]]) -> float:
-    """Median over rounds of the two lanes' step times, a sparse lane by its measured steps and the others."""
-    rounds = [a / b for a, b in zip(times[name], times[other], strict=True)]
-    every = LANES[name].every
-    others = [r for i, r in enumerate(rounds) if i % every]
-    measured = statistics.median(rounds[::every])
-    return (measured + (every - 1) * statistics.median(others)) / every if others else measured
-
-
-def peak_memory(name: str, model: str) -> int:
-    """Peak resident bytes of a process that runs one training alone."""
-    command = [sys.executable, __file__, "--models", model, "--alone", name]
-    output = subprocess.run(command, check=True, capture_output=True, text=True)
-    return int(json.loads(output.stdout.splitlines()[-1]))
-
-
-def alone(name: str, model: str) -> None:
-    """Run one training and print the process's peak memory after the first steps, which import and set up."""
-    steps = lane(name, model, 2 * SPARSE)
-    for _ in range(SPARSE):
-        next(steps)
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
-    for _ in steps:
-        pass
-    status = Path("/proc/self/status").read_text()
-    print(json.dumps(int(status.split("VmHWM:")[1].split()[0]) * 1024))
-
-
 def report(model: str, steps: int) -> None:
     title, build, _ = MODELS[model]
     names = available(model)
-    times = measure(model, names, steps)
-    memory = {name: peak_memory(name, model) for name in names}
+    times = lanes.take_turns({name: lane(name, model, WARM_UP + steps) for name in names}, steps, WARM_UP)
+    memory = {name: lanes.alone(__file__, "--models", model, "--alone", name) for name in names}
     weights = 4 * sum(p.numel() for p in build().parameters())
-    print(f"\n{title}, {weights / 4e6:.1f} M parameters, {steps} steps")
-    print(f"{'':10} {'step':>11} {'to plain':>9} {'to by hand':>11} {'extra memory':>14}")
+    rows = []
     for name in names:
-        against_hand = "" if LANES[name].every > 1 else f"{ratio(name, 'by hand', times):10.3f}x"
-        print(
-            f"{name:10} {1e3 * per_step(name, times[name]):8.1f} ms {ratio(name, 'plain', times):8.3f}x "
-            f"{against_hand:>11} {(memory[name] - memory['plain']) / weights:10.2f} |w|"
-        )
+        every = LANES[name].every
+        by_hand = f"{lanes.ratio(times[name], times['by hand']):.3f}x" if every == 1 else ""
+        cells = [
+            f"{1e3 * lanes.typical(times[name], every):.1f} ms",
+            f"{lanes.ratio(times[name], times['plain'], every):.3f}x",
+            by_hand,
+            f"{(memory[name] - memory['plain']) / weights:.2f} |w|",
+        ]
+        rows.append([name, *cells])
+    print(f"\n{title}, {weights / 4e6:.1f} M parameters, {steps} steps")
+    print(table(["", "step", "to plain", "to by hand", "extra memory"], rows, right=[1, 2, 3, 4]))
 
 
 def main() -> None:
@@ -280,11 +229,9 @@ def main() -> None:
     parser.add_argument("--alone", choices=LANES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.alone:
-        alone(arguments.alone, arguments.models[0])
+        lanes.print_peak(lane(arguments.alone, arguments.models[0], 2 * SPARSE), SPARSE, SPARSE)
         return
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}"
-    )
+    print(lanes.machine())
     for model in arguments.models:
         report(model, arguments.steps)
 

@@ -4,7 +4,7 @@
 
 Two floors, both of ``torch.dot``: over as many bytes in three long vectors, and over the model's own tensors,
 which being many and apart take longer to read. Every way is timed once a round, one after the other, each
-with cold caches, so that a busy machine slows them alike; the ratios are of the medians. The errors are
+with cold caches; the ratios are of the medians. The errors are
 relative, against a float64 loop, for gradients whose cosine with w - w* is 0.003. Scratch is what a way
 holds or allocates.
 """
@@ -12,11 +12,11 @@ holds or allocates.
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
+import lanes
 import torch
 import torchvision
 from torch import Tensor
@@ -43,7 +43,7 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def in_float64(w: Sequence[Tensor], star: Sequence[Tensor], g: Sequence[Tensor]) -> Tensor:
-    """The oracle: tensor by tensor, everything in float64."""
+    """The expected sums: tensor by tensor, everything in float64."""
     total = torch.zeros(6, dtype=torch.float64)
     for x, y, z in zip(w, star, g, strict=True):
         a, b = z.double(), x.double()
@@ -67,19 +67,6 @@ def dot_each(w: Sequence[Tensor], star: Sequence[Tensor], g: Sequence[Tensor]) -
     for x, y, z in zip(w, star, g, strict=True):
         torch.dot(x.view(-1), y.view(-1))
         torch.dot(z.view(-1), z.view(-1))
-
-
-def time_interleaved(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each way, after two rounds that do not count."""
-    others = torch.ones(2**24)
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds + 2):
-        for name, way in ways.items():
-            torch.dot(others, others)
-            start = time.perf_counter()
-            way()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(taken[2:]) for name, taken in times.items()}
 
 
 def table(times: dict[str, float], results: dict[str, tuple[Tensor, int]], oracle: Tensor) -> Iterator[str]:
@@ -130,7 +117,10 @@ def main() -> None:
         end="",
     )
     print(f"torch {torch.__version__}; compiling took {compiling:.1f} s\n")
-    for line in table(time_interleaved(ways, options.rounds), results, in_float64(w, star, g)):
+    others = torch.ones(2**24)  # read before each call, so that the caches hold nothing of the model
+    times = lanes.take_turns(ways, options.rounds, 2, before=lambda: torch.dot(others, others))
+    medians = {name: 1e3 * lanes.typical(seconds) for name, seconds in times.items()}
+    for line in table(medians, results, in_float64(w, star, g)):
         print(line)
 
 

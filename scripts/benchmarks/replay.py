@@ -12,7 +12,6 @@ at each, over that of epochs without, the two trainings taking turns epoch by ep
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 import os
 import statistics
@@ -20,26 +19,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import lanes
 import torch
-from digits import Digits, small_resnet
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
+# isort: split
+# lanes has put the examples on the path.
+from digits import Digits, small_resnet
+
 import geomprobe
 from geomprobe.passes.checkpoint import store as checkpoint
-from geomprobe.passes.options import RecordOptions
-from geomprobe.passes.recording import Recording
-from geomprobe.probe.hooks.global_hooks import listening
-from geomprobe.probe.probe import observe
 from geomprobe.report.table import number, table
-from geomprobe.reproducibility.environment import seed_everything, start_manifest, strict_mode
-from geomprobe.trace.run_folder import RunFolder
 
-TRAINING = Path(__file__).with_name("train_digits.py")
+TRAINING = lanes.SCRIPTS / "examples" / "digits.py"
 DAY_S, PAPER_EPOCHS = 86_400.0, 180
 
 
@@ -75,7 +72,7 @@ class Costs:
 
 
 def measured(folder: Path, epochs: int, jobs: int, rounds: int) -> tuple[Costs, float, float]:
-    """The costs, and the times of a serial and of a parallel replay: the least of each."""
+    """The costs, and the times of a serial and of a parallel replay: the minimum of each."""
     recordings = {n: recorded(folder / str(n), n) for n in (1, epochs)}
     options = {"one epoch": (1, 1), "serial": (epochs, 1), "parallel": (epochs, jobs)}
     times: dict[str, list[float]] = {name: [] for name in options}
@@ -84,15 +81,15 @@ def measured(folder: Path, epochs: int, jobs: int, rounds: int) -> tuple[Costs, 
             times[name].append(
                 geomprobe_command("replay", "--force", "--jobs", str(count), str(folder / str(n)))
             )
-    least = {name: min(seconds) for name, seconds in times.items()}
-    replay_epoch = (least["serial"] - least["one epoch"]) / (epochs - 1)
+    shortest = {name: min(seconds) for name, seconds in times.items()}
+    replay_epoch = (shortest["serial"] - shortest["one epoch"]) / (epochs - 1)
     record_epoch = (recordings[epochs] - recordings[1]) / (epochs - 1)
-    start = least["one epoch"] - replay_epoch
+    start = shortest["one epoch"] - replay_epoch
     nothing_left = ["replay", "--segment", "1000/1000", str(folder / str(epochs))]  # as far as they go alike
     parent = min(geomprobe_command(*nothing_left) for _ in range(rounds))
     write, load = checkpoint_times(folder / str(epochs))
     costs = Costs(record_epoch, replay_epoch, start, parent, load, write)
-    return costs, least["serial"], least["parallel"]
+    return costs, shortest["serial"], shortest["parallel"]
 
 
 def checkpoint_times(run: Path) -> tuple[float, float]:
@@ -111,9 +108,9 @@ def checkpoint_times(run: Path) -> tuple[float, float]:
     return statistics.median(writing), statistics.median(reading)
 
 
-def train(epochs: int) -> Generator[None, None, None]:
+def train(epochs: int) -> Iterator[None]:
     """The quickstart's training, an epoch at a time."""
-    seed_everything(0)
+    lanes.seed_everything(0)
     model = small_resnet(16)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     loader = DataLoader(Digits(train=True), 64, shuffle=True, drop_last=True, num_workers=1)
@@ -127,46 +124,21 @@ def train(epochs: int) -> Generator[None, None, None]:
         yield
 
 
-@contextlib.contextmanager
-def reporting(recording: Recording) -> Iterator[None]:
-    """Let a training report to its pass."""
-    before = observe(recording)
-    try:
-        with listening(recording):
-            yield
-    finally:
-        observe(before)
-
-
 def with_and_without(folder: Path, epochs: int) -> tuple[float, float, list[float]]:
     """Median seconds of an epoch with a checkpoint and without, and the ratios of neighbors."""
-    lanes = []
-    for every in ("epoch", "never"):
-        run = RunFolder(folder / every)
-        run.stream.mkdir(parents=True)
-        manifest = start_manifest(seed=0, strict=True, script={})
-        lanes.append(
-            (Recording(run, manifest, RecordOptions(checkpoint_every=every)), train(epochs + 1))
-        )
-    times: tuple[list[float], list[float]] = [], []
-    for epoch in range(epochs + 1):
-        for i in (0, 1) if epoch % 2 else (1, 0):
-            recording, lane = lanes[i]
-            with reporting(recording):
-                began = time.perf_counter()
-                next(lane)
-                if epoch:
-                    times[i].append(time.perf_counter() - began)
-    for recording, lane in lanes:
-        with reporting(recording):
-            lane.close()
-            recording.complete()
-    ratios = [a / b for a, b in zip(*times, strict=True)]
-    return statistics.median(times[0]), statistics.median(times[1]), ratios
+    trainings = {
+        every: lanes.Lane(train(epochs + 1), lanes.recording(folder / every, every))
+        for every in ("epoch", "never")
+    }
+    times = lanes.take_turns(trainings, epochs, warm_up=1)
+    for training in trainings.values():
+        training.finish()
+    ratios = [a / b for a, b in zip(times["epoch"], times["never"], strict=True)]
+    return lanes.typical(times["epoch"]), lanes.typical(times["never"]), ratios
 
 
 def predictions(costs: Costs, epochs: int) -> str:
-    """What the model says of several devices: for this run, and for a day's training of the papers' length."""
+    """What the model predicts for several devices: for this run, and for a day's training of the papers' length."""
     scale = DAY_S / PAPER_EPOCHS / costs.record_epoch
     day = replace(costs, record_epoch=DAY_S / PAPER_EPOCHS, replay_epoch=scale * costs.replay_epoch)
     rows = []
@@ -188,16 +160,14 @@ def main() -> None:
     )
     parser.add_argument("--epochs", type=int, default=200, help="of the run that is replayed")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3, help="of which the least time counts")
+    parser.add_argument("--rounds", type=int, default=3, help="of which the shortest time counts")
     parser.add_argument("--checkpointed-epochs", type=int, default=60, help="with and without a checkpoint")
     arguments = parser.parse_args()
     epochs, jobs = arguments.epochs, arguments.jobs
-    with tempfile.TemporaryDirectory() as folder, strict_mode(True):
+    with tempfile.TemporaryDirectory() as folder, lanes.strict_mode(True):
         costs, serial, parallel = measured(Path(folder), epochs, jobs, arguments.rounds)
         with_one, without, ratios = with_and_without(Path(folder), arguments.checkpointed_epochs)
-    print(
-        f"torch {torch.__version__}, {os.cpu_count()} cores; {TRAINING.name}, {epochs} epochs, one thread\n"
-    )
+    print(f"{lanes.machine()}; {TRAINING.name}, {epochs} epochs, one thread\n")
     rows = [
         ["serial replay", f"{serial:.1f} s"],
         [f"replay --jobs {jobs}", f"{parallel:.1f} s"],

@@ -13,16 +13,13 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
+import lanes
 import numpy as np
 import torch
-from overhead import high_water_mark
 
 import geomprobe
 from geomprobe.passes.row_buffer import Block, RowBuffer
@@ -50,22 +47,20 @@ def train(steps: int) -> None:
             optimizer.step()
 
 
-def alone(verb: str, run: str, steps: int) -> None:
+def one_pass(verb: str, run: str, steps: int) -> None:
     """One pass of a run; prints the seconds that it took and the process's peak memory."""
     began = time.perf_counter()
     if verb == "record":
         geomprobe.record(functools.partial(train, steps), run, seed=0).close()
     else:
         geomprobe.replay(functools.partial(train, steps), run, curvature_every=0)
-    print(json.dumps([time.perf_counter() - began, high_water_mark()]))
+    print(json.dumps([time.perf_counter() - began, lanes.peak_memory()]))
 
 
 def passed(verb: str, run: Path, steps: int) -> list[str]:
     """A row of the table: a pass in a process of its own."""
-    command = [sys.executable, __file__, "--alone", verb, str(run), "--steps", str(steps)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
-    seconds, peak = json.loads(done.stdout.splitlines()[-1])
+    words = ["--alone", verb, str(run), "--steps", str(steps)]
+    seconds, peak = lanes.alone(__file__, *words, env={"OMP_NUM_THREADS": "1"})
     return [verb, f"{steps}", f"{seconds:.1f} s", f"{steps / seconds:.0f}", f"{peak / 2**20:.1f} MiB"]
 
 
@@ -98,7 +93,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.alone:
         verb, run = arguments.alone
-        alone(verb, run, arguments.steps[0])
+        one_pass(verb, run, arguments.steps[0])
         return
     with tempfile.TemporaryDirectory() as folder:
         passes = [

@@ -1,25 +1,32 @@
 """CLR against SGD at fixed rates on digits, as CG's figures 2 and 4: the runs, the figures and a table.
 
-    python scripts/experiments/clr.py                 3 tasks, 7 methods, 3 seeds, 40 epochs: half an hour on a core
-    python scripts/experiments/clr.py --quick         1 task, 2 methods, 2 seeds, 2 epochs
+    python scripts/experiments figure clr             3 tasks, 7 methods, 3 seeds, 40 epochs: half an hour on a core
+    python scripts/experiments figure clr --quick     1 task, 2 methods, 2 seeds, 2 epochs
 
-Each run is kept as a small JSON file; runs that are there already are not made again.
+Each run is kept as a small JSON file, and made only once.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
-import platform
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
-from digit_runs import NARROW, NOISELESS, QUICKSTART, Epoch, MakeOptimizer, Task, train_digits
+from digit_runs import (
+    NARROW,
+    NOISELESS,
+    QUICKSTART,
+    Epoch,
+    MakeOptimizer,
+    Task,
+    column,
+    kept,
+    spread,
+    train_digits,
+)
 from figures.style import legend_below, light_grid, new_figure, save
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -77,17 +84,9 @@ QUICK = Sweep([NOISELESS], [METHODS[3], METHODS[5]], 2, 2)
 
 
 def result(task: Task, method: Method, seed: int, epochs: int, folder: Path) -> list[Epoch]:
-    """What a run came to, from its file or by making it."""
+    """The epochs of a run, from its file or by training."""
     name = f"{task.name}-{method.name}-{epochs}-epochs-seed-{seed}".replace(", ", "-").replace(" ", "-")
-    path = folder / f"{name}.json"
-    if not path.exists():
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        torch.manual_seed(seed)
-        past = train_digits(task, method.make, epochs)
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps([asdict(epoch) for epoch in past], indent=1))
-        unfinished.rename(path)
-    return [Epoch(**epoch) for epoch in json.loads(path.read_text())]
+    return kept(folder / f"{name}.json", seed, functools.partial(train_digits, task, method.make, epochs))
 
 
 @dataclass(frozen=True)
@@ -112,11 +111,7 @@ def results(sweep: Sweep, folder: Path) -> Results:
     for seed in range(sweep.seeds):
         for task, method in pairs:
             runs[task, method].append(result(task, method, seed, sweep.epochs, folder))
-
-    def column(pair: tuple[Task, Method], name: str) -> NDArray[np.float64]:
-        return np.array([[getattr(epoch, name) for epoch in run] for run in runs[pair]])
-
-    return {pair: Curves(**{f.name: column(pair, f.name) for f in fields(Curves)}) for pair in pairs}
+    return {pair: Curves(**{f.name: column(runs[pair], f.name) for f in fields(Curves)}) for pair in pairs}
 
 
 def draw_curves(sweep: Sweep, found: Results) -> Figure:
@@ -166,7 +161,7 @@ def draw_rates(sweep: Sweep, found: Results) -> Figure:
 
 
 def table(sweep: Sweep, found: Results) -> str:
-    """The numbers, as Markdown; the last two over the last epochs: the seeds' mean, their least and greatest."""
+    """The numbers, as Markdown; the last two over the last epochs: the seeds' mean, minimum and maximum."""
     rows = [
         "| task | method | epochs to a loss of 0.2 | of 0.01 | training loss | held-out accuracy (%) |",
         "|---|---|---|---|---|---|",
@@ -185,30 +180,10 @@ def reached(loss: NDArray[np.float64], level: float) -> str:
     return ", ".join(str(row.argmax() + 1) if row.any() else "–" for row in below)
 
 
-def spread(values: NDArray[np.float64], form: str) -> str:
-    return f"{values.mean():{form}} ({values.min():{form}} to {values.max():{form}})"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "-o", "--output", type=Path, default=Path("docs/gallery"), help="folder of the figures"
-    )
-    parser.add_argument("--runs", type=Path, default=Path("runs/clr"), help="folder of the runs")
-    parser.add_argument("--quick", action="store_true", help="a tiny sweep")
-    arguments = parser.parse_args()
-    sweep = QUICK if arguments.quick else FULL
-    found = results(sweep, arguments.runs)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    for name, drawing in (("clr_sgd", draw_curves(sweep, found)), ("clr_values", draw_rates(sweep, found))):
-        path = arguments.output / f"{name}.png"
-        save(drawing, path)
-        print(f"Wrote {path}")
-    print(f"\ntorch {torch.__version__}, {platform.machine()}, {sweep.epochs} epochs, {sweep.seeds} seeds\n")
-    print(table(sweep, found))
-
-
-if __name__ == "__main__":
-    main()
+def draw_all(figures: Path, runs: Path, quick: bool) -> None:
+    """Make the runs that are missing, draw both figures into a folder, and print the table."""
+    sweep = QUICK if quick else FULL
+    found = results(sweep, runs)
+    save(draw_curves(sweep, found), figures / "clr_sgd.png")
+    save(draw_rates(sweep, found), figures / "clr_values.png")
+    print(f"\n{sweep.epochs} epochs, {sweep.seeds} seeds\n\n{table(sweep, found)}")

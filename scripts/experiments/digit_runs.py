@@ -1,18 +1,22 @@
-"""The trainings behind the theory's figures: digits, objectives without beneficial geometry, and a random walk.
+"""The trainings behind the figures on digits and on NWT's objectives.
 
-Each is a function that trains, so that it can be called once, or recorded and replayed by `measured`.
+Each is a function that trains. `measured` records and replays it; `kept` calls it once and keeps what came of it.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
+import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from digits import Digits, accuracy, small_resnet
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 from torch.optim import Optimizer
@@ -48,7 +52,7 @@ NARROW = Task("narrow", width=8)
 
 @dataclass(frozen=True)
 class Epoch:
-    """What an epoch came to: its minibatches' mean loss, held-out accuracy after it, and the rates of its steps."""
+    """An epoch's mean loss over its minibatches, the held-out accuracy after it, and the rates of its steps."""
 
     loss: float
     accuracy: float
@@ -101,7 +105,29 @@ def descend(make_loss: Callable[[], nn.Module], rate: float, epochs: int, steps:
 
 
 def measured(train: Callable[[], Any], run: Path, seed: int = 0) -> geomprobe.Trace:
-    """The certified trace of a training, recorded and replayed unless ``run`` holds it already."""
+    """The certified trace of a training, recorded and replayed unless ``run`` has it already."""
     if (run / "trace.h5").exists() and (trace := geomprobe.open_trace(run)).status == "complete":
         return trace
     return geomprobe.two_pass(train, run, seed=seed, force=True)
+
+
+def kept(path: Path, seed: int, train: Callable[[], list[Epoch]]) -> list[Epoch]:
+    """The epochs of a training, from its JSON file, which is written by training where it is missing."""
+    if not path.exists():
+        print(f"{path.stem} ...", file=sys.stderr, flush=True)
+        torch.manual_seed(seed)
+        past = train()
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps([asdict(epoch) for epoch in past], indent=1))
+        unfinished.rename(path)
+    return [Epoch(**epoch) for epoch in json.loads(path.read_text())]
+
+
+def column(runs: Iterable[list[Epoch]], name: str) -> NDArray[np.float64]:
+    """One number of each epoch of each run, [runs, epochs]."""
+    return np.array([[getattr(epoch, name) for epoch in run] for run in runs])
+
+
+def spread(values: NDArray[np.float64], form: str) -> str:
+    """The mean over seeds, their minimum and maximum, as text."""
+    return f"{values.mean():{form}} ({values.min():{form}} to {values.max():{form}})"

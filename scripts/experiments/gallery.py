@@ -14,7 +14,7 @@ import geomprobe
 
 HEAD = """# The papers' experiments
 
-Made by one command from the repository's root, which goes on where it was stopped; it needs the extra `examples`:
+Made by one command from the repository's root, which continues where it was stopped; it needs the extra `examples`:
 
     python scripts/experiments gallery --scale {scale}{jobs}
 
@@ -75,8 +75,8 @@ def section(experiment: Experiment | Elsewhere, scale: str, root: Path) -> str:
     small = " --scale tiny" if scale == "tiny" else ""
     command = f"`python scripts/experiments run {experiment.name}{small}`"
     if isinstance(experiment, Elsewhere):
-        command = f"`python scripts/{' '.join(experiment.command)}`"
-        seen = f"what it shows is told [on a page of its own]({experiment.page})."
+        command = f"`python scripts/experiments {' '.join(experiment.command)}`"
+        seen = f"see [the page of its own]({experiment.page})."
     else:
         seen = account(experiment, scale, root) + (
             f" {found().get(experiment.name, '')}" if scale == "tiny" else ""
@@ -102,15 +102,15 @@ def account(experiment: Experiment, scale: str, root: Path) -> str:
 
 
 def made_with(experiments: Iterable[Experiment | Elsewhere], scale: str, root: Path) -> str:
-    """What the runs' manifests say of software and machine, each once."""
-    told = set()
+    """Software and machine of the runs, from their manifests, each once."""
+    found = set()
     for experiment in experiments:
         for folder in folders_of(experiment, scale, root):
             manifest = geomprobe.open_trace(folder).manifest
             hardware, threads = manifest["hardware"], manifest["flags"]["num_threads"]
             devices = ", ".join(map(str, hardware["devices"])) or "no GPU"
-            told.add(
+            found.add(
                 f"torch {manifest['software']['torch']} on {hardware['machine']} ({hardware['cpu_capability']}), "
                 f"{devices}, {threads} thread{'s' * (threads > 1)} a run"
             )
-    return "; ".join(sorted(told)) or "nothing but the commands below"
+    return "; ".join(sorted(found)) or "nothing but the commands below"

@@ -1,7 +1,7 @@
 """The step's own gradient beside those of held-out minibatches and of all samples, on digits.
 
-    python scripts/experiments/held_out.py              2 runs of 20 epochs: five minutes on a core
-    python scripts/experiments/held_out.py --quick      2 epochs
+    python scripts/experiments figure held-out              2 runs of 20 epochs: five minutes on a core
+    python scripts/experiments figure held-out --quick      2 epochs
 
 NWT section 6 calls it a critical limitation that the gradients measured are those that led to the final iterate. Beside
 them, this measures the cosine of a fresh minibatch as large of digits that the run never trains on, one of digits that
@@ -10,9 +10,7 @@ it does train on but not at this step, and of the gradient over all that it trai
 
 from __future__ import annotations
 
-import argparse
 import functools
-import platform
 from pathlib import Path
 
 import numpy as np
@@ -122,25 +120,9 @@ def table(found: dict[str, Trace]) -> str:
     return "\n".join(rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "-o", "--output", type=Path, default=Path("docs/gallery"), help="folder of the figure"
-    )
-    parser.add_argument("--runs", type=Path, default=Path("runs/held-out"), help="folder of the runs")
-    parser.add_argument("--quick", action="store_true", help="two epochs")
-    arguments = parser.parse_args()
-    epochs = 2 if arguments.quick else 20
-    found = traces(epochs, arguments.runs)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    path = arguments.output / "held_out.png"
-    save(draw(found), path)
-    print(f"Wrote {path}")
-    print(f"\ntorch {torch.__version__}, {platform.machine()}, {epochs} epochs\n")
-    print(table(found))
-
-
-if __name__ == "__main__":
-    main()
+def draw_all(figures: Path, runs: Path, quick: bool) -> None:
+    """Make the runs that are missing, draw the figure into a folder, and print the table."""
+    epochs = 2 if quick else 20
+    found = traces(epochs, runs)
+    save(draw(found), figures / "held_out.png")
+    print(f"\n{epochs} epochs\n\n{table(found)}")

@@ -1,27 +1,22 @@
-"""A schedule made from a trace, held against others of the same mean rate, on digits.
+"""A schedule made from a trace, beside others of the same mean rate, on digits.
 
-    python scripts/experiments/schedule.py              5 ways, 3 seeds, 30 epochs: ten minutes on a core
-    python scripts/experiments/schedule.py --quick      2 seeds, 3 epochs
+    python scripts/experiments figure schedule              5 schedules, 3 seeds, 30 epochs: ten minutes on a core
+    python scripts/experiments figure schedule --quick      2 seeds, 3 epochs
 
 A run of SGD at a fixed rate is recorded and replayed. The epoch means of its locally optimal rate (NWT eq. 5), scaled
-to the fixed rate's mean, are the schedule that other seeds are trained with. Each run is kept as a small JSON file;
-runs that are there already are not made again.
+to the fixed rate's mean, are the schedule that other seeds are trained with. Each run is kept as a small JSON file, and
+made only once.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
-import platform
-import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from digit_runs import QUICKSTART, Epoch, measured, train_digits
+from digit_runs import QUICKSTART, Epoch, column, kept, measured, spread, train_digits
 from figures.style import BLUE, GRAY, GREEN, ORANGE, PINK, legend_below, light_grid, new_figure, save
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -79,16 +74,10 @@ def following(parameters: Iterable[nn.Parameter], chosen: Rates) -> Optimizer:
 
 
 def result(way: Way, chosen: Rates, seed: int, epochs: int, folder: Path) -> list[Epoch]:
-    """What a run came to, from its file or by making it."""
+    """The epochs of a run, from its file or by training."""
     path = folder / f"{way.name.replace(',', '').replace(' ', '-')}-{epochs}-epochs-seed-{seed}.json"
-    if not path.exists():
-        print(f"{path.stem} ...", file=sys.stderr, flush=True)
-        torch.manual_seed(seed)
-        past = train_digits(QUICKSTART, functools.partial(following, chosen=chosen), epochs)
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps([asdict(epoch) for epoch in past], indent=1))
-        unfinished.rename(path)
-    return [Epoch(**epoch) for epoch in json.loads(path.read_text())]
+    optimizer = functools.partial(following, chosen=chosen)
+    return kept(path, seed, functools.partial(train_digits, QUICKSTART, optimizer, epochs))
 
 
 Results = dict[str, list[list[Epoch]]]
@@ -101,10 +90,6 @@ def results(chosen: dict[str, Rates], seeds: int, epochs: int, folder: Path) -> 
         for way in WAYS:
             found[way.name].append(result(way, chosen[way.name], seed, epochs, folder))
     return found
-
-
-def column(runs: list[list[Epoch]], name: str) -> Rates:
-    return np.array([[getattr(epoch, name) for epoch in run] for run in runs])
 
 
 def draw(chosen: dict[str, Rates], found: Results) -> Figure:
@@ -133,7 +118,7 @@ def draw(chosen: dict[str, Rates], found: Results) -> Figure:
 
 
 def table(found: Results) -> str:
-    """The numbers over the last epochs, as Markdown: the seeds' mean, their least and greatest."""
+    """The numbers over the last epochs, as Markdown: the seeds' mean, minimum and maximum."""
     rows = ["| schedule | training loss | held-out accuracy (%) |", "|---|---|---|"]
     for name, runs in found.items():
         loss, accuracy = (column(runs, key)[:, -LAST:].mean(1) for key in ("loss", "accuracy"))
@@ -142,31 +127,11 @@ def table(found: Results) -> str:
     return "\n".join(rows)
 
 
-def spread(values: Rates, form: str) -> str:
-    return f"{values.mean():{form}} ({values.min():{form}} to {values.max():{form}})"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "-o", "--output", type=Path, default=Path("docs/gallery"), help="folder of the figure"
-    )
-    parser.add_argument("--runs", type=Path, default=Path("runs/schedule"), help="folder of the runs")
-    parser.add_argument("--quick", action="store_true", help="a tiny sweep")
-    arguments = parser.parse_args()
-    seeds, epochs = (2, 3) if arguments.quick else (3, 30)
-    arguments.runs.mkdir(parents=True, exist_ok=True)
-    chosen = schedules(epochs, arguments.runs)
-    found = results(chosen, seeds, epochs, arguments.runs)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    path = arguments.output / "schedule.png"
-    save(draw(chosen, found), path)
-    print(f"Wrote {path}")
-    print(f"\ntorch {torch.__version__}, {platform.machine()}, {epochs} epochs, {seeds} seeds\n")
-    print(table(found))
-
-
-if __name__ == "__main__":
-    main()
+def draw_all(figures: Path, runs: Path, quick: bool) -> None:
+    """Make the runs that are missing, draw the figure into a folder, and print the table."""
+    seeds, epochs = (2, 3) if quick else (3, 30)
+    runs.mkdir(parents=True, exist_ok=True)
+    chosen = schedules(epochs, runs)
+    found = results(chosen, seeds, epochs, runs)
+    save(draw(chosen, found), figures / "schedule.png")
+    print(f"\n{epochs} epochs, {seeds} seeds\n\n{table(found)}")

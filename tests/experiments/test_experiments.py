@@ -5,24 +5,14 @@ from __future__ import annotations
 import re
 import runpy
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from support.paths import EXAMPLES, ROOT
 
 import geomprobe
 
 pytest.importorskip("matplotlib")
-
-ROOT = Path(__file__).parents[2]
-SCRIPTS = ROOT / "scripts"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def scripts_on_the_path():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SCRIPTS)
-        yield
 
 
 def catalog():
@@ -54,8 +44,8 @@ def test_there_are_experiments_on_what_the_papers_leave_open():
 @pytest.mark.parametrize("scale", ["paper", "tiny"])
 def test_the_training_scripts_take_every_runs_arguments(monkeypatch, scale):
     parsers = {
-        name: runpy.run_path(str(SCRIPTS / name), run_name="imported")["parse"]
-        for name in ("train_images.py", "train_language.py", "train_segmentation.py")
+        name: runpy.run_path(str(EXAMPLES / name), run_name="imported")["parse"]
+        for name in ("images.py", "language.py", "segmentation.py")
     }
     for experiment in with_runs():
         for runs in experiment.at(scale).values():
@@ -186,23 +176,22 @@ for epoch in probe.epochs(3):
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """An experiment of one small training, which is killed in its second epoch the first time."""
+    import command_line
     from catalog.entry import Experiment
     from catalog.runs import Run
     from catalog.tiny import Tiny
     from figures.cg import loss_and_error
 
-    import experiments
-
     (tmp_path / "train.py").write_text(TRAINING)
     (tmp_path / "stop").touch()
     run = Run(str(tmp_path / "train.py"), {"lr": 0.1})
     entry = Experiment("small", "what it shows", [("rate {lr}", [run])], loss_and_error, Tiny(1, {}))
-    monkeypatch.setattr(experiments, "EXPERIMENTS", {"small": entry})
+    monkeypatch.setattr(command_line, "EXPERIMENTS", {"small": entry})
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return experiments.main, tmp_path / "runs" / run.name
+    return command_line.main, tmp_path / "runs" / run.name
 
 
-def test_a_killed_experiment_goes_on_by_the_same_line_and_a_finished_one_is_only_drawn(
+def test_a_killed_experiment_continues_by_the_same_line_and_a_finished_one_is_only_drawn(
     tmp_path, small, capfd
 ):
     main, folder = small
@@ -238,7 +227,7 @@ def test_a_killed_experiment_goes_on_by_the_same_line_and_a_finished_one_is_only
 
 
 def test_missing_data_ends_an_experiment_with_where_to_get_it(tmp_path, monkeypatch, capfd):
-    from experiments import main
+    from command_line import main
 
     monkeypatch.chdir(tmp_path)
     assert main(["run", "nwt-fig4-seed"]) == 1

@@ -8,20 +8,19 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+from support.paths import EXPERIMENTS
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("script", "figure", "rows"),
-    [("experiment_schedule.py", "schedule.png", 5), ("experiment_held_out.py", "held_out.png", 4)],
+    ("name", "figure", "rows"),
+    [("schedule", "schedule.png", 5), ("held-out", "held_out.png", 4)],
 )
 def test_a_quick_run_draws_its_figure_prints_a_table_and_is_not_made_twice(
-    tmp_path: Path, script: str, figure: str, rows: int
+    tmp_path: Path, name: str, figure: str, rows: int
 ) -> None:
-    line = [sys.executable, str(SCRIPTS / script), "--quick", "-o", "gallery", "--runs", "runs"]
+    line = [sys.executable, str(EXPERIMENTS), "figure", name, "--quick", "-o", "gallery", "--runs", "runs"]
     first = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert sum(row.startswith("| ") for row in first.stdout.splitlines()) == rows + 1
     assert matplotlib.image.imread(tmp_path / "gallery" / figure).std() > 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import h5py
 import numpy as np
@@ -13,15 +12,6 @@ from support.sealed_runs import train, write_run
 import geomprobe
 
 pytest.importorskip("matplotlib")
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def scripts_on_the_path():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SCRIPTS)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -125,10 +115,10 @@ def test_the_share_of_corridors_is_that_of_steps_below_the_threshold(seeds):
 
 
 def test_runs_that_differ_by_their_seed_alone_are_one_line(tmp_path, seeds):
-    from figures.cg import seeds_together
+    from figures.drawing import lines_of_runs
 
     other = train(steps=60, lr=0.02)
     other.manifest["script"]["argv"] = ["--lr", "0.02"]
     fast = write_run(tmp_path / "fast", other)
-    found = seeds_together([*seeds, fast])
+    found = lines_of_runs([*seeds, fast], seeds_together=True)
     assert found == {"seed-0 (lr 0.05)": seeds, "fast (lr 0.02)": [fast]}

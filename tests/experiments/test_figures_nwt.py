@@ -5,24 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+from support.paths import EXPERIMENTS
 from support.sealed_runs import train, write_run
 
 import geomprobe
 
 pytest.importorskip("matplotlib")
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def scripts_on_the_path():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SCRIPTS)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +126,8 @@ def test_quantities_of_both_signs_are_symmetrically_logarithmic(tmp_path):
 
 def test_the_command_draws_runs_named_by_what_differs(tmp_path, run):
     other = write_run(tmp_path / "b", train(steps=60, lr=0.02))
-    command = [sys.executable, SCRIPTS / "figures_nwt.py", "fig1", run, other, "-o", tmp_path / "out.png"]
+    words = ["figure", "nwt", "fig1", run, other, "-o", tmp_path / "out.png"]
+    command = [sys.executable, EXPERIMENTS, *words]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"Wrote {tmp_path / 'out.png'}\n"
@@ -143,7 +135,7 @@ def test_the_command_draws_runs_named_by_what_differs(tmp_path, run):
 
 
 def test_each_run_of_a_command_is_a_line(tmp_path, run):
-    from figures.nwt import each_by_itself
+    from figures.drawing import lines_of_runs
 
     other = write_run(tmp_path / "b", train(steps=60, lr=0.02))
-    assert each_by_itself([run, other]) == {"a (lr 0.05)": [run], "b (lr 0.02)": [other]}
+    assert lines_of_runs([run, other], seeds_together=False) == {"a (lr 0.05)": [run], "b (lr 0.02)": [other]}

@@ -15,10 +15,10 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from support.paths import EXPERIMENTS, ROOT
 
 import geomprobe
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 NAMES = [
     "landscapes",
     "descent_and_flow",
@@ -30,15 +30,8 @@ NAMES = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def scripts_on_the_path():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SCRIPTS)
-        yield
-
-
 class Gallery(NamedTuple):
-    """What one call of figures_theory.py left behind."""
+    """What one call of `figure theory` left behind."""
 
     figures: Path
     runs: Path
@@ -49,7 +42,7 @@ class Gallery(NamedTuple):
 def gallery(tmp_path_factory):
     folder = tmp_path_factory.mktemp("theory")
     figures, runs = folder / "gallery", folder / "runs"
-    command = [sys.executable, SCRIPTS / "figures_theory.py", "--quick", "-o", figures, "--runs", runs]
+    command = [sys.executable, EXPERIMENTS, "figure", "theory", "--quick", "-o", figures, "--runs", runs]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
@@ -81,7 +74,7 @@ def test_nothing_else_is_drawn(gallery):
 
 @pytest.mark.parametrize("name", [*NAMES, "clr_sgd", "clr_values"])
 def test_the_gallery_holds_each_figure_and_says_what_it_shows(name):
-    folder = SCRIPTS.parent / "docs" / "gallery"
+    folder = ROOT / "docs" / "gallery"
     assert_drawn(folder / f"{name}.png")
     assert f"({name}.png)" in (folder / "theory.md").read_text()
 
@@ -152,30 +145,27 @@ def test_a_run_with_clr_takes_the_rate_that_its_trace_calls_clr(gallery):
 
 
 def test_one_figure_can_be_drawn_again_from_the_runs_that_are_there(gallery, tmp_path):
-    from figures.theory import main
-
     before = {path: path.stat().st_mtime_ns for path in gallery.runs.rglob("trace.h5")}
     again = tmp_path / "gallery"
-    run_main(main, "--quick", "--only", "counterexamples", "-o", again, "--runs", gallery.runs)
+    run_main("theory", "--quick", "--only", "counterexamples", "-o", again, "--runs", gallery.runs)
     assert [path.name for path in again.iterdir()] == ["counterexamples.png"]
     assert {path: path.stat().st_mtime_ns for path in gallery.runs.rglob("trace.h5")} == before
 
 
-def run_main(main, *arguments):
-    """Call a script's ``main`` in this process; what it wrote to standard output and error."""
+def run_main(*arguments):
+    """Carry out a ``figure`` command in this process; what it wrote to standard output and error."""
+    from command_line import main
+
     output, errors = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
-        patch.setattr(sys, "argv", ["script", *map(str, arguments)])
-        main()
+    with redirect_stdout(output), redirect_stderr(errors):
+        assert main(["figure", *map(str, arguments)]) == 0
     return output.getvalue(), errors.getvalue()
 
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
-    from clr import main
-
     folder = tmp_path_factory.mktemp("clr")
-    arguments = [main, "--quick", "-o", folder / "gallery", "--runs", folder / "runs"]
+    arguments = ["clr", "--quick", "-o", folder / "gallery", "--runs", folder / "runs"]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # on a busy machine, small models wait for each other's threads
     yield folder, arguments, run_main(*arguments)[0]

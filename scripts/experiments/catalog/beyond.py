@@ -40,7 +40,7 @@ EXPERIMENTS: list[Experiment | Elsewhere] = [
     Elsewhere(
         "clr-generalization",
         "Whether CLR generalizes as well as SGD at fixed rates, which CG's readers asked.",
-        ("experiment_clr.py",),
+        ("figure", "clr"),
         "clr_sgd.png",
         "theory.md#clr-against-sgd",
     ),
@@ -48,14 +48,14 @@ EXPERIMENTS: list[Experiment | Elsewhere] = [
         "held-out-gradients",
         "NWT's section 6 calls it a critical limitation that w* depends on the very gradients that are measured. "
         "Drawn: the cosine of held-out minibatches and of the whole gradient beside that of the step's own.",
-        ("experiment_held_out.py",),
+        ("figure", "held-out"),
         "held_out.png",
         "../held-out.md",
     ),
     Elsewhere(
         "schedule-from-trace",
         "NWT's section 6 finds that loLR resembles the schedules in use. Drawn: trainings with one made from it.",
-        ("experiment_schedule.py",),
+        ("figure", "schedule"),
         "schedule.png",
         "schedule.md",
     ),

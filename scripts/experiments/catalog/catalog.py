@@ -1,4 +1,4 @@
-"""All experiments, those first whose figures say most."""
+"""All experiments; those with the most telling figures come first."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def cifar10(seed: int = 0, **changed: Option) -> Run:
         "batch_size": 4096,
         "epochs": 300,
     }
-    return Run("train_images.py", options | changed, seed)
+    return Run("images.py", options | changed, seed)
 
 
 def imagenet(seed: int = 0, **changed: Option) -> Run:
@@ -52,7 +52,7 @@ def imagenet(seed: int = 0, **changed: Option) -> Run:
         "augment": False,
     }
     clr: dict[str, Option] = {"optimizer": "clr", "max_lr": 10.0}
-    return Run("train_images.py", options | (changed if "optimizer" in changed else clr | changed), seed)
+    return Run("images.py", options | (changed if "optimizer" in changed else clr | changed), seed)
 
 
 def sgd(rate: float) -> dict[str, Option]:
@@ -67,7 +67,7 @@ EXPERIMENTS: list[Experiment | Elsewhere] = [
     Elsewhere(
         "cg-fig1",
         "Surfaces that are corridors, and lines of steepest descent on them.",
-        ("figures_theory.py", "--only", "landscapes"),
+        ("figure", "theory", "--only", "landscapes"),
         "landscapes.png",
         "theory.md#landscapes",
     ),

@@ -20,7 +20,7 @@ class Experiment:
 
     Attributes:
         name: of the experiment, by its figure.
-        paper: what the paper draws and says of it.
+        paper: what the paper draws, and what it states about it.
         lines: their labels, where ``{option}`` and ``{data_set}`` are filled in, and the paper's runs of each.
         draw: the figure of the lines.
         tiny: how the runs become small.
@@ -43,12 +43,12 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """A figure that another script draws, and another page shows.
+    """A figure that the verb ``figure`` draws from trainings of its own, and another page shows.
 
     Attributes:
         name: of the experiment.
-        paper: what the paper draws and says of it.
-        command: the script and its arguments; its option ``-o`` is the folder of the figure.
+        paper: what the paper draws, and what it states about it.
+        command: the words after ``python scripts/experiments``; its option ``-o`` is the folder of the figure.
         figure: the figure's file.
         page: where to read what it shows.
     """

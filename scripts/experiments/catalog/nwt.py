@@ -32,7 +32,7 @@ def cifar10(seed: int = 0, reference_steps: tuple[int, ...] = (), **changed: Opt
         "batch_size": 256,
         "epochs": 190,
     }
-    return Run("train_images.py", options | changed, seed, reference_steps)
+    return Run("images.py", options | changed, seed, reference_steps)
 
 
 def imagenet(model: str, width: float) -> Run:
@@ -49,7 +49,7 @@ def imagenet(model: str, width: float) -> Run:
         "batch_size": 256,
         "epochs": 180,
     }
-    return Run("train_images.py", options)
+    return Run("images.py", options)
 
 
 def wikitext2(batch_size: int) -> Run:
@@ -61,7 +61,7 @@ def wikitext2(batch_size: int) -> Run:
         "batch_size": batch_size,
         "epochs": 20,
     }
-    return Run("train_language.py", options)
+    return Run("language.py", options)
 
 
 def vaihingen(model: str) -> Run:
@@ -75,7 +75,7 @@ def vaihingen(model: str) -> Run:
         "batch_size": 10,
         "epochs": 26,
     }
-    return Run("train_segmentation.py", options)
+    return Run("segmentation.py", options)
 
 
 OPTIMIZERS = [
@@ -185,7 +185,7 @@ EXPERIMENTS: list[Experiment | Elsewhere] = [
     Elsewhere(
         "nwt-fig5",
         "On the objectives ALM and SM, RSI and the cosine are erratic and often negative.",
-        ("figures_theory.py", "--only", "counterexamples"),
+        ("figure", "theory", "--only", "counterexamples"),
         "counterexamples.png",
         "theory.md#objectives-without-beneficial-geometry",
     ),

@@ -16,7 +16,8 @@ from threading import Event
 import geomprobe
 from geomprobe.errors import GeomprobeError
 
-SCRIPTS = Path(__file__).resolve().parent.parent
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+"""The training scripts."""
 
 Option = str | int | float | bool
 
@@ -39,7 +40,7 @@ class Run:
     """A training script with its arguments: two that are equal share one folder, and are made once.
 
     Attributes:
-        script: its file, in this repository's ``scripts``.
+        script: its file, in this repository's ``scripts/examples``.
         options: its options, by their names with underscores; True and False stand for ``--x`` and ``--no-x``.
         seed: of the recording.
         reference_steps: steps before which the weights are kept as further references.
@@ -72,12 +73,10 @@ class Run:
     def data_set(self) -> str:
         """The data set's name.
 
-        >>> Run("train_language.py", {}).data_set
+        >>> Run("language.py", {}).data_set
         'WikiText-2'
         """
-        default = {"train_language.py": "wikitext2", "train_segmentation.py": "vaihingen"}.get(
-            self.script, ""
-        )
+        default = {"language.py": "wikitext2", "segmentation.py": "vaihingen"}.get(self.script, "")
         given = self.options.get("dataset", self.options.get("corpus", default))
         return DATA.get(str(given), str(given))
 
@@ -86,22 +85,22 @@ class Run:
         """The folder's name: what is trained, and a digest of all that the run depends on."""
         facts = [self.script, self.arguments, self.seed, self.reference_steps, self.hg]
         digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
-        told = [self.options[key] for key in ("model", "optimizer") if key in self.options]
-        return "-".join([Path(self.script).stem.removeprefix("train_"), *map(str, told), digest])
+        chosen = [self.options[key] for key in ("model", "optimizer") if key in self.options]
+        return "-".join([Path(self.script).stem, *map(str, chosen), digest])
 
     def commands(self, folder: Path) -> list[list[str]]:
-        """The two passes' command lines; both go on where they were stopped."""
+        """The two passes' command lines; both continue where they were stopped."""
         geomprobe_command = [sys.executable, "-m", "geomprobe"]
         record = ["record", "-o", str(folder), "--resume", "--seed", str(self.seed)]
         if self.reference_steps:
             record += ["--reference-steps", ",".join(map(str, self.reference_steps))]
         replay = ["replay", str(folder), "--resume", *([] if self.hg else ["--no-curvature"])]
-        script = [str(SCRIPTS / self.script), *self.arguments]
+        script = [str(EXAMPLES / self.script), *self.arguments]
         return [[*geomprobe_command, *record, *script], [*geomprobe_command, *replay]]
 
 
 def log_of(folder: Path) -> Path:
-    """Where what a run's script prints is kept."""
+    """The file of what a run's script prints."""
     return folder.with_name(f"{folder.name}.log")
 
 
@@ -132,7 +131,7 @@ def make(run: Run, root: Path, environment: Mapping[str, str]) -> Path:
         if code:
             raise RunFailed(
                 f"{folder}: geomprobe {command[3]} of {run.script} {' '.join(run.arguments)} ended with exit code "
-                f"{code}; what it said is above. The same line again goes on from what there is."
+                f"{code}; its messages are above. The same command continues from what there is."
             )
     if not certified(folder):
         status = geomprobe.open_trace(folder).status

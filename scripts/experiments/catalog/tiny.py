@@ -41,11 +41,11 @@ class Tiny:
     def shrink(self, run: Run) -> Run:
         """The small run that stands for a paper's.
 
-        >>> paper = Run("train_images.py", {"dataset": "cifar10", "width": 2, "batch_size": 256, "epochs": 190})
+        >>> paper = Run("images.py", {"dataset": "cifar10", "width": 2, "batch_size": 256, "epochs": 190})
         >>> " ".join(Tiny(4, {"cifar10": 10}).shrink(paper).arguments)
         '--dataset digits --width 0.25 --batch-size 64 --epochs 19'
         """
-        shrink = {"train_images.py": self._images, "train_language.py": self._language}
+        shrink = {"images.py": self._images, "language.py": self._language}
         options = shrink.get(run.script, self._scenes)(dict(run.options))
         steps = tuple(step * STEPS["digits"] // (STEPS["cifar10"] * 10) for step in run.reference_steps)
         return replace(run, options=options, reference_steps=steps)

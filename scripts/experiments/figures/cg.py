@@ -1,7 +1,7 @@
-"""Draw CG's figures from run folders: a line for the mean over seeds, a band from the least to the greatest of them.
+"""Draw CG's figures from run folders: a line for the mean over seeds, a band from their minimum to their maximum.
 
-    python scripts/experiments/figures/cg.py fig2 runs/clr-0 runs/clr-1 runs/sgd-0 runs/sgd-1 -o clr.png
-    python scripts/experiments/figures/cg.py fig7 runs/clr-0 runs/clr-1 -o hg.png
+    python scripts/experiments figure cg fig2 runs/clr-0 runs/clr-1 runs/sgd-0 runs/sgd-1 -o clr.png
+    python scripts/experiments figure cg fig7 runs/clr-0 runs/clr-1 -o hg.png
 
 Runs that differ in nothing but their seed make one line. Held-out accuracies are what the training script printed
 while it was recorded; they are read from the file RUN.log beside a run, and left out where there is none.
@@ -9,10 +9,8 @@ while it was recorded; they are read from the file RUN.log beside a run, and lef
 
 from __future__ import annotations
 
-import argparse
 import re
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +20,8 @@ from matplotlib.figure import Figure
 
 import geomprobe
 from figures.drawing import Array, colored, draw_band, finish, scale, seeds_band, steps_band
-from figures.style import new_figure, save
+from figures.style import new_figure
 from geomprobe.corridor import occupancy
-from geomprobe.report.curves import labels
 
 HELD_OUT = re.compile(r"^epoch +(\d+) .*held-out accuracy (\S+)$", re.MULTILINE)
 
@@ -109,31 +106,3 @@ FIGURES: dict[str, Callable[[Lines], Figure]] = {
     "fig7": loss_and_hg,
     "corridors": share_of_corridors,
 }
-
-
-def seeds_together(folders: Sequence[Path]) -> Lines:
-    """A line for all runs of the same script and arguments, labeled with what tells it from the others."""
-    traces = {folder: geomprobe.open_trace(folder) for folder in folders}
-    alike: dict[tuple[str, ...], list[Path]] = defaultdict(list)
-    for folder, trace in traces.items():
-        script = trace.manifest["script"]
-        command = (script["path"], *script["argv"])
-        alike[command].append(folder)
-    names = labels([traces[seeds[0]] for seeds in alike.values()])
-    return dict(zip(names, alike.values(), strict=True))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("figure", choices=FIGURES)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="a PNG")
-    arguments = parser.parse_args()
-    save(FIGURES[arguments.figure](seeds_together(arguments.runs)), arguments.output)
-    print(f"Wrote {arguments.output}")
-
-
-if __name__ == "__main__":
-    main()

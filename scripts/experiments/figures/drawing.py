@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 import geomprobe
 from figures.style import BLUE, GREEN, ORANGE, PINK, legend_below, light_grid
+from geomprobe.report.curves import labels
 
 Array = NDArray[np.float64]
 
@@ -58,10 +60,25 @@ def steps_band(folder: Path, column: str) -> Band:
 
 
 def seeds_band(folders: Sequence[Path], column: str) -> Band:
-    """CG's: the mean over seeds of an epoch's mean, and the least and greatest of the seeds'."""
+    """CG's: the mean over seeds of an epoch's mean, and the minimum and maximum over the seeds."""
     found = [geomprobe.open_trace(folder).per_epoch(column) for folder in folders]
     means = np.stack([each.mean for each in found])
     return Band(found[0].epoch, means.mean(0), means.min(0), means.max(0))
+
+
+def lines_of_runs(folders: Sequence[Path], seeds_together: bool) -> Lines:
+    """The lines of a figure, labeled with what differs between them.
+
+    Args:
+        folders: of the runs, in the order of the figure.
+        seeds_together: whether all runs of one script with the same arguments are one line, or each run is one.
+    """
+    groups: dict[object, list[Path]] = defaultdict(list)
+    for folder in folders:
+        script = geomprobe.open_trace(folder).manifest["script"]
+        groups[(script["path"], *script["argv"]) if seeds_together else folder].append(folder)
+    names = labels([geomprobe.open_trace(group[0]) for group in groups.values()])
+    return dict(zip(names, groups.values(), strict=True))
 
 
 def draw_band(panel: Any, band: Band, color: str, label: str, style: str = "-") -> None:

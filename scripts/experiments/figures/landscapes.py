@@ -100,7 +100,7 @@ def draw_landscapes(size: Size) -> Drawn:
 
 
 def smooth_lines(scene: Scene) -> list[Tensor]:
-    """The flow from each start at equal times, as far as the scene says; all of them in one integration."""
+    """The flow from each start at equal times, as far as the scene's reach; all of them in one integration."""
     energy, starts = scene.landscape.energy, torch.stack(scene.starts)
     slope = torch.func.grad(lambda each: energy(each).sum())(starts)
     duration = scene.reach * energy(starts) / slope.square().sum(1)

@@ -1,8 +1,8 @@
 """Draw NWT's figures from run folders: a line for the mean of an epoch, a band from its minimum to its maximum.
 
-    python scripts/experiments/figures/nwt.py fig1 runs/a runs/b -o gamma.png  a line a run
-    python scripts/experiments/figures/nwt.py fig2 runs/cifar runs/imagenet runs/wikitext -o columns.png  a column a run
-    python scripts/experiments/figures/nwt.py fig4-epochs runs/long -o budgets.png  against each reference that it kept
+    python scripts/experiments figure nwt fig1 runs/a runs/b -o gamma.png           a line a run
+    python scripts/experiments figure nwt fig2 runs/a runs/b -o columns.png         a column a run
+    python scripts/experiments figure nwt fig4-epochs runs/long -o budgets.png      against each reference that it kept
 
 As in the paper the final epoch is left out, where w nears w*; and of a run whose rate decays to almost nothing, which
 in the paper are those on ImageNet, the last 25 of 180 epochs. Cosines come with the null model, dotted: what a random
@@ -11,9 +11,8 @@ walk of as many steps shows (NWT eq. 8), which the choice of w* alone brings abo
 
 from __future__ import annotations
 
-import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +21,7 @@ from matplotlib.figure import Figure
 
 import geomprobe
 from figures.drawing import Array, Band, colored, draw_band, finish, scale, steps_band
-from figures.style import new_figure, save
-from geomprobe.report.curves import labels
+from figures.style import new_figure
 from geomprobe.trace import geometry
 
 LEFT_OUT = 25 / 180
@@ -167,25 +165,3 @@ FIGURES: dict[str, Callable[[Lines], Figure]] = {
     "fig13": distances_by_scenario,
     "fig14": overlay("cosine"),
 }
-
-
-def each_by_itself(folders: Sequence[Path]) -> Lines:
-    """A line for each run, labeled with what tells it from the others."""
-    names = labels([geomprobe.open_trace(folder) for folder in folders])
-    return {name: [folder] for name, folder in zip(names, folders, strict=True)}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("figure", choices=FIGURES)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="a PNG")
-    arguments = parser.parse_args()
-    save(FIGURES[arguments.figure](each_by_itself(arguments.runs)), arguments.output)
-    print(f"Wrote {arguments.output}")
-
-
-if __name__ == "__main__":
-    main()

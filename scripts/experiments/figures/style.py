@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 from PIL import Image
 
-# Okabe and Ito's palette: told apart by every common kind of color vision.
+# Okabe and Ito's palette: every common kind of color vision can distinguish them.
 BLUE, ORANGE, GREEN, PINK, GRAY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "0.45"
 
 
@@ -41,7 +41,7 @@ QUICK = Size(epochs=2, descent_epochs=3, walks=20, walk_steps=20, walk_dimension
 
 
 class Drawn(NamedTuple):
-    """A figure, and the numbers that are said of it."""
+    """A figure, and the numbers that its page quotes."""
 
     figure: Figure
     numbers: dict[str, float]
@@ -68,7 +68,8 @@ def legend_below(figure: Figure, panels: Iterable[Any], columns: int) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG of 256 colors: surfaces take a third of the space, and lines look the same."""
+    """Write a PNG of 256 colors, and print its path: surfaces take a third of the space, and lines look the same."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     Image.open(buffer).convert("RGB").quantize(256).save(path, optimize=True)
+    print(f"Wrote {path}", flush=True)

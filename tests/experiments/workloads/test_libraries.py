@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
+from support.paths import EXPERIMENTS
 from workloads.libraries import library
 
 from geomprobe.errors import UsageError
 
 
 def run(code: str) -> str:
+    env = {**os.environ, "PYTHONPATH": str(EXPERIMENTS)}
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, env=env
     )
     return done.stdout.strip()
 
@@ -30,7 +33,7 @@ def test_a_first_import_draws_no_random_numbers() -> None:
 import random, numpy, torch
 def states():
     return random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist()
-from geomprobe import workloads
+import workloads
 before = states()
 workloads.digits(train=True)
 print(before == states())

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import workloads
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 from workloads.data.digit_scenes import CLASSES
 
 import geomprobe
-from geomprobe import workloads
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "ResNet-18": lambda: workloads.resnet(18, width=1 / 16),

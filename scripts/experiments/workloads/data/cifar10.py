@@ -1,4 +1,4 @@
-"""CIFAR-10 from its own pickle batches, unpickled so that they can hold nothing but arrays."""
+"""CIFAR-10 from its own pickle batches, unpickled so that nothing but arrays can come out."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def cifar10(
         root: the folder that holds ``cifar-10-batches-py``.
         train: training images, else the test images.
         augment: random crops of the image with 4 zeros on each side, as NWT's code does; without flips.
-        published: hold each file to the published one's MD5. Without, any batches of the format are read.
+        published: require that each file has the published MD5. Without, any batches of the format are read.
 
     Returns:
         Normalized images [3, 32, 32] with their labels, in the files' order.
@@ -74,7 +74,7 @@ def read_batch(path: Path, published: bool) -> tuple[np.ndarray[Any, Any], np.nd
 
     Args:
         path: such as ``data_batch_1``.
-        published: hold it to its published MD5.
+        published: require its published MD5.
 
     Raises:
         DamagedData: see `cifar10`.

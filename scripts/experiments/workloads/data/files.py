@@ -31,7 +31,7 @@ class Source:
         """``path``, which exists.
 
         Raises:
-            UsageError: it does not; the text says where the data set is to be had, and where it goes.
+            UsageError: it does not; the message names where to get the data set, and where to put it.
 
         >>> Source("X", "https://x.org", "Unpack it into {root}.").require(Path("here/x.bin"), Path("here"))
         Traceback (most recent call last):

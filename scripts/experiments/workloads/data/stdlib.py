@@ -12,7 +12,7 @@ from geomprobe.errors import UsageError
 from workloads.data.corpus import END, UNKNOWN, Corpus, common_words
 
 LEFT_OUT = frozenset({"antigravity", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "this", "turtledemo"})
-"""Modules that installations leave out, or that hold something else than code."""
+"""Modules that installations leave out, or that contain something other than code."""
 
 WORD = re.compile(r"[^\W\d]\w*|\d+|[^\w\s]")
 """A name, a run of digits, or one other character."""

@@ -24,7 +24,7 @@ def wikitext2(root: str | os.PathLike[str], *, published: bool = True) -> Corpus
 
     Args:
         root: the folder that holds ``wikitext-2/wiki.train.tokens`` and so on.
-        published: hold each part to the published number of words. Without, any text of the format is read.
+        published: require that each part has the published number of words. Without, any text of the format is read.
 
     Raises:
         UsageError: a file is missing.

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.paths import EXPERIMENTS
 from workloads import Corpus, DamagedData, columns, segments, stdlib, wikitext2
 from workloads.data.stdlib import files
 
@@ -134,7 +135,7 @@ def test_another_process_reads_the_same_text() -> None:
             text=True,
             check=True,
             timeout=60,
-            env={"PYTHONHASHSEED": seed},
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": str(EXPERIMENTS)},
         ).stdout
         for seed in ("1", "2")
     }

@@ -1,0 +1,115 @@
+"""Each module of geomprobe/ has a test file of its place and name in tests/unit, or is in a list with its tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from support.paths import ROOT
+
+UNIT = Path(__file__).parent
+PACKAGE = ROOT / "geomprobe"
+
+TESTED_BY: dict[tuple[str, ...], str] = {
+    # Modules that only a command, a pass or a report as a whole gives a meaning to.
+    ("behavior/test_cli_passes.py", "behavior/test_unmodified_script.py"): "cli/launch cli/record cli/replay",
+    ("behavior/test_cli_reports.py",): "cli/diff cli/inspect cli/plot cli/verify",
+    (
+        "behavior/test_two_pass.py",
+    ): "passes/api passes/param_groups passes/recording passes/replaying probe/loops",
+    ("behavior/test_bad_input.py",): "errors measure/input_checks probe/loader_passes",
+    ("behavior/test_faults.py",): "reproducibility/comparison reproducibility/fingerprint",
+    ("behavior/test_measuring.py",): "measure/measurement measure/options",
+    ("behavior/test_held_out.py",): "measure/held_out",
+    ("behavior/test_precision.py",): (
+        "measure/before_clipping measure/curvature/reduction_factor probe/hooks/grad_scaler probe/step_attempts"
+    ),
+    ("behavior/test_kill.py",): "passes/attempts trace/stream/child",
+    ("behavior/test_resume.py", "behavior/test_resume_damage.py"): (
+        "passes/checkpoint/restore passes/checkpoint/retention passes/checkpoint/shared_tensors "
+        "passes/checkpoint/training_state passes/lease passes/sigterm trace/run_folder"
+    ),
+    ("behavior/test_unmodified_script.py",): (
+        "probe/hooks/global_hooks probe/hooks/model_calls probe/hooks/mute probe/hooks/step_calls "
+        "probe/model_discovery"
+    ),
+    ("behavior/test_packaging.py",): "_package",
+    ("behavior/integrations/test_frameworks.py",): (
+        "integrations/accelerate integrations/lightning integrations/transformers"
+    ),
+    # Modules that have something to do only where there are several processes.
+    ("processes/test_environment_ranks.py",): "distributed/manifest",
+    ("processes/test_failure.py",): "distributed/heartbeat distributed/progress distributed/watchdog",
+    ("processes/test_global_numbers.py",): (
+        "distributed/dtensor measure/curvature/consensus measure/curvature/global_loss measure/per_rank"
+    ),
+    ("processes/test_layouts.py",): "distributed/layout distributed/unsupported",
+    ("processes/test_replay_options_ranks.py",): "passes/references/loaded passes/references/raw_arrays",
+    ("processes/test_resume_ranks.py",): (
+        "distributed/ranks distributed/step_barrier passes/checkpoint/ddp_buckets passes/group_commit "
+        "passes/references/kept"
+    ),
+    # Parts of what the test file of a neighbor looks at as a whole.
+    ("unit/probe/test_probe.py",): "probe/inert probe/parameters probe/progress_bar",
+    ("unit/report/test_diff.py",): "report/diff_text",
+    (
+        "unit/report/html/test_page.py",
+    ): "report/html/elements report/html/figures report/html/style report/html/svg",
+    ("unit/report/summary/test_summary.py",): (
+        "report/summary/commands report/summary/facts report/summary/text report/summary/verdict report/table"
+    ),
+    ("unit/report/verify/test_verify.py",): (
+        "report/verify/any_optimizer report/verify/check report/verify/plain_sgd report/verify/rounding"
+    ),
+    ("unit/report/watch/test_terminal.py",): "report/watch/braille",
+    ("unit/reproducibility/test_environment.py",): "reproducibility/environment_check",
+    ("unit/trace/stream/test_kills.py",): "trace/stream/checksum",
+    ("unit/trace/test_seal.py",): "trace/atomic_file",
+    ("unit/trace/stream/test_disk_full.py",): "trace/hdf5_errors",
+}
+"""By the test files that go through them, the modules without a test file of their own."""
+
+MORE_THAN_ONE_MODULE = {
+    "trace/test_torch_free.py": "what the whole of trace/ may not import",
+    "trace/stream/test_disk_full.py": "writer and reader together",
+    "trace/stream/test_kills.py": "writer and reader together",
+    "corridor/test_theory.py": "the papers' theorems, across corridor/",
+    "test_mirror.py": "this test",
+}
+"""Test files that are no module's, with what they are about."""
+
+
+def modules() -> set[str]:
+    """By path in the package without its ending; a room's __init__ is only its docstring or a facade."""
+    paths = (path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py"))
+    return {path.as_posix() for path in paths if path.name not in ("__init__", "__main__")}
+
+
+def mirrored() -> set[str]:
+    """The modules of which a test file bears place and name."""
+    files = (path.relative_to(UNIT) for path in UNIT.rglob("test_*.py"))
+    named = {path.with_name(path.stem.removeprefix("test_")).as_posix() for path in files}
+    return named & modules()
+
+
+def listed() -> list[str]:
+    return [name for names in TESTED_BY.values() for name in names.split()]
+
+
+def test_each_module_has_a_test_file_of_its_name_or_is_in_the_list():
+    assert sorted(modules() - mirrored() - set(listed())) == []
+
+
+def test_the_list_holds_each_module_once_and_none_that_is_gone_or_has_a_test_file():
+    assert sorted(listed()) == sorted(modules() - mirrored())
+
+
+def test_the_tests_that_the_list_names_are_there():
+    assert [file for files in TESTED_BY for file in files if not (ROOT / "tests" / file).exists()] == []
+
+
+def test_each_test_file_has_a_module_or_says_what_it_is_about():
+    files = {path.relative_to(UNIT).as_posix() for path in UNIT.rglob("test_*.py")}
+    of_a_module = {
+        f"{name.rpartition('/')[0]}/test_{name.rpartition('/')[2]}.py".lstrip("/") for name in mirrored()
+    }
+    assert files - of_a_module == set(MORE_THAN_ONE_MODULE)
