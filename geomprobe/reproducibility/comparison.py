@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geomprobe.errors import ReplayDiverged
-from geomprobe.reproducibility.fingerprint import Difference, Layout, first_difference
+from geomprobe.reproducibility.fingerprint import Layout
+from geomprobe.trace.blame import Difference, first_difference
 from geomprobe.trace.record import Record
 
 _LIKELY = {
@@ -73,12 +74,12 @@ class Comparison:
             assert difference is not None
             self.difference = start + row, difference
         elif row < count:
-            self.difference = start + row, Difference("length", "steps", ())
+            self.difference = start + row, Difference("length", "steps")
         return row
 
     def differs(self, step: int, component: str, tensor: str) -> None:
         """Something that is in no fingerprint differs."""
-        self.difference = step, Difference(component, tensor, ())
+        self.difference = step, Difference(component, tensor)
 
     def found(self) -> dict[str, Any]:
         """What one of several processes tells the others, in the end."""
