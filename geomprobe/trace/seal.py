@@ -13,6 +13,7 @@ import numpy as np
 from geomprobe.errors import RunError
 from geomprobe.trace import schema
 from geomprobe.trace.atomic_file import written_aside
+from geomprobe.trace.certificate import Certificate
 from geomprobe.trace.derive import Derived, sealed_columns
 from geomprobe.trace.locate import Span, spans
 from geomprobe.trace.stream.reader import TIMEOUT_S, Block, Header, PartNotBegun, read_header, stream_part
@@ -45,7 +46,7 @@ def seal_trace(
         status: ``"complete"``, ``"incomplete"``, ``"diverged"`` or ``"uncertified"``.
         num_parameters: how many scalar parameters the weights have.
         manifest: the environment, kept as JSON.
-        certificate: what the comparison found: numbers, booleans and text as attributes, the rest as JSON.
+        certificate: what the comparison found: the entries of a `Certificate`.
         num_steps: seal this many steps; all there are when None.
         timeout_s: how long reading one block of a part may take.
 
@@ -78,7 +79,8 @@ def seal_trace(
                 dataset[rows] = derived[path]
         _link_final(file)
         _attach_steps(file, [*columns, *schema.FINAL_LINKS])
-        _write_certificate(file, certificate)
+        if certificate is not None:
+            Certificate.of(certificate).write(file)
 
 
 def seal_record(
@@ -289,12 +291,3 @@ def _attach_steps(file: Any, paths: Sequence[str]) -> None:
     for group in groups:
         if group != "steps":
             file[f"{group}/step"] = step
-
-
-def _write_certificate(file: Any, certificate: Mapping[str, Any] | None) -> None:
-    if certificate is None:
-        return
-    group = file.create_group("certificate")
-    for name, value in certificate.items():
-        if value is not None:
-            group.attrs[name] = value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
