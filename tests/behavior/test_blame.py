@@ -47,12 +47,12 @@ def one_epoch(fault=None):
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_both_blame_the_same_cause_for_a_fault(recorded, tmp_path, name, style="batches"):
+def test_both_blame_the_same_cause_for_a_fault(recorded, tmp_path, name):
     fault = FAULTS[name]
-    run = recorded(style, trainer(style, momentum=0.9, fault=one_epoch()))
-    train = trainer(style, momentum=0.9, fault=one_epoch(at_step(STEP, fault.point, fault.do)))
+    run = recorded("batches", trainer("batches", momentum=0.9, fault=one_epoch()))
+    train = trainer("batches", momentum=0.9, fault=one_epoch(at_step(STEP, fault.point, fault.do)))
     replay, difference, _ = blamed_by_both(run, train, tmp_path)
-    assert replay == difference == (STEP, *fault.expected(style))
+    assert replay == difference == (STEP, *fault.expected("batches"))
 
 
 def without_loader(draw_before=None):

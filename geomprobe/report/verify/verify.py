@@ -9,7 +9,6 @@ from geomprobe.errors import RunError
 from geomprobe.report.table import number, table
 from geomprobe.report.verify import any_optimizer as identities
 from geomprobe.report.verify.check import FAIL, SKIPPED, Check, held, skipped
-from geomprobe.report.verify.extra_gradients import check_side_gradients
 from geomprobe.report.verify.plain_sgd import check_plain_sgd
 from geomprobe.report.verify.rounding import Precision, precision
 from geomprobe.trace.certificate import Certificate
@@ -79,7 +78,7 @@ def verify(trace: Trace) -> Verification:
     checks = [
         _check_certificate(trace),
         *identities.check_identities(c, p),
-        *check_side_gradients(c, p),
+        *identities.check_side_gradients(c, p),
         *check_plain_sgd(c, p, certified=not Certificate.of(trace.certificate).why_not(trace.num_steps)),
     ]
     missing = identities.not_finite(c)
