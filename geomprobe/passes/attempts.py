@@ -15,7 +15,14 @@ from geomprobe.errors import RunError
 from geomprobe.passes.checkpoint.resume_point import ResumePoint
 from geomprobe.trace.run_folder import Kind, RunFolder
 from geomprobe.trace.schema import RECORD_SCHEMA, TRACE_SCHEMA
-from geomprobe.trace.stream.reader import Header, PartNotBegun, read_header, read_part, stream_part
+from geomprobe.trace.stream.reader import (
+    Header,
+    PartNotBegun,
+    end_readers,
+    read_header,
+    read_part,
+    stream_part,
+)
 from geomprobe.trace.stream.writer import PartWriter, Table
 
 STARTED = "started"  # attribute of a part: the step from which its process ran, at or before its first row
@@ -124,7 +131,7 @@ class AttemptLog:
                     "Give the same ones, or begin anew with --force."
                 )
         self._earlier = [_rows(part, started) for part in earlier if part.stop_step > started]
-
+        end_readers()
         if self._known(started) is None and started >= self._first:
             self._writer = self._part(started)
 

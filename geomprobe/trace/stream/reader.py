@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
+import os
+import select
 import signal
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geomprobe.errors import RunError
+from geomprobe.trace.stream.child import FAILED
 from geomprobe.trace.stream.writer import Table
 
 TIMEOUT_S = 20.0
@@ -24,7 +28,7 @@ TIMEOUT_S = 20.0
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _CHILD = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
-    "from geomprobe.trace.stream.child import serve; serve(sys.argv[2])"
+    "from geomprobe.trace.stream.child import serve; serve()"
 )
 
 Block = dict[str, NDArray[Any]]
@@ -103,8 +107,9 @@ def read_header(path: Path, timeout_s: float = TIMEOUT_S) -> Header:
     >>> header.first_step, header.rows
     (5, 0)
     """
-    with stream_part(path, stop=0, timeout_s=timeout_s) as (header, _):
-        return header
+    with stream_part(path, stop=0, timeout_s=timeout_s) as (header, blocks):
+        list(blocks)  # there are none, and the child that has said so serves the next read too
+    return header
 
 
 def read_part(path: Path, timeout_s: float = TIMEOUT_S) -> Part:
@@ -133,7 +138,7 @@ def read_part(path: Path, timeout_s: float = TIMEOUT_S) -> Part:
     return Part(header.schema, header.first_step, header.attributes, tables, rows)
 
 
-@contextmanager
+@contextlib.contextmanager
 def stream_part(
     path: Path,
     *,
@@ -175,15 +180,20 @@ def stream_part(
     path = Path(path)
     _refuse_unreadable(path)
     request = {"path": str(path), "tables": tables, "start": start, "stop": stop, "block_rows": block_rows}
-    # Isolated, so that no file of the working folder passes for a standard module before the path is set.
-    command = [sys.executable, "-I", "-c", _CHILD, json.dumps(sys.path), json.dumps(request)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        pipe = _Pipe(process, path, timeout_s)
-        try:
-            header = _parse(path, pipe.line())
-            yield header, _blocks(header, pipe, tables)
-        finally:
-            process.kill()
+    child, header = _ask({**request, "timeout_s": timeout_s}, path, timeout_s)
+    try:
+        yield header, _blocks(header, child, tables)
+    finally:
+        child.release()
+
+
+def end_readers() -> None:
+    """End the child processes that wait for the next read; one that comes later starts another.
+
+    At exit this is done anyway. A pass does it before its script goes on, which may wait for children of its own.
+    """
+    while _idle:
+        _idle.pop().end()
 
 
 def _refuse_unreadable(path: Path) -> None:
@@ -204,56 +214,155 @@ def _parse(path: Path, line: bytes) -> Header:
     return Header(path=path, tables=tables, **fields)
 
 
-def _blocks(header: Header, pipe: _Pipe, names: Sequence[str] | None) -> Iterator[Block]:
+def _blocks(header: Header, child: _Child, names: Sequence[str] | None) -> Iterator[Block]:
     tables = [table for name, table in header.tables.items() if names is None or name in names]
-    while count := int(pipe.numbers(1, "int64")[0]):
-        block: Block = {"step": pipe.numbers(count, "int64")}
+    while count := child.count():
+        block: Block = {"step": child.numbers(count, "int64")}
         for table in tables:
             width = len(table.columns)
-            block[table.name] = pipe.numbers(count * width, table.dtype).reshape(count, width)
+            block[table.name] = child.numbers(count * width, table.dtype).reshape(count, width)
         yield block
+    child.done = True
 
 
-class _Pipe:
-    """The child's standard output, where each read either delivers or raises in bounded time."""
+def _ask(request: Mapping[str, Any], path: Path, timeout_s: float) -> tuple[_Child, Header]:
+    """The child that answers a request, and the header that it answers with."""
+    while True:
+        used = bool(_idle)
+        child = _idle.pop() if used else _Child()
+        try:
+            child.ask(request, path, timeout_s)
+            return child, _parse(path, child.header())
+        except _Died as error:
+            child.end()
+            if not used:
+                raise RunError(str(error)) from None
+            # It may have been killed, or harmed by an earlier file, since its last answer: a new one tells.
+        except BaseException:
+            child.end()
+            raise
 
-    def __init__(self, process: subprocess.Popen[bytes], path: Path, timeout_s: float) -> None:
-        self._process = process
-        self._path = path
-        self._timeout_s = timeout_s
 
-    def line(self) -> bytes:
-        return self._read(lambda stream: stream.readline(), lambda data: data.endswith(b"\n"))
+class _Died(RunError):
+    """The child ended without an answer."""
+
+
+class _Child:
+    """A process that reads parts, one at a time. Each answer comes in bounded time, or an error does.
+
+    It belongs to the thread that took it from ``_idle`` until `release`. A process that is forked from this one closes
+    its copies of the pipes, so that the child sees the end of its input as soon as this process is gone.
+
+    Attributes:
+        done: whether all of the last answer has been read.
+    """
+
+    def __init__(self) -> None:
+        # Isolated, so that no file of the working folder passes for a standard module before the path is set.
+        command = [sys.executable, "-I", "-c", _CHILD, json.dumps(sys.path)]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0)
+        assert self._process.stdout is not None
+        self._output = self._process.stdout.fileno()
+        self._poll = select.poll()
+        self._poll.register(self._output, select.POLLIN)
+        self._received = bytearray()
+        self.done = False
+        _living.append(self)
+
+    def ask(self, request: Mapping[str, Any], path: Path, timeout_s: float) -> None:
+        """Send a request; the answer is to be read by `header`, `count` and `numbers`."""
+        self._path, self._timeout_s, self.done = path, timeout_s, False
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it is dead, and the missing answer will show that
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+
+    def header(self) -> bytes:
+        self.count()
+        return self._line()
+
+    def count(self) -> int:
+        """Rows of the next block; 0 after the last one."""
+        found = int(self.numbers(1, "int64")[0])
+        if found == FAILED:
+            raise self._unreadable(json.loads(self._line()))
+        return found
 
     def numbers(self, count: int, dtype: str) -> NDArray[Any]:
-        size = 8 * count
-        data = self._read(lambda stream: stream.read(size), lambda data: len(data) == size)
-        return np.frombuffer(data, dtype)
+        size, deadline = 8 * count, time.monotonic() + self._timeout_s
+        while len(self._received) < size:
+            self._receive(deadline)
+        return np.frombuffer(self._taken(size), dtype)
 
-    def _read(self, read: Any, whole: Any) -> bytes:
-        late = threading.Event()
-        watch = threading.Timer(self._timeout_s, self._stop, [late])
-        watch.start()
-        try:
-            data: bytes = read(self._process.stdout)
-        finally:
-            watch.cancel()
-        if not whole(data):
-            raise self._failure(late.is_set())
-        return data
+    def release(self) -> None:
+        """Keep it for the next request; one that was left in the middle of an answer is ended."""
+        if self.done:
+            _idle.append(self)
+        else:
+            self.end()
 
-    def _stop(self, late: threading.Event) -> None:
-        late.set()
-        self._process.kill()
+    def end(self) -> None:
+        """End it, and wait until it is gone; safe to call twice."""
+        if self in _living:
+            _living.remove(self)
+            self._process.kill()
+            self._process.wait()
+            self.close()
 
-    def _failure(self, late: bool) -> RunError:
-        advice = "Its rows cannot be recovered; run the pass again"
-        if late:
-            return RunError(
-                f"reading {self._path} did not end within {self._timeout_s:g} s: it is damaged. {advice}"
+    def close(self) -> None:
+        """Close this process's ends of the pipes."""
+        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+            if stream is not None:
+                stream.close()
+
+    def disown(self) -> None:
+        """In a forked process: leave the child to the parent, whose it is."""
+        self.close()
+        self._process.returncode = 0  # so that nobody waits for it here, or warns that it still runs
+
+    def _line(self) -> bytes:
+        deadline = time.monotonic() + self._timeout_s
+        while (end := self._received.find(b"\n")) < 0:
+            self._receive(deadline)
+        return self._taken(end + 1)
+
+    def _taken(self, size: int) -> bytes:
+        taken = bytes(self._received[:size])
+        del self._received[:size]
+        return taken
+
+    def _receive(self, deadline: float) -> None:
+        """Wait for more output, until a point of time."""
+        if not self._poll.poll(max(0.0, 1000 * (deadline - time.monotonic()))):
+            raise RunError(
+                f"reading {self._path} did not end within {self._timeout_s:g} s: it is damaged. {_ADVICE}"
             )
+        data = os.read(self._output, 1 << 20)
+        if not data:
+            raise _Died(str(self._unreadable(self._last_words())))
+        self._received += data
+
+    def _last_words(self) -> str:
         assert self._process.stderr is not None
-        said = self._process.stderr.read().decode(errors="replace").strip().splitlines()
+        lines = self._process.stderr.read().decode(errors="replace").strip().splitlines()
         code = self._process.wait()
-        cause = said[-1] if said else signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return RunError(f"{self._path} cannot be read as a part of a run ({cause}). {advice}")
+        return lines[-1] if lines else signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+    def _unreadable(self, cause: str) -> RunError:
+        return RunError(f"{self._path} cannot be read as a part of a run ({cause}). {_ADVICE}")
+
+
+_ADVICE = "Its rows cannot be recovered; run the pass again"
+
+_living: list[_Child] = []
+_idle: list[_Child] = []  # waiting for the next request; append and pop are atomic, so threads may share it
+
+
+def _disown_all() -> None:
+    _idle.clear()
+    while _living:
+        _living.pop().disown()
+
+
+atexit.register(end_readers)
+os.register_at_fork(after_in_child=_disown_all)
