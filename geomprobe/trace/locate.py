@@ -17,8 +17,6 @@ from geomprobe.trace.stream.reader import Header, PartNotBegun, part_state, read
 
 T = TypeVar("T")
 
-_FILES = {schema.TRACE_SCHEMA: schema.TRACE_FILE, schema.RECORD_SCHEMA: schema.RECORD_FILE}
-
 
 @dataclass(frozen=True)
 class Source:
@@ -65,7 +63,7 @@ def find(path: Path, kind: str) -> Source:
         raise RunError(f"{path} does not exist")
     if not path.is_dir():
         return _of_file(path, path, kind)
-    sealed = path / _FILES[kind]
+    sealed = path / schema.FILES[kind]
     if sealed.exists():
         return _of_file(path, sealed, kind)
     headers = _headers(path / schema.STREAM_DIR)
@@ -77,7 +75,7 @@ def find(path: Path, kind: str) -> Source:
 
 def read_settled(path: Path, kind: str, read: Callable[[Source], T]) -> T:
     """`read` what `find` finds; once more if the pass sealed its parts in between."""
-    sealed = path / _FILES[kind]
+    sealed = path / schema.FILES[kind]
     was_sealed = sealed.exists()
     try:
         return read(find(path, kind))
@@ -138,10 +136,10 @@ def _facts(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check(path: Path, kind: str, attributes: Mapping[str, Any]) -> None:
     found, version = attributes.get("schema"), attributes.get("schema_version")
-    if found not in _FILES:
+    if found not in schema.FILES:
         raise RunError(f"{path} is an HDF5 file, but geomprobe did not make it; name a run folder")
     if found != kind:
-        raise RunError(f"{path} holds {found}, not {kind}; name the run folder or its {_FILES[kind]}")
+        raise RunError(f"{path} holds {found}, not {kind}; name the run folder or its {schema.FILES[kind]}")
     if version != schema.SCHEMA_VERSION:
         raise RunError(
             f"{path} is of schema version {version}, and this geomprobe reads version {schema.SCHEMA_VERSION}. "

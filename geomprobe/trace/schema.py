@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote, unquote
 
 from geomprobe.errors import GeomprobeError
@@ -28,6 +28,12 @@ VALUES = "values"
 """The one table of a trace part; its columns are the raw paths of the sealed file."""
 STEPS = "steps"
 """The float64 table of a record part."""
+Kind = Literal["record", "trace"]
+"""Which pass."""
+SCHEMAS: dict[Kind, str] = {"record": RECORD_SCHEMA, "trace": TRACE_SCHEMA}
+FILES = {RECORD_SCHEMA: RECORD_FILE, TRACE_SCHEMA: TRACE_FILE}
+TABLES: dict[Kind, str] = {"record": STEPS, "trace": VALUES}
+"""The float64 table of a part."""
 FINGERPRINTS = "fingerprints"
 """Prefix of the int64 tables of a record part, one a component."""
 FINAL = "final"

@@ -12,7 +12,7 @@ import numpy as np
 
 from geomprobe.errors import RunError
 from geomprobe.trace import schema
-from geomprobe.trace.atomic_file import written_aside
+from geomprobe.trace.atomic_file import atomic_hdf5
 from geomprobe.trace.certificate import Certificate
 from geomprobe.trace.derive import Derived, sealed_columns
 from geomprobe.trace.locate import Span, spans
@@ -67,7 +67,7 @@ def seal_trace(
     """
     joined = _joined(parts, schema.TRACE_SCHEMA, num_steps, timeout_s)
     raw = joined[0].part.tables[schema.VALUES].columns
-    with written_aside(Path(out)) as file:
+    with atomic_hdf5(Path(out)) as file:
         _describe_file(file, schema.TRACE_SCHEMA, status, _stop(joined), num_parameters, manifest)
         paths = sealed_columns(raw)
         size = _block_rows(len(paths))
@@ -127,7 +127,7 @@ def seal_record(
     """
     joined = _joined(parts, schema.RECORD_SCHEMA, num_steps, timeout_s)
     steps, tables = _stop(joined), joined[0].part.tables
-    with written_aside(Path(out)) as file:
+    with atomic_hdf5(Path(out)) as file:
         _describe_file(file, schema.RECORD_SCHEMA, status, _stop(joined), num_parameters, manifest)
         names = tables[schema.STEPS].columns
         size = _block_rows(sum(len(table.columns) for table in tables.values()))

@@ -1,9 +1,9 @@
 """The child process that reads parts: a torn file can hang or crash HDF5, so nobody else may open one.
 
 `geomprobe.trace.stream.reader` starts it and keeps it for the next request. Each request is a JSON line on standard
-input. The answer, on standard output, begins with a 0 (int64) and a JSON line (the part's header). Then come, block by
-block, a row count (int64) and the raw bytes of ``step`` and of each table asked for, and at last a count of 0. The first
-row that is not what its checksum says ends the blocks, so that no wrong row ever leaves this process.
+input. The answer, on standard output, begins with a 0 (int64) and a JSON line (the part's header). Then come, block
+by block, a row count (int64) and the raw bytes of ``step`` and of each table asked for, and at last a count of 0. The
+first row that is not what its checksum says ends the blocks, so that no wrong row ever leaves this process.
 """
 
 from __future__ import annotations
