@@ -139,7 +139,9 @@ class Trace:
             xarray = importlib.import_module("xarray")
         except ImportError as error:
             raise UsageError("to_xarray needs xarray: pip install 'geomprobe[xarray]'") from error
-        columns = {name: ("step", self[name], _attributes(name)) for name in self.columns}
+        columns = {
+            name: ("step", self[name], schema.describe(f"steps/{name}").attributes) for name in self.columns
+        }
         facts = {"status": self.status, "num_parameters": self.num_parameters, "schema": schema.TRACE_SCHEMA}
         return xarray.Dataset(columns, attrs=facts)
 
@@ -248,13 +250,3 @@ def _members(path: str, group: Any) -> Iterator[str]:
 
 def _path(name: str) -> str:
     return schema.canonical(name.strip("/") if "/" in name else f"steps/{name}")
-
-
-def _attributes(name: str) -> dict[str, str]:
-    column = schema.describe(f"steps/{name}")
-    return {
-        "long_name": column.long_name,
-        "units": column.units,
-        "formula": column.formula,
-        "source": column.source,
-    }

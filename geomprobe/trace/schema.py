@@ -45,10 +45,10 @@ class Column:
     """One column: its name within its group, the four attributes that every sealed dataset carries, and its values.
 
     A derived column is computed from raw ones: ``compute`` takes the arrays of ``inputs``, which are inner products,
-    or ``"loss"`` and ``"lr"`` of the step; `input_path` says where they are. A raw column has neither.
+    or the step's ``loss`` and ``lr``, with spaces between; `input_path` says where they are. A raw column has neither.
 
     >>> describe("steps/lolr").formula, describe("steps/lolr").inputs
-    ('G.d / ||G||^2', ('g.d', 'g.g'))
+    ('G.d / ||G||^2', 'g.d g.g')
     """
 
     name: str
@@ -56,8 +56,13 @@ class Column:
     units: str
     formula: str
     source: str
-    inputs: tuple[str, ...] = ()
+    inputs: str = ""
     compute: Callable[..., Any] | None = None
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """What its dataset says of itself."""
+        return {name: getattr(self, name) for name in ("long_name", "units", "formula", "source")}
 
 
 def _same(values: Any) -> Any:
@@ -72,73 +77,51 @@ class UnknownColumn(GeomprobeError, KeyError):
         return str(self.args[0])
 
 
+_NWT = "NWT section 3"
+
 # G, w, w* and d = w - w* are NWT's; one row is one optimizer step, taken before the weights move.
 STEP_COLUMNS = (
     Column("step", "optimizer step, counted from 0", "1", "t", "counted"),
     Column("epoch", "epoch the step belongs to", "1", "epoch", "recorded"),
     Column("loss", "training loss of the step", "loss", "E", "recorded"),
-    Column("lr", "learning rate of the first parameter group", "lr", "lr", "optimizer", ("lr",), _same),
-    Column(
-        "grad_norm",
-        "norm of the gradient",
-        "loss/weight",
-        "||G||",
-        "NWT section 3",
-        ("g.g",),
-        geometry.grad_norm,
-    ),
+    Column("lr", "learning rate of the first parameter group", "lr", "lr", "optimizer", "lr", _same),
+    Column("grad_norm", "norm of the gradient", "loss/weight", "||G||", _NWT, "g.g", geometry.grad_norm),
     Column(
         "distance",
         "distance to the reference",
         "weight",
         "||w - w*||",
         "NWT figure 12",
-        ("d.d",),
+        "d.d",
         geometry.distance,
     ),
-    Column(
-        "grad_dot_offset", "gradient along the offset", "loss", "G.(w - w*)", "NWT section 3", ("g.d",), _same
-    ),
-    Column(
-        "rsi",
-        "restricted secant inequality",
-        "1/lr",
-        "G.d / ||d||^2",
-        "NWT section 3",
-        ("g.d", "d.d"),
-        geometry.rsi,
-    ),
-    Column("eb", "error bound", "1/lr", "||G|| / ||d||", "NWT section 3", ("g.g", "d.d"), geometry.eb),
+    Column("grad_dot_offset", "gradient along the offset", "loss", "G.(w - w*)", _NWT, "g.d", _same),
+    Column("rsi", "restricted secant inequality", "1/lr", "G.d / ||d||^2", _NWT, "g.d d.d", geometry.rsi),
+    Column("eb", "error bound", "1/lr", "||G|| / ||d||", _NWT, "g.g d.d", geometry.eb),
     Column(
         "cosine",
         "cosine of gradient and offset",
         "1",
         "G.d / (||G|| ||d||)",
-        "NWT section 3",
-        ("g.d", "g.g", "d.d"),
+        _NWT,
+        "g.d g.g d.d",
         geometry.cosine,
     ),
     Column(
-        "lolr",
-        "locally optimal learning rate",
-        "lr",
-        "G.d / ||G||^2",
-        "NWT eq. 5",
-        ("g.d", "g.g"),
-        geometry.lolr,
+        "lolr", "locally optimal learning rate", "lr", "G.d / ||G||^2", "NWT eq. 5", "g.d g.g", geometry.lolr
     ),
-    Column("clr", "corridor learning rate", "lr", "E / ||G||^2", "CG eq. 3", ("loss", "g.g"), geometry.clr),
+    Column("clr", "corridor learning rate", "lr", "E / ||G||^2", "CG eq. 3", "loss g.g", geometry.clr),
     Column(
         "hg_norm",
         "norm of the Hessian-gradient product",
         "loss/weight/lr",
         "||HG||",
         "CG lemma 2.8",
-        ("Hg.Hg",),
+        "Hg.Hg",
         geometry.grad_norm,
     ),
     Column(
-        "g_hg", "curvature along the gradient", "loss^2/weight^2/lr", "G.HG", "CG lemma 2.8", ("g.Hg",), _same
+        "g_hg", "curvature along the gradient", "loss^2/weight^2/lr", "G.HG", "CG lemma 2.8", "g.Hg", _same
     ),
     Column(
         "corridor_residual",
@@ -146,7 +129,7 @@ STEP_COLUMNS = (
         "1/lr",
         "||HG|| / ||G||",
         "CG lemma 2.8",
-        ("Hg.Hg", "g.g"),
+        "Hg.Hg g.g",
         geometry.corridor_residual,
     ),
     Column(
@@ -155,7 +138,7 @@ STEP_COLUMNS = (
         "1",
         "lr ||HG|| / ||G||",
         "CG theorem 2.11",
-        ("lr", "Hg.Hg", "g.g"),
+        "lr Hg.Hg g.g",
         geometry.relative_residual,
     ),
     Column(
@@ -164,7 +147,7 @@ STEP_COLUMNS = (
         "weight",
         "lr^2 ||HG|| / 2",
         "CG theorem 3.1",
-        ("lr", "Hg.Hg"),
+        "lr Hg.Hg",
         geometry.flow_drift,
     ),
 )

@@ -247,9 +247,7 @@ def _create_column(file: Any, path: str, rows: int, chunk_rows: int) -> Any:
     # HDF5 has no chunks, and so no checksums, for nothing.
     checked = {"chunks": (chunk,), "fletcher32": True, **cache} if rows else {}
     dataset = file.create_dataset(path, (rows,), "float64", fillvalue=np.nan, **checked)
-    column = schema.describe(path)
-    for name in ("long_name", "units", "formula", "source"):
-        dataset.attrs[name] = getattr(column, name)
+    dataset.attrs.update(schema.describe(path).attributes)
     return dataset
 
 

@@ -43,7 +43,7 @@ class Identity(NamedTuple):
         divisors: the inputs by which the column divides; where one is 0, the column is NaN.
     """
 
-    inputs: tuple[str, ...]
+    inputs: str
     sides: Callable[..., tuple[Array, Array]]
     divisors: str = ""
 
@@ -56,26 +56,26 @@ COLUMNS = "columns = f(inner products)"
 
 # No function of geometry.py is called here: it wrote the columns, and a formula that is wrong there must show.
 IDENTITIES = {
-    "lr": Identity(("lr",), lambda x, lr: (x, lr)),
-    "grad_norm": Identity(("g.g",), _is_norm),
-    "distance": Identity(("d.d",), _is_norm),
-    "hg_norm": Identity(("Hg.Hg",), _is_norm),
-    "grad_dot_offset": Identity(("g.d",), lambda x, g_d: (x, g_d)),
-    "g_hg": Identity(("g.Hg",), lambda x, g_hg: (x, g_hg)),
-    "rsi": Identity(("g.d", "d.d"), lambda x, g_d, d_d: (x * d_d, g_d), "d.d"),
-    "eb": Identity(("g.g", "d.d"), lambda x, g_g, d_d: (x * np.sqrt(d_d), np.sqrt(g_g)), "d.d"),
-    "lolr": Identity(("g.d", "g.g"), lambda x, g_d, g_g: (x * g_g, g_d), "g.g"),
-    "clr": Identity(("loss", "g.g"), lambda x, loss, g_g: (x * g_g, loss), "g.g"),
+    "lr": Identity("lr", lambda x, lr: (x, lr)),
+    "grad_norm": Identity("g.g", _is_norm),
+    "distance": Identity("d.d", _is_norm),
+    "hg_norm": Identity("Hg.Hg", _is_norm),
+    "grad_dot_offset": Identity("g.d", lambda x, g_d: (x, g_d)),
+    "g_hg": Identity("g.Hg", lambda x, g_hg: (x, g_hg)),
+    "rsi": Identity("g.d d.d", lambda x, g_d, d_d: (x * d_d, g_d), "d.d"),
+    "eb": Identity("g.g d.d", lambda x, g_g, d_d: (x * np.sqrt(d_d), np.sqrt(g_g)), "d.d"),
+    "lolr": Identity("g.d g.g", lambda x, g_d, g_g: (x * g_g, g_d), "g.g"),
+    "clr": Identity("loss g.g", lambda x, loss, g_g: (x * g_g, loss), "g.g"),
     "cosine": Identity(
-        ("g.d", "g.g", "d.d"), lambda x, g_d, g_g, d_d: (x * np.sqrt(g_g) * np.sqrt(d_d), g_d), "g.g d.d"
+        "g.d g.g d.d", lambda x, g_d, g_g, d_d: (x * np.sqrt(g_g) * np.sqrt(d_d), g_d), "g.g d.d"
     ),
     "corridor_residual": Identity(
-        ("Hg.Hg", "g.g"), lambda x, hg_hg, g_g: (x * np.sqrt(g_g), np.sqrt(hg_hg)), "g.g"
+        "Hg.Hg g.g", lambda x, hg_hg, g_g: (x * np.sqrt(g_g), np.sqrt(hg_hg)), "g.g"
     ),
     "relative_residual": Identity(
-        ("lr", "Hg.Hg", "g.g"), lambda x, lr, hg_hg, g_g: (x * np.sqrt(g_g), lr * np.sqrt(hg_hg)), "g.g"
+        "lr Hg.Hg g.g", lambda x, lr, hg_hg, g_g: (x * np.sqrt(g_g), lr * np.sqrt(hg_hg)), "g.g"
     ),
-    "flow_drift": Identity(("lr", "Hg.Hg"), lambda x, lr, hg_hg: (2 * x, lr * lr * np.sqrt(hg_hg))),
+    "flow_drift": Identity("lr Hg.Hg", lambda x, lr, hg_hg: (2 * x, lr * lr * np.sqrt(hg_hg))),
 }
 """By the name of a derived column, of the step, of a reference, or of a gradient beside the step's own."""
 
@@ -229,7 +229,7 @@ def _check_derived(c: Columns, name: str, group: str, columns: Sequence[Column])
 def _derived(c: Columns, path: str) -> Check:
     identity = IDENTITIES[path.rpartition("/")[2]]
     stored = c[path]
-    inputs = {name: c[input_path(path, name)] for name in identity.inputs}
+    inputs = {name: c[input_path(path, name)] for name in identity.inputs.split()}
     divisors = [inputs[name] for name in identity.divisors.split()]
     values = np.array(list(inputs.values()))
     defined = np.isfinite(values).all(axis=0) & np.all([each != 0 for each in divisors], axis=0)

@@ -1,18 +1,19 @@
 """The child process that reads parts: a torn file can hang or crash HDF5, so nobody else may open one.
 
-`geomprobe.trace.stream.reader` starts it and keeps it for the next request. Each request is a JSON line on standard
-input. The answer, on standard output, begins with a 0 (int64) and a JSON line (the part's header). Then come, block
-by block, a row count (int64) and the raw bytes of ``step`` and of each table asked for, and at last a count of 0. The
-first row that is not what its checksum says ends the blocks, so that no wrong row ever leaves this process.
+`geomprobe.trace.stream.reader` starts it and keeps it for the next request. The two talk over a
+`multiprocessing.connection.Connection`. A request is a dictionary. The answer is the part's header, a dictionary; then,
+block by block, a list of arrays, ``step`` and each table asked for; and at last None. Where the part cannot be read,
+the answer ends with the reason, as text. The first row that is not what its checksum says ends the blocks, so that no
+wrong row ever leaves this process.
 """
 
 from __future__ import annotations
 
 import json
 import signal
-import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
 from typing import Any
 
 import h5py
@@ -21,47 +22,40 @@ from numpy.typing import NDArray
 
 from geomprobe.trace.stream.checksum import row_checksums
 
-FAILED = -1
-"""In the place of a row count: a JSON line with the reason follows, and nothing after it."""
-
 _BLOCK_BYTES = 4 << 20
 
 
-def serve() -> None:
-    """Answer requests until standard input ends, as it does when the parent is gone, or until one has failed."""
+def serve(descriptor: int) -> None:
+    """Answer requests until the other end is closed, as it is when the parent is gone, or until one has failed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    for request in sys.stdin.buffer:
+    parent: Connection[Any, Any] = Connection(descriptor)
+    while True:
         try:
-            _answer(json.loads(request))
+            request = parent.recv()
+        except EOFError:
+            return
+        # A parent that was killed cannot end a child that hangs inside HDF5; an alarm does.
+        limit = int(request["timeout_s"]) + 10
+        signal.alarm(limit)
+        try:
+            for answer in _answers(request):
+                signal.alarm(0)  # the parent may take its time with a block
+                parent.send(answer)
+                signal.alarm(limit)
         except Exception as error:
-            reason = traceback.format_exception_only(error)[-1].strip()
-            _write(np.int64(FAILED).tobytes(), json.dumps(reason).encode(), b"\n")
+            parent.send(traceback.format_exception_only(error)[-1].strip())
             return  # HDF5 may still hold pieces of a damaged file
+        signal.alarm(0)
+        parent.send(None)
 
 
-def _answer(asked: dict[str, Any]) -> None:
-    """One request: ``path``, ``tables`` (null: all), ``start``, ``stop``, ``block_rows`` and ``timeout_s``."""
-    # A parent that was killed cannot end a child that hangs inside HDF5; an alarm does.
-    limit = int(asked["timeout_s"]) + 10
-    signal.alarm(limit)
+def _answers(asked: dict[str, Any]) -> Iterator[Any]:
+    """The header and the blocks; asked are ``path``, ``tables`` (None: all), ``start``, ``stop``, ``block_rows``."""
     with h5py.File(asked["path"], "r", libver="latest", swmr=True) as file:
         header = _header(file)
-        _write(np.int64(0).tobytes(), json.dumps(header).encode(), b"\n")
-        for arrays in _whole_blocks(file, header, asked):
-            signal.alarm(0)  # the parent may take its time with a block
-            _write(
-                np.int64(len(arrays[0])).tobytes(), *(np.ascontiguousarray(array).data for array in arrays)
-            )
-            signal.alarm(limit)
-    signal.alarm(0)
-    _write(np.int64(0).tobytes())
-
-
-def _write(*pieces: Any) -> None:
-    for piece in pieces:
-        sys.stdout.buffer.write(piece)
-    sys.stdout.buffer.flush()
+        yield header
+        yield from _whole_blocks(file, header, asked)
 
 
 def _whole_blocks(file: Any, header: dict[str, Any], asked: dict[str, Any]) -> Iterator[list[NDArray[Any]]]:

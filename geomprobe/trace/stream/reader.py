@@ -6,13 +6,12 @@ import atexit
 import contextlib
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geomprobe.errors import RunError
-from geomprobe.trace.stream.child import FAILED
 from geomprobe.trace.stream.writer import Table
 
 TIMEOUT_S = 20.0
@@ -28,7 +26,7 @@ TIMEOUT_S = 20.0
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _CHILD = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
-    "from geomprobe.trace.stream.child import serve; serve()"
+    "from geomprobe.trace.stream.child import serve; serve(int(sys.argv[2]))"
 )
 
 Block = dict[str, NDArray[Any]]
@@ -180,7 +178,7 @@ def stream_part(
     path = Path(path)
     _refuse_unreadable(path)
     request = {"path": str(path), "tables": tables, "start": start, "stop": stop, "block_rows": block_rows}
-    child, header = _ask({**request, "timeout_s": timeout_s}, path, timeout_s)
+    child, header = _ask({**request, "timeout_s": timeout_s}, path)
     try:
         yield header, _blocks(header, child, tables)
     finally:
@@ -207,40 +205,33 @@ def _refuse_unreadable(path: Path) -> None:
         raise RunError(f"{path} is no HDF5 file, so it is no part of a run")
 
 
-def _parse(path: Path, line: bytes) -> Header:
-    fields = json.loads(line)
-    layout = fields.pop("tables")
-    tables = {name: Table(name, tuple(table["columns"]), table["dtype"]) for name, table in layout.items()}
-    return Header(path=path, tables=tables, **fields)
-
-
-def _blocks(header: Header, child: _Child, names: Sequence[str] | None) -> Iterator[Block]:
-    tables = [table for name, table in header.tables.items() if names is None or name in names]
-    while count := child.count():
-        block: Block = {"step": child.numbers(count, "int64")}
-        for table in tables:
-            width = len(table.columns)
-            block[table.name] = child.numbers(count * width, table.dtype).reshape(count, width)
-        yield block
-    child.done = True
-
-
-def _ask(request: Mapping[str, Any], path: Path, timeout_s: float) -> tuple[_Child, Header]:
+def _ask(request: Mapping[str, Any], path: Path) -> tuple[_Child, Header]:
     """The child that answers a request, and the header that it answers with."""
     while True:
         used = bool(_idle)
         child = _idle.pop() if used else _Child()
         try:
-            child.ask(request, path, timeout_s)
-            return child, _parse(path, child.header())
-        except _Died as error:
+            child.ask(request)
+            fields = child.receive()
+        except BaseException as error:
             child.end()
-            if not used:
-                raise RunError(str(error)) from None
-            # It may have been killed, or harmed by an earlier file, since its last answer: a new one tells.
-        except BaseException:
-            child.end()
-            raise
+            if not (used and isinstance(error, _Died)):
+                raise
+            continue  # it was killed, or harmed by an earlier file, since its last answer: a new one tells
+        layout = fields.pop("tables")
+        tables = {
+            name: Table(name, tuple(table["columns"]), table["dtype"]) for name, table in layout.items()
+        }
+        return child, Header(path=path, tables=tables, **fields)
+
+
+def _blocks(header: Header, child: _Child, names: Sequence[str] | None) -> Iterator[Block]:
+    tables = [name for name in header.tables if names is None or name in names]
+    filled = [name for name in tables if header.tables[name].columns]
+    while (arrays := child.receive()) is not None:
+        block = dict(zip(("step", *filled), arrays, strict=True))
+        empty = np.empty((len(block["step"]), 0))
+        yield {"step": block["step"], **{name: block.get(name, empty) for name in tables}}
 
 
 class _Died(RunError):
@@ -251,52 +242,48 @@ class _Child:
     """A process that reads parts, one at a time. Each answer comes in bounded time, or an error does.
 
     It belongs to the thread that took it from ``_idle`` until `release`. A process that is forked from this one closes
-    its copies of the pipes, so that the child sees the end of its input as soon as this process is gone.
-
-    Attributes:
-        done: whether all of the last answer has been read.
+    its copy of the connection, so that the child sees the end of it as soon as this process is gone.
     """
 
     def __init__(self) -> None:
+        self._connection, theirs = Pipe()
         # Isolated, so that no file of the working folder passes for a standard module before the path is set.
-        command = [sys.executable, "-I", "-c", _CHILD, json.dumps(sys.path)]
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0)
-        assert self._process.stdout is not None
-        self._output = self._process.stdout.fileno()
-        self._poll = select.poll()
-        self._poll.register(self._output, select.POLLIN)
-        self._received = bytearray()
-        self.done = False
+        command = [sys.executable, "-I", "-c", _CHILD, json.dumps(sys.path), str(theirs.fileno())]
+        with theirs:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                pass_fds=[theirs.fileno()],
+            )
+        self._request: Mapping[str, Any] = {}
+        self._done = False
         _living.append(self)
 
-    def ask(self, request: Mapping[str, Any], path: Path, timeout_s: float) -> None:
-        """Send a request; the answer is to be read by `header`, `count` and `numbers`."""
-        self._path, self._timeout_s, self.done = path, timeout_s, False
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it is dead, and the missing answer will show that
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+    def ask(self, request: Mapping[str, Any]) -> None:
+        """Send a request; `receive` gives the answers."""
+        self._request, self._done = request, False
+        with contextlib.suppress(OSError):  # it is dead, and the missing answer will show that
+            self._connection.send(request)
 
-    def header(self) -> bytes:
-        self.count()
-        return self._line()
-
-    def count(self) -> int:
-        """Rows of the next block; 0 after the last one."""
-        found = int(self.numbers(1, "int64")[0])
-        if found == FAILED:
-            raise self._unreadable(json.loads(self._line()))
-        return found
-
-    def numbers(self, count: int, dtype: str) -> NDArray[Any]:
-        size, deadline = 8 * count, time.monotonic() + self._timeout_s
-        while len(self._received) < size:
-            self._receive(deadline)
-        return np.frombuffer(self._taken(size), dtype)
+    def receive(self) -> Any:
+        """The next answer: see `geomprobe.trace.stream.child`."""
+        path, limit = self._request["path"], self._request["timeout_s"]
+        if not self._connection.poll(limit):
+            raise RunError(f"reading {path} did not end within {limit:g} s: it is damaged. {_ADVICE}")
+        try:
+            answer = self._connection.recv()
+        except (EOFError, OSError):
+            raise _Died(_unreadable(path, self._last_words())) from None
+        if isinstance(answer, str):
+            raise RunError(_unreadable(path, answer))
+        self._done = answer is None
+        return answer
 
     def release(self) -> None:
         """Keep it for the next request; one that was left in the middle of an answer is ended."""
-        if self.done:
+        if self._done:
             _idle.append(self)
         else:
             self.end()
@@ -310,37 +297,15 @@ class _Child:
             self.close()
 
     def close(self) -> None:
-        """Close this process's ends of the pipes."""
-        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
-            if stream is not None:
-                stream.close()
+        """Close this process's ends."""
+        self._connection.close()
+        if self._process.stderr is not None:
+            self._process.stderr.close()
 
     def disown(self) -> None:
         """In a forked process: leave the child to the parent, whose it is."""
         self.close()
         self._process.returncode = 0  # so that nobody waits for it here, or warns that it still runs
-
-    def _line(self) -> bytes:
-        deadline = time.monotonic() + self._timeout_s
-        while (end := self._received.find(b"\n")) < 0:
-            self._receive(deadline)
-        return self._taken(end + 1)
-
-    def _taken(self, size: int) -> bytes:
-        taken = bytes(self._received[:size])
-        del self._received[:size]
-        return taken
-
-    def _receive(self, deadline: float) -> None:
-        """Wait for more output, until a point of time."""
-        if not self._poll.poll(max(0.0, 1000 * (deadline - time.monotonic()))):
-            raise RunError(
-                f"reading {self._path} did not end within {self._timeout_s:g} s: it is damaged. {_ADVICE}"
-            )
-        data = os.read(self._output, 1 << 20)
-        if not data:
-            raise _Died(str(self._unreadable(self._last_words())))
-        self._received += data
 
     def _last_words(self) -> str:
         assert self._process.stderr is not None
@@ -348,14 +313,15 @@ class _Child:
         code = self._process.wait()
         return lines[-1] if lines else signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
-    def _unreadable(self, cause: str) -> RunError:
-        return RunError(f"{self._path} cannot be read as a part of a run ({cause}). {_ADVICE}")
-
 
 _ADVICE = "Its rows cannot be recovered; run the pass again"
 
 _living: list[_Child] = []
 _idle: list[_Child] = []  # waiting for the next request; append and pop are atomic, so threads may share it
+
+
+def _unreadable(path: str, cause: str) -> str:
+    return f"{path} cannot be read as a part of a run ({cause}). {_ADVICE}"
 
 
 def _disown_all() -> None:

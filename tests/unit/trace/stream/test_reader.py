@@ -246,7 +246,7 @@ def test_a_forked_process_does_not_keep_the_child_alive_and_reads_with_one_of_it
         finally:
             os._exit(1)
     try:
-        started[0].stdin.close()  # as it is when this process is gone
+        part_module._idle.pop().close()  # as it is when this process is gone
         assert started[0].wait(10) == 0
         assert os.waitpid(holder, os.WNOHANG) == (0, 0)
     finally:
