@@ -13,7 +13,7 @@ import h5py
 from geomprobe.errors import RunError
 from geomprobe.trace import schema
 from geomprobe.trace.hdf5_errors import damage_named
-from geomprobe.trace.stream.reader import Header, PartNotBegun, part_state, read_header
+from geomprobe.trace.stream.reader import Header, begun_parts, part_state, read_header
 
 T = TypeVar("T")
 
@@ -43,6 +43,11 @@ class Span:
         """The step of row ``start``."""
         return self.part.first_step + self.start
 
+    @property
+    def stop_step(self) -> int:
+        """The step after the last row's."""
+        return self.part.first_step + self.stop
+
 
 def find(path: Path, kind: str) -> Source:
     """What a run folder or a file holds of one kind, sealed or streaming.
@@ -66,7 +71,8 @@ def find(path: Path, kind: str) -> Source:
     sealed = path / schema.FILES[kind]
     if sealed.exists():
         return _of_file(path, sealed, kind)
-    headers = _headers(path / schema.STREAM_DIR)
+    files = sorted((path / schema.STREAM_DIR).glob("[!.]*.h5"))
+    headers = begun_parts(file for file in files if not file.name.startswith(schema.REFERENCE_PREFIX))
     wanted = tuple(header for header in headers if header.schema == kind)
     if wanted:
         return _of_parts(path, wanted, kind)
@@ -145,17 +151,6 @@ def _check(path: Path, kind: str, attributes: Mapping[str, Any]) -> None:
             f"{path} is of schema version {version}, and this geomprobe reads version {schema.SCHEMA_VERSION}. "
             "Open it with the geomprobe that wrote it, or make it again"
         )
-
-
-def _headers(stream: Path) -> list[Header]:
-    headers = []
-    for path in sorted(stream.glob("[!.]*.h5")):
-        if not path.name.startswith(schema.REFERENCE_PREFIX):
-            try:
-                headers.append(read_header(path))
-            except PartNotBegun:
-                continue
-    return headers
 
 
 def _nothing(path: Path, kind: str, headers: list[Header]) -> RunError:

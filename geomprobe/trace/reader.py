@@ -225,7 +225,7 @@ class _SealedColumns(Mapping[str, Array]):
 
 
 def _datasets(file: Any) -> Iterator[str]:
-    """Paths of a sealed trace's columns, told from the names of its groups without opening any dataset."""
+    """Paths of a sealed trace's columns, from the names of its groups, without opening any dataset."""
     groups = set(file)
     steps = set(file["steps"])
     known = (*schema.STEP_COLUMNS, *schema.OPTIONAL_STEP_COLUMNS)

@@ -159,7 +159,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def writing(self, shared: bool = False) -> Iterator[None]:
-        """Hold the run against other writers, with whatever is in it.
+        """Lock the run, with whatever is in it, so that no other process writes there.
 
         Args:
             shared: let others that hold it so in.

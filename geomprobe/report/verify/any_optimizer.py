@@ -277,7 +277,7 @@ def _cauchy_schwarz(p: Precision, where: str, find: Callable[[str], Array], pair
 def _check_reference_norm(c: Columns, p: Precision) -> Check:
     """``||w - d||^2 = w.w - 2 w.d + d.d`` is ``||w*||^2``: the same number at every step.
 
-    Its error in a row is ``sums (||w|| + ||d||)^2``; each row is held against the most exact one.
+    Its error in a row is ``sums (||w|| + ||d||)^2``; each row is compared with the most exact one.
     """
     return worst_of("||w - d|| = ||w*|| is constant", [_constant(c, p, each) for each in c.trace.references])
 

@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from pathlib import Path
@@ -66,7 +66,7 @@ class Part:
 
 
 def part_state(path: Path) -> Literal["new", "streaming", "closed", "foreign"]:
-    """How far a part's writer has got, told by the first 12 bytes alone, without HDF5.
+    """How far a part's writer has got, from the first 12 bytes alone, without HDF5.
 
     ``"new"``: nothing to read yet. ``"streaming"``: a writer holds it, or was killed. ``"closed"``: it is an
     ordinary, closed HDF5 file. ``"foreign"``: it is no HDF5 file.
@@ -106,8 +106,24 @@ def read_header(path: Path, timeout_s: float = TIMEOUT_S) -> Header:
     (5, 0)
     """
     with stream_part(path, stop=0, timeout_s=timeout_s) as (header, blocks):
-        list(blocks)  # there are none, and the child that has said so serves the next read too
+        list(blocks)  # there are none, and the child, at the end of its answer, serves the next read
     return header
+
+
+def begun_parts(paths: Iterable[Path], timeout_s: float = TIMEOUT_S) -> list[Header]:
+    """The headers of those parts whose writers have begun.
+
+    Raises:
+        RunError: one is missing, no part, or damaged.
+
+    >>> begun_parts([])
+    []
+    """
+    headers = []
+    for path in paths:
+        with contextlib.suppress(PartNotBegun):
+            headers.append(read_header(path, timeout_s))
+    return headers
 
 
 def read_part(path: Path, timeout_s: float = TIMEOUT_S) -> Part:
@@ -217,7 +233,7 @@ def _ask(request: Mapping[str, Any], path: Path) -> tuple[_Child, Header]:
             child.end()
             if not (used and isinstance(error, _Died)):
                 raise
-            continue  # it was killed, or harmed by an earlier file, since its last answer: a new one tells
+            continue  # it was killed, or harmed by an earlier file, since its last answer: ask a new one
         layout = fields.pop("tables")
         tables = {
             name: Table(name, tuple(table["columns"]), table["dtype"]) for name, table in layout.items()

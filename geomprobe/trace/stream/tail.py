@@ -88,7 +88,7 @@ class Following:
             reader.forget()
             try:
                 self._read_all(reader)
-            except _Rewritten:  # again, while it was read; the next look will tell
+            except _Rewritten:  # again, while it was read; the next look sees it
                 self._known.clear()
                 reader.forget()
         return [known.header for known in self._known.values()]
