@@ -224,8 +224,10 @@ def _refuse_unreadable(path: Path) -> None:
 def _ask(request: Mapping[str, Any], path: Path) -> tuple[_Child, Header]:
     """The child that answers a request, and the header that it answers with."""
     while True:
-        used = bool(_idle)
-        child = _idle.pop() if used else _Child()
+        try:
+            child, used = _idle.pop(), True
+        except IndexError:
+            child, used = _Child(), False
         try:
             child.ask(request)
             fields = child.receive()
@@ -242,12 +244,12 @@ def _ask(request: Mapping[str, Any], path: Path) -> tuple[_Child, Header]:
 
 
 def _blocks(header: Header, child: _Child, names: Sequence[str] | None) -> Iterator[Block]:
-    tables = [name for name in header.tables if names is None or name in names]
-    filled = [name for name in tables if header.tables[name].columns]
+    tables = [table for name, table in header.tables.items() if names is None or name in names]
+    stored = ["step", *(table.name for table in tables if table.columns)]
     while (arrays := child.receive()) is not None:
-        block = dict(zip(("step", *filled), arrays, strict=True))
-        empty = np.empty((len(block["step"]), 0))
-        yield {"step": block["step"], **{name: block.get(name, empty) for name in tables}}
+        block = dict(zip(stored, arrays, strict=True))
+        empty = {t.name: np.empty((len(block["step"]), 0), t.dtype) for t in tables if not t.columns}
+        yield block | empty
 
 
 class _Died(RunError):

@@ -268,3 +268,8 @@ print(reader._living[0]._process.pid)
     assert (done.returncode, done.stderr) == (0, "")
     with pytest.raises(ProcessLookupError):
         os.kill(int(done.stdout), 0)
+
+
+def test_a_table_without_columns_keeps_its_dtype(tmp_path):
+    path = write_part(tmp_path / "p.h5", KIND)
+    assert read_part(path).tables["fingerprints/buffers"][1].dtype == np.int64
