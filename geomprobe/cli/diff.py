@@ -13,8 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from geomprobe.report.diff import diff
-from geomprobe.report.diff_text import render
+from geomprobe.report.diff import diff, render
 
 _DIFFERENT = 3
 

@@ -29,6 +29,7 @@ from geomprobe.cli import launch
 from geomprobe.errors import RunError
 from geomprobe.measure.option_fields import whole
 from geomprobe.passes.options import ReplayOptions
+from geomprobe.trace.certificate import Certificate
 from geomprobe.trace.reader import Trace, open_trace
 from geomprobe.trace.record import open_record
 from geomprobe.trace.schema import TRACE_FILE
@@ -102,15 +103,14 @@ def _report(trace: Trace, run: str) -> int:
     """Print how the replay ended; of several processes, the first does."""
     if not launch.first_rank():
         return 0
-    certificate = trace.certificate
+    certificate = Certificate.of(trace.certificate)
     if trace.status == "incomplete":
         print(f"Wrote {trace.num_steps} steps of {run}/{TRACE_FILE}; other segments of it are still to come.")
         return 0
-    compared = f"{certificate['steps_equal']} of {certificate['steps_recorded']} steps equal"
     if trace.status == "complete":
-        verdict = f"{compared}, w_T bitwise equal: certified"
+        verdict = f"{certificate.counts}, w_T bitwise equal: certified"
     else:
-        verdict = f"{compared}: UNCERTIFIED, later rows are marked in the column `same`"
+        verdict = f"{certificate.counts}: UNCERTIFIED, later rows are marked in the column `same`"
     print(f"Wrote {run}/{TRACE_FILE}: {verdict}.")
     print(f"Next: geomprobe verify {run}", file=sys.stderr)
     return 0

@@ -3,85 +3,31 @@
 The names below load on first use, so that finding the corridors of a trace never imports torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from geomprobe import _lazy
 
 if TYPE_CHECKING:
-    from geomprobe.corridor.clr import CLR
-    from geomprobe.corridor.counterexamples import AsymmetricLinear, RandomWalk, SinusoidalMixture
-    from geomprobe.corridor.detection import Occupancy, Segments, occupancy, segments
-    from geomprobe.corridor.flows import (
-        EpochFlow,
-        epoch_flow,
-        gradient_descent,
-        gradient_flow,
-        momentum,
-        runge_kutta_4,
-    )
-    from geomprobe.corridor.landscapes import (
-        ConcaveCone,
-        ConvexCone,
-        GluedCorridors,
-        Landscape,
-        LinearPiece,
-        Quadratic,
-        RuledSurface,
-    )
+    from geomprobe.corridor.clr import CLR as CLR
+    from geomprobe.corridor.counterexamples import AsymmetricLinear as AsymmetricLinear
+    from geomprobe.corridor.counterexamples import RandomWalk as RandomWalk
+    from geomprobe.corridor.counterexamples import SinusoidalMixture as SinusoidalMixture
+    from geomprobe.corridor.detection import Occupancy as Occupancy
+    from geomprobe.corridor.detection import Segments as Segments
+    from geomprobe.corridor.detection import occupancy as occupancy
+    from geomprobe.corridor.detection import segments as segments
+    from geomprobe.corridor.flows import EpochFlow as EpochFlow
+    from geomprobe.corridor.flows import epoch_flow as epoch_flow
+    from geomprobe.corridor.flows import gradient_descent as gradient_descent
+    from geomprobe.corridor.flows import gradient_flow as gradient_flow
+    from geomprobe.corridor.flows import momentum as momentum
+    from geomprobe.corridor.flows import runge_kutta_4 as runge_kutta_4
+    from geomprobe.corridor.landscapes import ConcaveCone as ConcaveCone
+    from geomprobe.corridor.landscapes import ConvexCone as ConvexCone
+    from geomprobe.corridor.landscapes import GluedCorridors as GluedCorridors
+    from geomprobe.corridor.landscapes import Landscape as Landscape
+    from geomprobe.corridor.landscapes import LinearPiece as LinearPiece
+    from geomprobe.corridor.landscapes import Quadratic as Quadratic
+    from geomprobe.corridor.landscapes import RuledSurface as RuledSurface
 
-_HOMES = {
-    "CLR": "clr",
-    "AsymmetricLinear": "counterexamples",
-    "RandomWalk": "counterexamples",
-    "SinusoidalMixture": "counterexamples",
-    "Occupancy": "detection",
-    "Segments": "detection",
-    "occupancy": "detection",
-    "segments": "detection",
-    "EpochFlow": "flows",
-    "epoch_flow": "flows",
-    "gradient_descent": "flows",
-    "gradient_flow": "flows",
-    "momentum": "flows",
-    "runge_kutta_4": "flows",
-    "ConcaveCone": "landscapes",
-    "ConvexCone": "landscapes",
-    "GluedCorridors": "landscapes",
-    "Landscape": "landscapes",
-    "LinearPiece": "landscapes",
-    "Quadratic": "landscapes",
-    "RuledSurface": "landscapes",
-}
-
-__all__ = [
-    "CLR",
-    "AsymmetricLinear",
-    "ConcaveCone",
-    "ConvexCone",
-    "EpochFlow",
-    "GluedCorridors",
-    "Landscape",
-    "LinearPiece",
-    "Occupancy",
-    "Quadratic",
-    "RandomWalk",
-    "RuledSurface",
-    "Segments",
-    "SinusoidalMixture",
-    "epoch_flow",
-    "gradient_descent",
-    "gradient_flow",
-    "momentum",
-    "occupancy",
-    "runge_kutta_4",
-    "segments",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'geomprobe.corridor' has no attribute {name!r}")
-    return getattr(import_module(f"geomprobe.corridor.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = _lazy.attach(__name__)

@@ -13,16 +13,21 @@ from numpy.typing import NDArray
 
 from geomprobe.errors import RunError
 from geomprobe.passes.checkpoint.resume_point import ResumePoint
-from geomprobe.trace.run_folder import Kind, RunFolder
-from geomprobe.trace.schema import RECORD_SCHEMA, TRACE_SCHEMA
-from geomprobe.trace.stream.reader import Header, PartNotBegun, read_header, read_part, stream_part
+from geomprobe.trace.run_folder import RunFolder
+from geomprobe.trace.schema import SCHEMAS, Kind
+from geomprobe.trace.stream.reader import (
+    Header,
+    PartNotBegun,
+    end_readers,
+    read_header,
+    read_part,
+    stream_part,
+)
 from geomprobe.trace.stream.writer import PartWriter, Table
 
 STARTED = "started"  # attribute of a part: the step from which its process ran, at or before its first row
 
 Tables = Mapping[str, NDArray[Any]]
-
-_SCHEMAS = {"record": RECORD_SCHEMA, "trace": TRACE_SCHEMA}
 
 
 def committed(run: RunFolder, kind: Kind, first: int = 0, stop: int | None = None) -> list[Header]:
@@ -124,7 +129,7 @@ class AttemptLog:
                     "Give the same ones, or begin anew with --force."
                 )
         self._earlier = [_rows(part, started) for part in earlier if part.stop_step > started]
-
+        end_readers()
         if self._known(started) is None and started >= self._first:
             self._writer = self._part(started)
 
@@ -169,7 +174,7 @@ class AttemptLog:
     def _part(self, step: int) -> PartWriter:
         return PartWriter(
             self._run.part(self._kind, step),
-            schema=_SCHEMAS[self._kind],
+            schema=SCHEMAS[self._kind],
             tables=self._tables,
             attributes=self._attributes,
             first_step=step,

@@ -6,14 +6,14 @@ What is to be sealed is first written down beside the parts; whoever comes next 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from geomprobe.passes.attempts import begun, contiguous_end
-from geomprobe.trace.run_folder import Kind, RunFolder
-from geomprobe.trace.schema import SEALING_PREFIX
+from geomprobe.trace.atomic_file import write_json
+from geomprobe.trace.run_folder import RunFolder
+from geomprobe.trace.schema import SCHEMAS, SEALING_PREFIX, Kind
 from geomprobe.trace.seal import seal_record, seal_trace
 
 _PATIENCE_S = 600.0  # a block: the parts are our own, so what is slow is the disk, not a torn file
@@ -52,7 +52,7 @@ def seal(
         "certificate": certificate,
         "num_steps": num_steps,
     }
-    write_down(_plan(run, kind), plan)
+    write_json(_plan(run, kind), plan)
     _carry_out(run, kind)
 
 
@@ -92,8 +92,7 @@ def finish(run: RunFolder) -> list[Kind]:
     >>> finish(RunFolder("nowhere"))
     []
     """
-    kinds: tuple[Kind, ...] = ("record", "trace")
-    cut_off = [kind for kind in kinds if planned(run, kind)]
+    cut_off = [kind for kind in SCHEMAS if planned(run, kind)]
     for kind in cut_off:
         with run.writing():
             _carry_out(run, kind)
@@ -123,44 +122,22 @@ def _plan(run: RunFolder, kind: Kind) -> Path:
     return run.stream / f"{SEALING_PREFIX}{kind}.json"
 
 
-def write_down(path: Path, plan: Mapping[str, Any]) -> None:
-    """Write JSON so that it is there whole or not at all, whatever comes next."""
-    aside = path.with_suffix(".new")
-    with open(aside, "w") as file:
-        json.dump(plan, file)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
-
-
 def _carry_out(run: RunFolder, kind: Kind) -> None:
     plan = json.loads(_plan(run, kind).read_text())
-    manifest, num_parameters = plan["manifest"], plan["manifest"]["model"]["num_parameters"]
-    parts, status = run.parts(kind), plan["status"]
+    manifest = plan["manifest"]
+    status = plan["status"]
+    facts: dict[str, Any] = {
+        "status": status,
+        "manifest": manifest,
+        "num_parameters": manifest["model"]["num_parameters"],
+        "num_steps": plan["num_steps"],
+        "timeout_s": _PATIENCE_S,
+    }
     if kind == "record":
         references = {name: run.stored_reference(name) for name in plan["references"]}
-        seal_record(
-            parts,
-            run.record,
-            status=status,
-            manifest=manifest,
-            num_parameters=num_parameters,
-            references=references,
-            ranks=_of_ranks(run, plan),
-            num_steps=plan["num_steps"],
-            timeout_s=_PATIENCE_S,
-        )
+        seal_record(run.parts(kind), run.record, references=references, ranks=_of_ranks(run, plan), **facts)
     else:
-        seal_trace(
-            parts,
-            run.trace,
-            status=status,
-            manifest=manifest,
-            num_parameters=num_parameters,
-            certificate=plan["certificate"],
-            num_steps=plan["num_steps"],
-            timeout_s=_PATIENCE_S,
-        )
+        seal_trace(run.parts(kind), run.trace, certificate=plan["certificate"], **facts)
     _plan(run, kind).unlink()  # first: from here on there is nothing to take up again
     if status not in ("failed", "diverged"):
         run.clear_stream()

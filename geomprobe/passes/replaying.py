@@ -31,6 +31,7 @@ from geomprobe.probe.loops import Position
 from geomprobe.probe.probe import Probe
 from geomprobe.reproducibility.comparison import Comparison
 from geomprobe.reproducibility.environment_check import FIRST_STEP_SECTIONS, require_same
+from geomprobe.trace.atomic_file import write_json
 from geomprobe.trace.record import Record
 from geomprobe.trace.run_folder import RunFolder
 from geomprobe.trace.schema import FINAL, VALUES
@@ -286,7 +287,7 @@ class Replaying(Session):
         if self._stream is not None:
             self._stream.close()
         if self.ranks.first:
-            sealing.write_down(self._run.proof("trace", self.steps), self._facts())
+            write_json(self._run.proof("trace", self.steps), self._facts())
 
     def _flush(self) -> None:
         if self._rows is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -12,6 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geomprobe.errors import RunError
+from geomprobe.report.table import number, table
+from geomprobe.trace.blame import Difference
+from geomprobe.trace.blame import first_difference as blame
 from geomprobe.trace.reader import Trace, open_trace
 from geomprobe.trace.record import Record, Reference, open_record
 from geomprobe.trace.schema import COMPONENTS
@@ -23,6 +27,9 @@ BLOCK = 4096
 
 INFORMATIVE = "host"
 """The part of the manifest that says where a run was made, not how: it makes no two runs different."""
+
+_WIDTH = 40
+"""Characters of a manifest's value that are shown."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ class RunDifference:
     Attributes:
         paths: the two runs.
         manifest: entry, and its value in either run (None where it has none).
-        first: the first step whose fingerprints differ, the component and the tensor; None where all are equal.
+        first: the first step whose fingerprints differ, and what is to blame there; None where all are equal.
         steps: steps recorded by either run; None where the records were not compared.
         steps_equal: steps before the first difference.
         references: of each reference in both, the tensors that differ.
@@ -58,7 +65,7 @@ class RunDifference:
 
     paths: tuple[str, str]
     manifest: list[tuple[str, Any, Any]] = field(default_factory=list)
-    first: tuple[int, str, str] | None = None
+    first: tuple[int, Difference] | None = None
     steps: tuple[int, int] | None = None
     steps_equal: int = 0
     references: dict[str, list[str]] = field(default_factory=dict)
@@ -144,43 +151,30 @@ def _compare_records(a: Record, b: Record, result: RunDifference) -> None:
             result.references[name] = _unlike(a.reference(name), b.reference(name))
 
 
-def first_difference(a: Record, b: Record) -> tuple[int, str, str] | None:
-    """The first step whose fingerprints differ, the component to blame and its tensor; None where none does.
+def first_difference(a: Record, b: Record) -> tuple[int, Difference] | None:
+    """The first step whose fingerprints differ, and what is to blame there; None where none does.
 
-    Within a step, the components come in the order in which one explains the next. Reads `BLOCK` steps of
-    both at a time, and nothing behind the first difference.
+    Reads `BLOCK` steps of both at a time, and nothing behind the first difference.
     """
+    names = {component: a.names(component) for component in COMPONENTS}
+    for component in COMPONENTS:
+        if names[component] != b.names(component):
+            only = sorted({*names[component]} ^ {*b.names(component)}) or names[component]
+            return 0, Difference(component, f"covers other tensors: {only[0]}", more=len(only) - 1)
     shared = min(a.num_steps, b.num_steps)
     for start in range(0, shared, BLOCK):
-        stop = min(start + BLOCK, shared)
-        found = [_first_in_block(a, b, component, start, stop) for component in COMPONENTS]
-        differences = [each for each in found if each is not None]
-        if differences:
-            return min(differences, key=lambda each: each[0])
-    return (
-        None
-        if a.num_steps == b.num_steps
-        else (shared, "length", f"{a.num_steps} against {b.num_steps} steps")
-    )
-
-
-def _first_in_block(
-    a: Record, b: Record, component: str, start: int, stop: int
-) -> tuple[int, str, str] | None:
-    names = a.names(component)
-    if names != b.names(component):
-        only = set(names) ^ set(b.names(component))
-        return start, component, f"covers other tensors: {_few(sorted(only) or names)}"
-    unlike = a.fingerprints(component, start, stop) != b.fingerprints(component, start, stop)
-    rows = np.flatnonzero(unlike.any(axis=1))
-    if not len(rows):
+        rows = start, min(start + BLOCK, shared)
+        blocks = [{name: run.fingerprints(name, *rows) for name in COMPONENTS} for run in (a, b)]
+        unlike = [(blocks[0][name] != blocks[1][name]).any(axis=1) for name in COMPONENTS]
+        different = np.flatnonzero(np.logical_or.reduce(unlike))
+        if len(different):
+            row = int(different[0])
+            found = blame(names, *({name: block[name][row] for name in COMPONENTS} for block in blocks))
+            assert found is not None
+            return start + row, found
+    if a.num_steps == b.num_steps:
         return None
-    return start + int(rows[0]), component, _few([names[i] for i in np.flatnonzero(unlike[rows[0]])])
-
-
-def _few(names: list[str]) -> str:
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"{names[0]}{more}"
+    return shared, Difference("length", f"{a.num_steps} against {b.num_steps} steps")
 
 
 def _unlike(a: Reference, b: Reference) -> list[str]:
@@ -221,3 +215,68 @@ def _compare_column(name: str, a: NDArray[np.float64], b: NDArray[np.float64]) -
     gap, relative = (np.where(unlike & np.isfinite(each), each, 0.0) for each in (gap, relative))
     row = int(np.argmax(gap)) if gap.any() else int(np.argmax(unlike))
     return ColumnDifference(name, int(unlike.sum()), float(gap.max()), float(relative.max()), row)
+
+
+def render(result: RunDifference) -> str:
+    """The differences by kind, and the verdict in the last line."""
+    blocks = [
+        f"{result.paths[0]} against {result.paths[1]}",
+        _manifest_text(result),
+        _record_text(result),
+        _columns_text(result),
+        "\n".join(f"note: {note}" for note in result.notes),
+        f"the runs {'are equal' if result.equal else 'differ'}",
+    ]
+    return "\n\n".join(block for block in blocks if block)
+
+
+def _manifest_text(result: RunDifference) -> str:
+    if not result.manifest:
+        return "manifest: equal"
+    rows = [[name, _value_text(a), _value_text(b)] for name, a, b in result.manifest]
+    informative = any(name.partition(".")[0] == INFORMATIVE for name, _, _ in result.manifest)
+    note = (
+        f"\n  ({INFORMATIVE} says where a run was made, and makes no two runs different)"
+        if informative
+        else ""
+    )
+    head = f"manifest: {len(rows)} {'entry differs' if len(rows) == 1 else 'entries differ'}"
+    return f"{head}\n{table(['  entry', *result.paths], [[f'  {r[0]}', *r[1:]] for r in rows])}{note}"
+
+
+def _value_text(value: Any) -> str:
+    text = "-" if value is None else json.dumps(value)
+    return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 3]}..."
+
+
+def _record_text(result: RunDifference) -> str:
+    if result.steps is None:
+        return ""
+    if result.first is None:
+        lines = [f"fingerprints: {result.steps_equal} of {result.steps_equal} steps equal"]
+    else:
+        step, found = result.first
+        more = f" and {found.more} more" if found.more else ""
+        lines = [
+            f"fingerprints: first difference at step {step}: {found.component}, {found.tensor}{more} "
+            f"({result.steps_equal} of {max(result.steps)} steps equal before it)"
+        ]
+    for name, unlike in result.references.items():
+        weights = "w_T" if name == "final" else f"reference {name}"
+        state = f"differs in {len(unlike)} tensors, first {unlike[0]}" if unlike else "bitwise equal"
+        lines.append(f"{weights}: {state}")
+    return "\n".join(lines)
+
+
+def _columns_text(result: RunDifference) -> str:
+    if result.columns_compared is None:
+        return ""
+    if not result.columns:
+        return f"trace: {result.columns_compared} columns equal"
+    header = ["  column", "rows", "max difference", "relative", "at row"]
+    rows = [
+        [f"  {c.name}", str(c.rows), number(c.largest, 3), number(c.largest_relative, 3), str(c.row)]
+        for c in result.columns
+    ]
+    head = f"trace: {len(rows)} of {result.columns_compared} columns differ"
+    return f"{head}\n{table(header, rows, right=range(1, 5))}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geomprobe.errors import ReplayDiverged
-from geomprobe.reproducibility.fingerprint import Difference, Layout, first_difference
+from geomprobe.reproducibility.fingerprint import Layout
+from geomprobe.trace.blame import Difference, first_difference
+from geomprobe.trace.certificate import Certificate, FirstDifference
 from geomprobe.trace.record import Record
 
 _LIKELY = {
@@ -73,12 +74,12 @@ class Comparison:
             assert difference is not None
             self.difference = start + row, difference
         elif row < count:
-            self.difference = start + row, Difference("length", "steps", ())
+            self.difference = start + row, Difference("length", "steps")
         return row
 
     def differs(self, step: int, component: str, tensor: str) -> None:
         """Something that is in no fingerprint differs."""
-        self.difference = step, Difference(component, tensor, ())
+        self.difference = step, Difference(component, tensor)
 
     def found(self) -> dict[str, Any]:
         """What one of several processes tells the others, in the end."""
@@ -99,21 +100,19 @@ class Comparison:
             self.differs(step, component, tensor)
 
     def certificate(self, layout: Layout) -> dict[str, Any]:
-        """What was compared, and whether it held; see `geomprobe.trace`."""
-        found: dict[str, Any] = {
-            "steps_recorded": self._record.num_steps,
-            "steps_compared": self.compared,
-            "steps_equal": self.equal,
-            "final_weights_equal": self.final_equal,
-            "components": json.dumps(list(layout)),
-        }
+        """The entries of a `Certificate`: what was compared, and what was found."""
+        first = None
         if self.difference is not None:
             step, difference = self.difference
-            first = {"step": step, "component": difference.component, "tensor": difference.tensor}
-            found["first_difference"] = json.dumps(
-                first if self._rank is None else {**first, "rank": self._rank}
-            )
-        return found
+            first = FirstDifference(step, difference.component, difference.tensor, self._rank)
+        return Certificate(
+            steps_recorded=self._record.num_steps,
+            steps_compared=self.compared,
+            steps_equal=self.equal,
+            final_weights_equal=self.final_equal,
+            components=tuple(layout),
+            first_difference=first,
+        ).as_json()
 
     def error(self) -> ReplayDiverged:
         """The first difference, as what stops a replay."""

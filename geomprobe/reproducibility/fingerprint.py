@@ -21,14 +21,6 @@ _ODD = 0x5851F42D4C957F2D  # an odd multiplier: chaining digests of a step's bat
 Layout = dict[str, tuple[str, ...]]  # component -> names of its columns
 
 
-class Difference(NamedTuple):
-    """The first thing in which two fingerprints of one step differ, and what else did."""
-
-    component: str
-    tensor: str
-    also: tuple[str, ...]
-
-
 class Pending(NamedTuple):
     """What has been seen of a step before its first backward pass: see `StepFingerprint`."""
 
@@ -218,40 +210,3 @@ def _optimizer_state(probe: Probe) -> tuple[list[list[Tensor]], list[Tensor], li
                 tensors += [value] if isinstance(value, Tensor) else []
                 plain += [] if isinstance(value, Tensor) else [(name, value)]
     return state, tensors, plain
-
-
-def first_difference(
-    layout: Layout, recorded: Mapping[str, Any], replayed: Mapping[str, Any]
-) -> Difference | None:
-    """What differed first within one step, in the order of cause and effect.
-
-    The RNG before the batch was fetched comes first, then the batch, the RNG at the update, the weights, the
-    optimizer, the loss (which the weights and the batch decide) and the buffers (which the forward pass moves).
-
-    Args:
-        layout: column names by component.
-        recorded: digests [columns] by component, from the recording.
-        replayed: the same, from the replay.
-
-    >>> first_difference({"loss": ("loss",)}, {"loss": [1]}, {"loss": [2]}).component
-    'loss'
-    >>> first_difference({"loss": ("loss",)}, {"loss": [1]}, {"loss": [1]}) is None
-    True
-    """
-    differing: list[tuple[int, str, str]] = []
-    for component, names in layout.items():
-        pairs = zip(names, recorded[component], replayed[component], strict=True)
-        differing += [(_rank(component, name), component, name) for name, a, b in pairs if a != b]
-    if not differing:
-        return None
-    differing.sort(key=lambda row: row[0])  # stable: the model's own order within a component
-    _, component, tensor = differing[0]
-    also = dict.fromkeys(other for _, other, _ in differing if other != component)
-    return Difference(component, tensor, tuple(also))
-
-
-_CAUSES = ("rng fetch", "batch", "rng step", "weights", "optimizer", "loss", "buffers")
-
-
-def _rank(component: str, name: str) -> int:
-    return _CAUSES.index(f"rng {name.split('/')[0]}" if component == "rng" else component)

@@ -1,7 +1,8 @@
-"""Write an HDF5 file aside and put it in its place whole, so that its name never shows half a file."""
+"""Write a file aside and put it in its place whole, so that its name never shows half a file."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,38 +19,67 @@ _LIBVER = ("v108", "v108")
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[Any]:
-    """An ``h5py.File`` under another name in the same folder, synced and renamed to `path` at the end.
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A path in the same folder to write a file at, which is synced and renamed to `path` at the end.
 
     Where anything fails, what `path` held before stays, and the file aside is removed.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "x.txt"
+    >>> with atomic_file(path) as aside:
+    ...     _ = aside.write_text("whole")
+    >>> path.read_text(), aside.exists()
+    ('whole', False)
+    """
+    aside = path.with_name(f".{path.name}.new")
+    try:
+        yield aside
+        _sync(aside, os.O_RDWR)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    if hasattr(os, "O_DIRECTORY"):  # Windows cannot open a folder, and orders a rename by itself.
+        _sync(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, whole or not at all.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "x.json"
+    >>> write_json(path, {"steps": 3})
+    >>> path.read_text()
+    '{"steps": 3}'
+    """
+    with atomic_file(path) as aside:
+        aside.write_text(json.dumps(value))
+
+
+@contextmanager
+def atomic_hdf5(path: Path) -> Iterator[Any]:
+    """An ``h5py.File`` that is written as an `atomic_file`.
 
     Raises:
         WriteFailed: the disk is full or refused a write.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "x.h5"
-    >>> with written_aside(path) as file:
+    >>> with atomic_hdf5(path) as file:
     ...     file["a"] = 1
     >>> path.exists()
     True
     """
-    aside = path.with_name(f".{path.name}.new")
-    try:
-        file = h5py.File(aside, "w", libver=_LIBVER)
-    except OSError as error:
-        raise WriteFailed(
-            f"cannot create {aside}: {reason(error)}. Make room, or the folder, there"
-        ) from error
-    try:
+    with atomic_file(path) as aside:
+        try:
+            file = h5py.File(aside, "w", libver=_LIBVER)
+        except OSError as error:
+            raise WriteFailed(
+                f"cannot create {aside}: {reason(error)}. Make room, or the folder, there"
+            ) from error
         with _abandoned_on_failure(file, path):
             yield file
         file.close()
-        _sync(aside)
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
 
 
 @contextmanager
@@ -67,15 +97,8 @@ def _abandoned_on_failure(file: Any, path: Path) -> Iterator[None]:
         raise
 
 
-def _sync(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    if not hasattr(os, "O_DIRECTORY"):
-        return  # Windows cannot open a folder, and orders a rename by itself.
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:

@@ -1,42 +1,15 @@
-"""Raw columns in, every column of a trace out: the one path that sealing and live reading share."""
+"""Raw columns in, every column of a trace out, by the formulas in `schema`: sealing and live reading share this."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
-from geomprobe.trace import geometry, schema
+from geomprobe.trace import schema
 
 Array = NDArray[np.float64]
-Formula = Callable[[Callable[[str], Array]], Array]
-
-# Each takes a function from a raw path to its array.
-_STEPS: dict[str, Formula] = {
-    "lr": lambda of: of("groups/0/lr"),
-    "grad_norm": lambda of: geometry.grad_norm(of("inner_products/g.g")),
-    "clr": lambda of: geometry.clr(of("steps/loss"), of("inner_products/g.g")),
-    "hg_norm": lambda of: geometry.grad_norm(of("inner_products/Hg.Hg")),
-    "g_hg": lambda of: of("inner_products/g.Hg"),
-    "corridor_residual": lambda of: geometry.corridor_residual(
-        of("inner_products/Hg.Hg"), of("inner_products/g.g")
-    ),
-    "relative_residual": lambda of: geometry.relative_residual(
-        of("groups/0/lr"), of("inner_products/Hg.Hg"), of("inner_products/g.g")
-    ),
-    "flow_drift": lambda of: geometry.flow_drift(of("groups/0/lr"), of("inner_products/Hg.Hg")),
-}
-
-# Each takes g.g, g.d and d.d of one reference.
-_REFERENCE: dict[str, Callable[[Array, Array, Array], Array]] = {
-    "distance": lambda g_g, g_d, d_d: geometry.distance(d_d),
-    "grad_dot_offset": lambda g_g, g_d, d_d: g_d,
-    "rsi": lambda g_g, g_d, d_d: geometry.rsi(g_d, d_d),
-    "eb": lambda g_g, g_d, d_d: geometry.eb(g_g, d_d),
-    "cosine": lambda g_g, g_d, d_d: geometry.cosine(g_d, g_g, d_d),
-    "lolr": lambda g_g, g_d, d_d: geometry.lolr(g_d, g_g),
-}
 
 
 def sealed_columns(raw: Iterable[str]) -> list[str]:
@@ -99,19 +72,11 @@ class Derived(Mapping[str, Array]):
     def _compute(self, path: str) -> Array:
         if path in self._raw:
             return self._raw[path]
-        group, _, name = path.rpartition("/")
         if path == "steps/step":
             return self._step
-        if name in _REFERENCE:
-            products = "inner_products" if group == "steps" else f"{group}/inner_products"
-            of_gradient = products if group in schema.ORACLES else "inner_products"
-            g_g, g_d, d_d = (
-                self._measured(column)
-                for column in (f"{of_gradient}/g.g", f"{products}/g.d", f"{products}/d.d")
-            )
-            return _REFERENCE[name](g_g, g_d, d_d)
-        if group in schema.ORACLES and name == "grad_norm":
-            return geometry.grad_norm(self._measured(f"{group}/inner_products/g.g"))
-        if group == "steps" and name in _STEPS:
-            return _STEPS[name](self._measured)
-        return self._measured(path)
+        column = schema.describe(path)
+        if column.compute is None:
+            return self._measured(path)
+        inputs = (self._measured(schema.input_path(path, name)) for name in column.inputs.split())
+        values: Array = column.compute(*inputs)
+        return values

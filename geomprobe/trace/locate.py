@@ -13,11 +13,9 @@ import h5py
 from geomprobe.errors import RunError
 from geomprobe.trace import schema
 from geomprobe.trace.hdf5_errors import damage_named
-from geomprobe.trace.stream.reader import Header, PartNotBegun, part_state, read_header
+from geomprobe.trace.stream.reader import Header, begun_parts, part_state, read_header
 
 T = TypeVar("T")
-
-_FILES = {schema.TRACE_SCHEMA: schema.TRACE_FILE, schema.RECORD_SCHEMA: schema.RECORD_FILE}
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,11 @@ class Span:
         """The step of row ``start``."""
         return self.part.first_step + self.start
 
+    @property
+    def stop_step(self) -> int:
+        """The step after the last row's."""
+        return self.part.first_step + self.stop
+
 
 def find(path: Path, kind: str) -> Source:
     """What a run folder or a file holds of one kind, sealed or streaming.
@@ -65,10 +68,11 @@ def find(path: Path, kind: str) -> Source:
         raise RunError(f"{path} does not exist")
     if not path.is_dir():
         return _of_file(path, path, kind)
-    sealed = path / _FILES[kind]
+    sealed = path / schema.FILES[kind]
     if sealed.exists():
         return _of_file(path, sealed, kind)
-    headers = _headers(path / schema.STREAM_DIR)
+    files = sorted((path / schema.STREAM_DIR).glob("[!.]*.h5"))
+    headers = begun_parts(file for file in files if not file.name.startswith(schema.REFERENCE_PREFIX))
     wanted = tuple(header for header in headers if header.schema == kind)
     if wanted:
         return _of_parts(path, wanted, kind)
@@ -77,7 +81,7 @@ def find(path: Path, kind: str) -> Source:
 
 def read_settled(path: Path, kind: str, read: Callable[[Source], T]) -> T:
     """`read` what `find` finds; once more if the pass sealed its parts in between."""
-    sealed = path / _FILES[kind]
+    sealed = path / schema.FILES[kind]
     was_sealed = sealed.exists()
     try:
         return read(find(path, kind))
@@ -138,26 +142,15 @@ def _facts(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check(path: Path, kind: str, attributes: Mapping[str, Any]) -> None:
     found, version = attributes.get("schema"), attributes.get("schema_version")
-    if found not in _FILES:
+    if found not in schema.FILES:
         raise RunError(f"{path} is an HDF5 file, but geomprobe did not make it; name a run folder")
     if found != kind:
-        raise RunError(f"{path} holds {found}, not {kind}; name the run folder or its {_FILES[kind]}")
+        raise RunError(f"{path} holds {found}, not {kind}; name the run folder or its {schema.FILES[kind]}")
     if version != schema.SCHEMA_VERSION:
         raise RunError(
             f"{path} is of schema version {version}, and this geomprobe reads version {schema.SCHEMA_VERSION}. "
             "Open it with the geomprobe that wrote it, or make it again"
         )
-
-
-def _headers(stream: Path) -> list[Header]:
-    headers = []
-    for path in sorted(stream.glob("[!.]*.h5")):
-        if not path.name.startswith(schema.REFERENCE_PREFIX):
-            try:
-                headers.append(read_header(path))
-            except PartNotBegun:
-                continue
-    return headers
 
 
 def _nothing(path: Path, kind: str, headers: list[Header]) -> RunError:

@@ -13,7 +13,7 @@ _HOLDER = re.compile(r"process (\d+) on (\S+)")
 
 @dataclass(frozen=True)
 class Writer:
-    """Who a lock file names. ``alive`` is None where that cannot be told from this machine."""
+    """Who a lock file names. ``alive`` is None where this machine cannot know."""
 
     process: int
     host: str
@@ -69,7 +69,7 @@ def _writer(lock: Path) -> Writer | None:
 def _holds(process: int, lock: Path) -> bool:
     """Whether a process of this machine lives and, where that can be seen, has the file open.
 
-    That tells it from a later process of the same number, and from a dead one whose parent has not noticed.
+    So a later process of the same number does not count, nor a dead one whose parent has not noticed.
     """
     try:
         os.kill(process, 0)

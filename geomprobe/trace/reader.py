@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,12 +15,11 @@ from numpy.typing import NDArray
 
 from geomprobe.errors import UsageError
 from geomprobe.trace import schema
+from geomprobe.trace.certificate import Certificate
 from geomprobe.trace.derive import Array, Derived
 from geomprobe.trace.hdf5_errors import damage_named
 from geomprobe.trace.locate import Source, read_settled, spans
 from geomprobe.trace.stream.reader import stream_part
-
-_CERTIFICATE_JSON = ("components", "first_difference")
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Trace:
         num_steps: rows present.
         num_parameters: scalar parameters of the model.
         manifest: the environment of the run.
-        certificate: what the replay's comparison with the recording found; empty where it did not end.
+        certificate: the entries of a `Certificate`; empty where the replay did not end.
 
     >>> import tempfile
     >>> from geomprobe.trace.stream.writer import PartWriter, Table
@@ -141,7 +139,9 @@ class Trace:
             xarray = importlib.import_module("xarray")
         except ImportError as error:
             raise UsageError("to_xarray needs xarray: pip install 'geomprobe[xarray]'") from error
-        columns = {name: ("step", self[name], _attributes(name)) for name in self.columns}
+        columns = {
+            name: ("step", self[name], schema.describe(f"steps/{name}").attributes) for name in self.columns
+        }
         facts = {"status": self.status, "num_parameters": self.num_parameters, "schema": schema.TRACE_SCHEMA}
         return xarray.Dataset(columns, attrs=facts)
 
@@ -185,8 +185,7 @@ def _read(source: Source) -> Trace:
     with damage_named("the list of columns", source.file), h5py.File(source.file, "r") as file:
         columns = _SealedColumns(source.file, _datasets(file))
     with damage_named("the certificate", source.file), h5py.File(source.file, "r") as file:
-        facts = dict(file["certificate"].attrs) if "certificate" in set(file) else {}
-        certificate = {name: _decode(name, value) for name, value in facts.items()}
+        certificate = Certificate.read(file)
     return Trace(source, certificate, columns)
 
 
@@ -226,7 +225,7 @@ class _SealedColumns(Mapping[str, Array]):
 
 
 def _datasets(file: Any) -> Iterator[str]:
-    """Paths of a sealed trace's columns, told from the names of its groups without opening any dataset."""
+    """Paths of a sealed trace's columns, from the names of its groups, without opening any dataset."""
     groups = set(file)
     steps = set(file["steps"])
     known = (*schema.STEP_COLUMNS, *schema.OPTIONAL_STEP_COLUMNS)
@@ -251,19 +250,3 @@ def _members(path: str, group: Any) -> Iterator[str]:
 
 def _path(name: str) -> str:
     return schema.canonical(name.strip("/") if "/" in name else f"steps/{name}")
-
-
-def _attributes(name: str) -> dict[str, str]:
-    column = schema.describe(f"steps/{name}")
-    return {
-        "long_name": column.long_name,
-        "units": column.units,
-        "formula": column.formula,
-        "source": column.source,
-    }
-
-
-def _decode(name: str, value: Any) -> Any:
-    if name in _CERTIFICATE_JSON:
-        return json.loads(value)
-    return value if isinstance(value, str) else value.item()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
+from abc import ABC, abstractmethod
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import unquote
 
 import h5py
@@ -24,20 +25,7 @@ from geomprobe.trace.weights import read_reference
 Reference = dict[str, tuple[NDArray[Any], str]]
 
 
-class _Store(Protocol):
-    """Where a record's rows are: a sealed file, or parts."""
-
-    num_steps: int
-
-    def names(self, component: str) -> list[str]: ...
-    def fingerprints(self, component: str, start: int, stop: int) -> NDArray[np.int64]: ...
-    def steps(self) -> dict[str, Array]: ...
-    def references(self) -> list[str]: ...
-    def reference(self, name: str) -> Reference: ...
-    def close(self) -> None: ...
-
-
-class Record:
+class Record(ABC):
     """What recording kept, one row a step; `open_record` makes it. A context manager: it holds its file open.
 
     Attributes:
@@ -48,17 +36,16 @@ class Record:
         manifest: the environment of the run.
     """
 
-    def __init__(self, source: Source, store: _Store) -> None:
+    def __init__(self, source: Source, num_steps: int) -> None:
         self.path = source.path
         self.status = source.status
-        self.num_steps = store.num_steps
+        self.num_steps = num_steps
         self.num_parameters = source.num_parameters
         self.manifest = source.manifest
-        self._store = store
 
+    @abstractmethod
     def names(self, component: str) -> list[str]:
         """Names of the tensors or streams that a component's fingerprints cover; empty where it has none."""
-        return self._store.names(component)
 
     def fingerprints(self, component: str, start: int, stop: int) -> NDArray[np.int64]:
         """A component's fingerprints [stop - start, names] of the steps from ``start`` to before ``stop``.
@@ -68,18 +55,17 @@ class Record:
         Raises:
             RunError: the rows are damaged.
         """
-        return self._store.fingerprints(component, start, min(stop, self.num_steps))
+        return self._fingerprints(component, start, min(stop, self.num_steps))
 
     @property
+    @abstractmethod
     def steps(self) -> dict[str, Array]:
         """The columns ``step``, ``epoch``, ``loss`` and ``lr`` [num_steps]."""
-        return self._store.steps()
 
     @property
     def references(self) -> list[str]:
         """Names of the references that were kept, the final iterate first."""
-        names = self._store.references()
-        return sorted(names, key=lambda name: (name != schema.FINAL, name))
+        return sorted(self._references(), key=lambda name: (name != schema.FINAL, name))
 
     def reference(self, name: str) -> Reference:
         """A reference's weights: by parameter name, the raw array and the name of its torch dtype.
@@ -90,11 +76,17 @@ class Record:
         if name not in self.references:
             there = ", ".join(self.references) or "none"
             raise RunError(f"{self.path} ({self.status}) has no reference {name!r}; it has: {there}")
-        return self._store.reference(name)
+        return self._reference(name)
 
     def close(self) -> None:
         """Close the file; safe to call twice."""
-        self._store.close()
+
+    @abstractmethod
+    def _fingerprints(self, component: str, start: int, stop: int) -> NDArray[np.int64]: ...
+    @abstractmethod
+    def _references(self) -> list[str]: ...
+    @abstractmethod
+    def _reference(self, name: str) -> Reference: ...
 
     def __enter__(self) -> Record:
         return self
@@ -129,20 +121,20 @@ def open_record(path: str | os.PathLike[str], rank: int = 0) -> Record:
 
 
 def _open(source: Source, rank: int) -> Record:
-    return Record(source, _Streaming(source) if source.file is None else _Sealed(source.file, rank))
+    return _Streaming(source) if source.file is None else _Sealed(source, source.file, rank)
 
 
-class _Sealed:
-    """A sealed ``record.h5``, held open: a replay asks for its rows block by block."""
+class _Sealed(Record):
+    """A sealed ``record.h5``, kept open: a replay asks for its rows block by block."""
 
-    def __init__(self, path: Path, rank: int) -> None:
+    def __init__(self, source: Source, path: Path, rank: int) -> None:
         self._path = path
         with damage_named("the header", path):
             self._file: Any = h5py.File(path, "r")
             self._own: Any = self._file[f"{schema.RANKS}/{rank}"] if rank else self._file
             self._groups = set(self._file)
             self._prints = set(self._own[schema.FINGERPRINTS])
-            self.num_steps = int(self._file.attrs["num_steps"])
+            super().__init__(source, int(self._file.attrs["num_steps"]))
 
     def names(self, component: str) -> list[str]:
         if f"{component}_names" not in self._prints:
@@ -151,7 +143,7 @@ class _Sealed:
         with damage_named(path, self._path):
             return list(self._own[path].asstr()[:])
 
-    def fingerprints(self, component: str, start: int, stop: int) -> NDArray[np.int64]:
+    def _fingerprints(self, component: str, start: int, stop: int) -> NDArray[np.int64]:
         if component not in self._prints:
             return np.empty((max(0, stop - start), 0), np.int64)
         path = f"{schema.FINGERPRINTS}/{component}"
@@ -159,18 +151,19 @@ class _Sealed:
             found: NDArray[np.int64] = self._own[path][start:stop]
             return found
 
+    @property
     def steps(self) -> dict[str, Array]:
         names = [column.name for column in schema.RECORD_COLUMNS]
         with damage_named("steps", self._path):
             return {name: self._file[f"steps/{name}"][:] for name in names}
 
-    def references(self) -> list[str]:
+    def _references(self) -> list[str]:
         if "references" not in self._groups:
             return []
         with damage_named("the list of references", self._path):
             return [schema.unescape(name) for name in self._file["references"]]
 
-    def reference(self, name: str) -> Reference:
+    def _reference(self, name: str) -> Reference:
         path = f"references/{schema.escape(name)}"
         with damage_named(path, self._path):
             # Replicated weights are kept once, by rank 0.
@@ -180,37 +173,35 @@ class _Sealed:
         self._file.close()
 
 
-class _Streaming:
+class _Streaming(Record):
     """The parts of a recording that runs or was cut off, and the references it has taken so far."""
 
     def __init__(self, source: Source) -> None:
         self._spans = _contiguous(spans(source.parts))
         self._tables = source.parts[0].tables
         self._folder = source.parts[0].path.parent
-        self.num_steps = sum(span.stop - span.start for span in self._spans)
+        super().__init__(source, sum(span.stop - span.start for span in self._spans))
 
     def names(self, component: str) -> list[str]:
         table = self._tables.get(f"{schema.FINGERPRINTS}/{component}")
         return [] if table is None else list(table.columns)
 
-    def fingerprints(self, component: str, start: int, stop: int) -> NDArray[np.int64]:
+    def _fingerprints(self, component: str, start: int, stop: int) -> NDArray[np.int64]:
         return self._rows(f"{schema.FINGERPRINTS}/{component}", len(self.names(component)), start, stop)
 
+    @property
     def steps(self) -> dict[str, Array]:
         names = self._tables[schema.STEPS].columns
         table = self._rows(schema.STEPS, len(names), 0, self.num_steps)
         return {"step": np.arange(self.num_steps, dtype=float), **dict(zip(names, table.T, strict=True))}
 
-    def references(self) -> list[str]:
+    def _references(self) -> list[str]:
         files = self._folder.glob(f"{schema.REFERENCE_PREFIX}*.h5")
         return [unquote(path.stem.removeprefix(schema.REFERENCE_PREFIX)) for path in files]
 
-    def reference(self, name: str) -> Reference:
+    def _reference(self, name: str) -> Reference:
         with h5py.File(self._folder / schema.reference_file(name), "r") as file:
             return read_reference(file)
-
-    def close(self) -> None:
-        """Nothing is held open."""
 
     def _rows(self, table: str, width: int, start: int, stop: int) -> NDArray[Any]:
         dtype = self._tables[table].dtype if table in self._tables else "int64"
@@ -234,5 +225,5 @@ def _contiguous(found: list[Span]) -> list[Span]:
         if span.first_step != step:
             break
         whole.append(span)
-        step = span.part.first_step + span.stop
+        step = span.stop_step
     return whole

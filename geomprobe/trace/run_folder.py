@@ -6,31 +6,17 @@ import contextlib
 import fcntl
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
-from geomprobe.errors import RunError, UsageError
-from geomprobe.trace.schema import RECORD_FILE, STREAM_DIR, TRACE_FILE
+from geomprobe.errors import UsageError
+from geomprobe.trace.run_lock import locked
+from geomprobe.trace.schema import RECORD_FILE, STREAM_DIR, TRACE_FILE, Kind
 
 CHECKPOINTS_DIR = "checkpoints"
 LOCK = "lock"
 PROOF_PREFIX = "proof-"
 RANK_PREFIX = "rank-"
-
-Kind = Literal["record", "trace"]
-
-_own: set[int] = set()  # descriptors of the locks that this process holds
-
-
-def _let_go() -> None:
-    while _own:
-        os.close(_own.pop())
-
-
-# A lock lasts until its last descriptor is closed, and a loader's workers outlive a process that is killed by seconds.
-os.register_at_fork(after_in_child=_let_go)
 
 
 class RunFolder:
@@ -173,7 +159,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def writing(self, shared: bool = False) -> Iterator[None]:
-        """Hold the run against other writers, with whatever is in it.
+        """Lock the run, with whatever is in it, so that no other process writes there.
 
         Args:
             shared: let others that hold it so in.
@@ -192,46 +178,5 @@ class RunFolder:
             if not self.record.exists() and not self._parts():  # the script never took a step
                 self._remove(self.checkpoints)
 
-    @contextlib.contextmanager
-    def _held(self, name: str, how: int) -> Iterator[None]:
-        descriptor = self._acquire(name, how)
-        _own.add(descriptor)
-        try:
-            with contextlib.suppress(
-                OSError
-            ):  # only to name ourselves; a full disk is told by what must be written
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-            yield
-        finally:
-            if descriptor in _own:  # or this is a process that the script has forked
-                with contextlib.suppress(OSError):  # it stays for those who hold it with us
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    (self.stream / name).unlink(missing_ok=True)
-                    self.stream.rmdir()  # where nothing of an unfinished pass stays
-                _own.remove(descriptor)
-                os.close(descriptor)
-
-    def _acquire(self, name: str, how: int) -> int:
-        # The system drops the lock when its holder dies, however it dies, so a lock is never stale.
-        while True:
-            try:
-                self.stream.mkdir(parents=True, exist_ok=True)
-                descriptor = os.open(self.stream / name, os.O_RDWR | os.O_CREAT, 0o644)
-            except OSError as error:
-                raise RunError(
-                    f"{self.path} cannot be written: {error.strerror}. Nothing was started; choose another folder, "
-                    "or mend this one."
-                ) from error
-            try:
-                fcntl.flock(descriptor, how)
-            except OSError as error:
-                holder = os.read(descriptor, 200).decode(errors="replace").strip() or "unknown"
-                os.close(descriptor)
-                raise RunError(
-                    f"{self.path} is being written by another process ({holder}). Wait for it to end, or choose "
-                    "another run folder."
-                ) from error
-            if os.fstat(descriptor).st_nlink:
-                return descriptor
-            os.close(descriptor)  # its last holder took it away just before we locked it
+    def _held(self, name: str, how: int) -> contextlib.AbstractContextManager[None]:
+        return locked(self.stream / name, how, self.path)

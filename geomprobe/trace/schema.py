@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 from urllib.parse import quote, unquote
 
 from geomprobe.errors import GeomprobeError
+from geomprobe.trace import geometry
 
 TRACE_SCHEMA = "geomprobe-trace"
 RECORD_SCHEMA = "geomprobe-record"
@@ -26,6 +28,12 @@ VALUES = "values"
 """The one table of a trace part; its columns are the raw paths of the sealed file."""
 STEPS = "steps"
 """The float64 table of a record part."""
+Kind = Literal["record", "trace"]
+"""Which pass."""
+SCHEMAS: dict[Kind, str] = {"record": RECORD_SCHEMA, "trace": TRACE_SCHEMA}
+FILES = {RECORD_SCHEMA: RECORD_FILE, TRACE_SCHEMA: TRACE_FILE}
+TABLES: dict[Kind, str] = {"record": STEPS, "trace": VALUES}
+"""The float64 table of a part."""
 FINGERPRINTS = "fingerprints"
 """Prefix of the int64 tables of a record part, one a component."""
 FINAL = "final"
@@ -34,10 +42,13 @@ FINAL = "final"
 
 @dataclass(frozen=True)
 class Column:
-    """One column: its name within its group and the four attributes that every sealed dataset carries.
+    """One column: its name within its group, the four attributes that every sealed dataset carries, and its values.
 
-    >>> describe("steps/lolr").formula
-    'G.d / ||G||^2'
+    A derived column is computed from raw ones: ``compute`` takes the arrays of ``inputs``, which are inner products,
+    or the step's ``loss`` and ``lr``, with spaces between; `input_path` says where they are. A raw column has neither.
+
+    >>> describe("steps/lolr").formula, describe("steps/lolr").inputs
+    ('G.d / ||G||^2', 'g.d g.g')
     """
 
     name: str
@@ -45,6 +56,18 @@ class Column:
     units: str
     formula: str
     source: str
+    inputs: str = ""
+    compute: Callable[..., Any] | None = None
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """What its dataset says of itself."""
+        return {name: getattr(self, name) for name in ("long_name", "units", "formula", "source")}
+
+
+def _same(values: Any) -> Any:
+    """A column that is a raw one under another name."""
+    return values
 
 
 class UnknownColumn(GeomprobeError, KeyError):
@@ -54,33 +77,79 @@ class UnknownColumn(GeomprobeError, KeyError):
         return str(self.args[0])
 
 
+_NWT = "NWT section 3"
+
 # G, w, w* and d = w - w* are NWT's; one row is one optimizer step, taken before the weights move.
 STEP_COLUMNS = (
     Column("step", "optimizer step, counted from 0", "1", "t", "counted"),
     Column("epoch", "epoch the step belongs to", "1", "epoch", "recorded"),
     Column("loss", "training loss of the step", "loss", "E", "recorded"),
-    Column("lr", "learning rate of the first parameter group", "lr", "lr", "optimizer"),
-    Column("grad_norm", "norm of the gradient", "loss/weight", "||G||", "NWT section 3"),
-    Column("distance", "distance to the reference", "weight", "||w - w*||", "NWT figure 12"),
-    Column("grad_dot_offset", "gradient along the offset", "loss", "G.(w - w*)", "NWT section 3"),
-    Column("rsi", "restricted secant inequality", "1/lr", "G.d / ||d||^2", "NWT section 3"),
-    Column("eb", "error bound", "1/lr", "||G|| / ||d||", "NWT section 3"),
-    Column("cosine", "cosine of gradient and offset", "1", "G.d / (||G|| ||d||)", "NWT section 3"),
-    Column("lolr", "locally optimal learning rate", "lr", "G.d / ||G||^2", "NWT eq. 5"),
-    Column("clr", "corridor learning rate", "lr", "E / ||G||^2", "CG eq. 3"),
-    Column("hg_norm", "norm of the Hessian-gradient product", "loss/weight/lr", "||HG||", "CG lemma 2.8"),
-    Column("g_hg", "curvature along the gradient", "loss^2/weight^2/lr", "G.HG", "CG lemma 2.8"),
+    Column("lr", "learning rate of the first parameter group", "lr", "lr", "optimizer", "lr", _same),
+    Column("grad_norm", "norm of the gradient", "loss/weight", "||G||", _NWT, "g.g", geometry.grad_norm),
+    Column(
+        "distance",
+        "distance to the reference",
+        "weight",
+        "||w - w*||",
+        "NWT figure 12",
+        "d.d",
+        geometry.distance,
+    ),
+    Column("grad_dot_offset", "gradient along the offset", "loss", "G.(w - w*)", _NWT, "g.d", _same),
+    Column("rsi", "restricted secant inequality", "1/lr", "G.d / ||d||^2", _NWT, "g.d d.d", geometry.rsi),
+    Column("eb", "error bound", "1/lr", "||G|| / ||d||", _NWT, "g.g d.d", geometry.eb),
+    Column(
+        "cosine",
+        "cosine of gradient and offset",
+        "1",
+        "G.d / (||G|| ||d||)",
+        _NWT,
+        "g.d g.g d.d",
+        geometry.cosine,
+    ),
+    Column(
+        "lolr", "locally optimal learning rate", "lr", "G.d / ||G||^2", "NWT eq. 5", "g.d g.g", geometry.lolr
+    ),
+    Column("clr", "corridor learning rate", "lr", "E / ||G||^2", "CG eq. 3", "loss g.g", geometry.clr),
+    Column(
+        "hg_norm",
+        "norm of the Hessian-gradient product",
+        "loss/weight/lr",
+        "||HG||",
+        "CG lemma 2.8",
+        "Hg.Hg",
+        geometry.grad_norm,
+    ),
+    Column(
+        "g_hg", "curvature along the gradient", "loss^2/weight^2/lr", "G.HG", "CG lemma 2.8", "g.Hg", _same
+    ),
     Column(
         "corridor_residual",
         "turn rate of the gradient along the flow",
         "1/lr",
         "||HG|| / ||G||",
         "CG lemma 2.8",
+        "Hg.Hg g.g",
+        geometry.corridor_residual,
     ),
     Column(
-        "relative_residual", "the gradient's turn over one step", "1", "lr ||HG|| / ||G||", "CG theorem 2.11"
+        "relative_residual",
+        "the gradient's turn over one step",
+        "1",
+        "lr ||HG|| / ||G||",
+        "CG theorem 2.11",
+        "lr Hg.Hg g.g",
+        geometry.relative_residual,
     ),
-    Column("flow_drift", "gap between step and gradient flow", "weight", "lr^2 ||HG|| / 2", "CG theorem 3.1"),
+    Column(
+        "flow_drift",
+        "gap between step and gradient flow",
+        "weight",
+        "lr^2 ||HG|| / 2",
+        "CG theorem 3.1",
+        "lr Hg.Hg",
+        geometry.flow_drift,
+    ),
 )
 
 # Only where a GradScaler was at work.
@@ -150,7 +219,7 @@ _OF_ALL = "all samples, at the end of an epoch"
 def _oracle_columns(of: str, source: str, *names: str) -> tuple[Column, ...]:
     names = (*names, "grad_norm", "grad_dot_offset", "rsi", "eb", "cosine", "lolr")
     return tuple(
-        Column(column.name, f"{column.long_name}, of {of}", column.units, column.formula, source)
+        replace(column, long_name=f"{column.long_name}, of {of}", source=source)
         for column in STEP_COLUMNS
         if column.name in names
     )
@@ -165,7 +234,6 @@ ORACLES = {
 """Groups of gradients that are measured beside the step's own, where they were asked for."""
 
 RECORD_COLUMNS = STEP_COLUMNS[:4]
-RAW_STEP_COLUMNS = (*STEP_COLUMNS[1:3], *OPTIONAL_STEP_COLUMNS)
 
 COMPONENTS = ("rng", "batch", "weights", "optimizer", "loss", "buffers")
 """What a step's fingerprints cover, in the order of blame: an earlier one that differs explains the later."""
@@ -244,6 +312,25 @@ def canonical(path: str) -> str:
     return rest if rest.startswith("inner_products/") else f"steps/{rest}"
 
 
+def input_path(path: str, name: str) -> str:
+    """Where the input ``name`` of the derived column at ``path`` is.
+
+    The loss, the learning rate and the gradient of a reference's columns are the step's own.
+
+    >>> input_path("references/best/cosine", "g.d"), input_path("references/best/cosine", "g.g")
+    ('references/best/inner_products/g.d', 'inner_products/g.g')
+    >>> input_path("held_out/cosine", "g.g"), input_path("steps/relative_residual", "lr")
+    ('held_out/inner_products/g.g', 'groups/0/lr')
+    """
+    group = path.rpartition("/")[0]
+    if name == "loss":
+        return "steps/loss"
+    if name == "lr":
+        return group_column(0, "lr")
+    own = group in ORACLES or (group != STEPS and "d" in name.split("."))
+    return f"{group}/inner_products/{name}" if own else f"inner_products/{name}"
+
+
 def describe(path: str) -> Column:
     """The column at a dataset path of a sealed trace.
 
@@ -269,10 +356,7 @@ def check_raw(path: str) -> None:
     >>> check_raw("inner_products/g.d")
     """
     column = describe(path)
-    derived = path.startswith("steps/") and column not in RAW_STEP_COLUMNS
-    group, _, name = path.partition("/")
-    derived |= group in ORACLES and name != "loss" and not name.startswith("inner_products/")
-    if derived or (path.startswith("references/") and "/inner_products/" not in path):
+    if column.compute is not None or path == "steps/step":
         raise UnknownColumn(f"{path!r} is derived from the inner products; stream those instead")
 
 

@@ -12,10 +12,11 @@ import numpy as np
 
 from geomprobe.errors import RunError
 from geomprobe.trace import schema
-from geomprobe.trace.atomic_file import written_aside
+from geomprobe.trace.atomic_file import atomic_hdf5
+from geomprobe.trace.certificate import Certificate
 from geomprobe.trace.derive import Derived, sealed_columns
 from geomprobe.trace.locate import Span, spans
-from geomprobe.trace.stream.reader import TIMEOUT_S, Block, Header, PartNotBegun, read_header, stream_part
+from geomprobe.trace.stream.reader import TIMEOUT_S, Block, Header, begun_parts, stream_part
 from geomprobe.trace.weights import copy_reference, write_reference
 
 __all__ = ["seal_record", "seal_trace", "write_reference"]
@@ -45,7 +46,7 @@ def seal_trace(
         status: ``"complete"``, ``"incomplete"``, ``"diverged"`` or ``"uncertified"``.
         num_parameters: how many scalar parameters the weights have.
         manifest: the environment, kept as JSON.
-        certificate: what the comparison found: numbers, booleans and text as attributes, the rest as JSON.
+        certificate: what the comparison found: the entries of a `Certificate`.
         num_steps: seal this many steps; all there are when None.
         timeout_s: how long reading one block of a part may take.
 
@@ -66,11 +67,11 @@ def seal_trace(
     """
     joined = _joined(parts, schema.TRACE_SCHEMA, num_steps, timeout_s)
     raw = joined[0].part.tables[schema.VALUES].columns
-    with written_aside(Path(out)) as file:
-        _describe_file(file, schema.TRACE_SCHEMA, status, _stop(joined), num_parameters, manifest)
+    with atomic_hdf5(Path(out)) as file:
+        _describe_file(file, schema.TRACE_SCHEMA, status, joined[-1].stop_step, num_parameters, manifest)
         paths = sealed_columns(raw)
         size = _block_rows(len(paths))
-        columns = {path: _create_column(file, path, _stop(joined), size) for path in paths}
+        columns = {path: _create_column(file, path, joined[-1].stop_step, size) for path in paths}
         for rows, block in _blocks(joined, size, timeout_s):
             values = np.ascontiguousarray(block[schema.VALUES].T)
             derived = Derived(block["step"], dict(zip(raw, values, strict=True)))
@@ -78,7 +79,8 @@ def seal_trace(
                 dataset[rows] = derived[path]
         _link_final(file)
         _attach_steps(file, [*columns, *schema.FINAL_LINKS])
-        _write_certificate(file, certificate)
+        if certificate is not None:
+            Certificate.of(certificate).write(file)
 
 
 def seal_record(
@@ -124,9 +126,9 @@ def seal_record(
     [[77]]
     """
     joined = _joined(parts, schema.RECORD_SCHEMA, num_steps, timeout_s)
-    steps, tables = _stop(joined), joined[0].part.tables
-    with written_aside(Path(out)) as file:
-        _describe_file(file, schema.RECORD_SCHEMA, status, _stop(joined), num_parameters, manifest)
+    steps, tables = joined[-1].stop_step, joined[0].part.tables
+    with atomic_hdf5(Path(out)) as file:
+        _describe_file(file, schema.RECORD_SCHEMA, status, joined[-1].stop_step, num_parameters, manifest)
         names = tables[schema.STEPS].columns
         size = _block_rows(sum(len(table.columns) for table in tables.values()))
         columns = {name: _create_column(file, f"steps/{name}", steps, size) for name in ("step", *names)}
@@ -150,8 +152,8 @@ def _seal_rank(
 ) -> None:
     """The fingerprints of one rank, and its shards of the references where they are sharded."""
     joined = _joined(parts, schema.RECORD_SCHEMA, steps, timeout_s)
-    if _stop(joined) != steps:
-        raise RunError(f"{parts[0]} and its like hold {_stop(joined)} steps, and rank 0 has {steps}")
+    if joined[-1].stop_step != steps:
+        raise RunError(f"{parts[0]} and its like hold {joined[-1].stop_step} steps, and rank 0 has {steps}")
     prints = _create_fingerprints(group, joined[0].part, steps)
     for rows, block in _blocks(joined, size, timeout_s):
         for name, dataset in prints.items():
@@ -161,8 +163,8 @@ def _seal_rank(
 
 
 def _joined(parts: Sequence[Path], kind: str, stop: int | None, timeout_s: float) -> list[Span]:
-    """The rows of the parts in the order of steps, each step once, held to be alike and to join."""
-    headers = [header for path in parts if (header := _begun(path, timeout_s)) is not None]
+    """The rows of the parts in the order of steps, each step once; refused where they are unlike or do not join."""
+    headers = begun_parts(parts, timeout_s)
     if not headers:
         raise RunError("there are no parts to seal; nothing was streamed")
     for header in headers:
@@ -180,7 +182,7 @@ def _joined(parts: Sequence[Path], kind: str, stop: int | None, timeout_s: float
         )
     joined: list[Span] = []
     for piece in pieces:
-        step = _stop(joined) if joined else 0
+        step = joined[-1].stop_step if joined else 0
         if stop is not None and step >= stop and joined:
             break
         if piece.first_step > step:
@@ -191,17 +193,6 @@ def _joined(parts: Sequence[Path], kind: str, stop: int | None, timeout_s: float
         last = piece.stop if stop is None else min(piece.stop, stop - piece.part.first_step)
         joined.append(Span(piece.part, piece.start, last))
     return joined
-
-
-def _begun(path: Path, timeout_s: float) -> Header | None:
-    try:
-        return read_header(path, timeout_s)
-    except PartNotBegun:
-        return None
-
-
-def _stop(joined: list[Span]) -> int:
-    return joined[-1].part.first_step + joined[-1].stop
 
 
 def _blocks(joined: list[Span], size: int, timeout_s: float) -> Iterator[tuple[slice, Block]]:
@@ -216,7 +207,7 @@ def _blocks(joined: list[Span], size: int, timeout_s: float) -> Iterator[tuple[s
                 rows = slice(row, row + len(block["step"]))
                 yield rows, block
                 row = rows.stop
-        if row != span.part.first_step + span.stop:
+        if row != span.stop_step:
             raise RunError(
                 f"{span.part.path} is damaged from step {row} on; go on from there with --resume, or run the pass again"
             )
@@ -225,12 +216,8 @@ def _blocks(joined: list[Span], size: int, timeout_s: float) -> Iterator[tuple[s
 def _describe_file(
     file: Any, kind: str, status: str, num_steps: int, num_parameters: int, manifest: Mapping[str, Any]
 ) -> None:
-    file.attrs["schema"] = kind
-    file.attrs["schema_version"] = schema.SCHEMA_VERSION
-    file.attrs["status"] = status
-    file.attrs["num_steps"] = num_steps
-    file.attrs["num_parameters"] = num_parameters
-    file.attrs["manifest"] = json.dumps(manifest)
+    file.attrs.update(schema=kind, schema_version=schema.SCHEMA_VERSION, status=status, num_steps=num_steps)
+    file.attrs.update(num_parameters=num_parameters, manifest=json.dumps(manifest))
 
 
 def _block_rows(columns: int) -> int:
@@ -245,9 +232,7 @@ def _create_column(file: Any, path: str, rows: int, chunk_rows: int) -> Any:
     # HDF5 has no chunks, and so no checksums, for nothing.
     checked = {"chunks": (chunk,), "fletcher32": True, **cache} if rows else {}
     dataset = file.create_dataset(path, (rows,), "float64", fillvalue=np.nan, **checked)
-    column = schema.describe(path)
-    for name in ("long_name", "units", "formula", "source"):
-        dataset.attrs[name] = getattr(column, name)
+    dataset.attrs.update(schema.describe(path).attributes)
     return dataset
 
 
@@ -289,12 +274,3 @@ def _attach_steps(file: Any, paths: Sequence[str]) -> None:
     for group in groups:
         if group != "steps":
             file[f"{group}/step"] = step
-
-
-def _write_certificate(file: Any, certificate: Mapping[str, Any] | None) -> None:
-    if certificate is None:
-        return
-    group = file.create_group("certificate")
-    for name, value in certificate.items():
-        if value is not None:
-            group.attrs[name] = value if isinstance(value, (bool, int, float, str)) else json.dumps(value)

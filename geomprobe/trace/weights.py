@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geomprobe.errors import RunError
-from geomprobe.trace.atomic_file import written_aside
+from geomprobe.trace.atomic_file import atomic_hdf5
 from geomprobe.trace.hdf5_errors import damage_named
 from geomprobe.trace.schema import escape, unescape
 
@@ -35,7 +35,7 @@ def write_reference(path: Path, arrays: Mapping[str, tuple[NDArray[Any], str]]) 
     ...     file["fc.weight"].shape, file["fc.weight"].fletcher32
     ((2, 3), True)
     """
-    with written_aside(Path(path)) as file:
+    with atomic_hdf5(Path(path)) as file:
         for name, (array, dtype) in arrays.items():
             # Only chunks carry checksums, and a scalar has none: it is kept as a vector of one.
             stored = array.reshape(1) if array.ndim == 0 else array

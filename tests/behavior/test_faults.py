@@ -2,89 +2,16 @@
 
 import random
 import shutil
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from support.faulty_training import STEPS, STYLES, at_step, one_step, one_ulp, trainer
+from support.faulty_training import FAULTS, STEPS, STYLES, at_step, one_step, one_ulp, state, trainer
 
 import geomprobe
 from geomprobe.errors import EnvironmentMismatch, ReplayDiverged
 
 DEEP = 65  # past the first block of rows, and the first step of an epoch
-
-
-class Fault(NamedTuple):
-    """What is done at a point of a step, and what must be named: a component, and a tensor by style."""
-
-    point: str
-    do: object
-    component: str
-    tensor: str
-    elsewhere: tuple[str, str] | None = None  # component and tensor in scripts that do not show their batches
-
-    def expected(self, style):
-        return self.elsewhere if self.elsewhere and style != "batches" else (self.component, self.tensor)
-
-
-def swap_samples(t):
-    t.data.swap = True
-
-
-def change_noise(t):
-    t.data.noise *= 1.01
-
-
-def change_label(t):
-    t.batch[1][0] = (t.batch[1][0] + 1) % 3
-
-
-def smooth(t):
-    t.smoothing = 1e-3
-
-
-def group(name, value):
-    return lambda t: t.optimizer.param_groups[0].update({name: value})
-
-
-def state(tensor, name):
-    return lambda t: one_ulp(t.optimizer.state[t.model.get_parameter(tensor)][name])
-
-
-FAULTS = {
-    "a draw from Python's RNG before the fetch": Fault(
-        "fetch", lambda t: random.random(), "rng", "fetch/python"
-    ),
-    "a draw from NumPy's RNG before the fetch": Fault(
-        "fetch", lambda t: np.random.rand(), "rng", "fetch/numpy"
-    ),
-    "a draw from torch's RNG before the fetch": Fault("fetch", lambda t: torch.rand(1), "rng", "fetch/torch"),
-    "a draw from Python's RNG after the fetch": Fault(
-        "forward", lambda t: random.random(), "rng", "step/python"
-    ),
-    "a draw from NumPy's RNG after the fetch": Fault(
-        "forward", lambda t: np.random.rand(), "rng", "step/numpy"
-    ),
-    "a draw from torch's RNG after the fetch": Fault("forward", lambda t: torch.rand(1), "rng", "step/torch"),
-    "an ulp in a weight": Fault("forward", lambda t: one_ulp(t.model[4].weight), "weights", "4.weight"),
-    "an ulp in a weight before its update": Fault(
-        "update", lambda t: one_ulp(t.model[1].bias), "weights", "1.bias"
-    ),
-    "an ulp in a momentum": Fault("forward", state("0.weight", "momentum_buffer"), "optimizer", "0.weight"),
-    "an ulp in a running mean": Fault(
-        "forward", lambda t: one_ulp(t.model[1].running_mean), "buffers", "1.running_mean"
-    ),
-    "a count of batches": Fault(
-        "update", lambda t: one_ulp(t.model[1].num_batches_tracked), "buffers", "1.num_batches_tracked"
-    ),
-    "two samples swapped": Fault("fetch", swap_samples, "batch", "fetched", ("batch", "inputs")),
-    "another augmentation": Fault("fetch", change_noise, "batch", "fetched", ("batch", "inputs")),
-    "another loss": Fault("forward", smooth, "loss", "loss"),
-    "another learning rate": Fault("forward", group("lr", 0.0500001), "optimizer", "hyperparameters"),
-    "another momentum": Fault("update", group("momentum", 0.8), "optimizer", "hyperparameters"),
-    "another weight decay": Fault("fetch", group("weight_decay", 1e-5), "optimizer", "hyperparameters"),
-}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -14,7 +14,7 @@ from geomprobe.trace.reader import open_trace
 from geomprobe.trace.record import open_record
 
 STEPS = 1000
-COMPONENTS = ("rng", "weights", "optimizer")  # each is read in a process of its own
+COMPONENTS = ("rng", "weights", "optimizer")
 TRIALS = [3, pytest.param(50, marks=pytest.mark.slow)]
 READ_S = 30
 

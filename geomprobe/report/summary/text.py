@@ -9,6 +9,7 @@ from typing import Any
 from geomprobe.report.summary.facts import facts
 from geomprobe.report.summary.summary import Summary
 from geomprobe.report.table import number, size, table
+from geomprobe.trace.certificate import Certificate
 from geomprobe.trace.schema import RECORD_FILE, SEALING_PREFIX, STREAM_DIR, TRACE_FILE
 
 
@@ -58,17 +59,19 @@ def _steps(entry: Summary) -> str:
 
 def _certificate(trace: Summary) -> list[str]:
     """The certificate line, loud where it is none."""
-    said = trace["certificate"]
-    if not said:
+    if not trace["certificate"]:
         return ["none: the replay has not finished"]
-    weights = "w_T bitwise equal" if said.get("final_weights_equal") else "w_T NOT equal"
-    line = f"{said.get('steps_equal')} of {said.get('steps_recorded')} steps equal, {weights}"
-    first = said.get("first_difference")
-    at = [f"first difference: step {first['step']}, {first['component']}, {first['tensor']}"] if first else []
+    certificate = Certificate.of(trace["certificate"])
+    line = f"{certificate.counts}, w_T {'bitwise' if certificate.final_weights_equal else 'NOT'} equal"
     if trace["status"] == "complete":
         return [line]
     loud = "UNCERTIFIED: what follows is of a run that is not the recorded one"
-    return [loud if trace["status"] == "uncertified" else trace["status"].upper(), line, *at]
+    first = certificate.first_difference
+    return [
+        loud if trace["status"] == "uncertified" else trace["status"].upper(),
+        line,
+        *([f"first difference: {first}"] if first else []),
+    ]
 
 
 def _run(summary: Summary) -> str:

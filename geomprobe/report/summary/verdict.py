@@ -1,21 +1,22 @@
-"""Whether a run's replay was the recorded run, as a headline and the lines that bear it out."""
+"""Whether a run's replay was the recorded run: a headline, and the lines that give its reasons."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from geomprobe.report.summary.summary import Summary
+from geomprobe.trace.certificate import Certificate
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is to be said of a run first.
+    """The first that a report says of a run.
 
     Attributes:
         mark: ``"good"`` where the replay is proven to be the recorded run, ``"wait"`` where a pass is still to
             come, ``"bad"`` where something failed or differed.
         headline: the verdict in a few words.
-        lines: what bears it out.
+        lines: the reasons.
         passes: the state of ``"record"`` and ``"trace"``.
     """
 
@@ -26,13 +27,13 @@ class Verdict:
 
 
 def verdict(summary: Summary) -> Verdict:
-    """The verdict on a run of which `summarize` told.
+    """The verdict on a run that `summarize` has read.
 
-    >>> said = {"steps_recorded": 3, "steps_compared": 2, "steps_equal": 1, "final_weights_equal": False}
+    >>> found = {"steps_recorded": 3, "steps_compared": 2, "steps_equal": 1, "final_weights_equal": False}
     >>> first = {"step": 1, "component": "loss", "tensor": "loss"}
     >>> trace = {"status": "diverged", "num_steps": 1, "num_epochs": 0}
-    >>> found = verdict({"record": None, "trace": {**trace, "certificate": {**said, "first_difference": first}}})
-    >>> found.mark, found.headline, found.lines[1]
+    >>> result = verdict({"record": None, "trace": {**trace, "certificate": {**found, "first_difference": first}}})
+    >>> result.mark, result.headline, result.lines[1]
     ('bad', 'The replay diverged', 'First difference: step 1, loss, loss.')
     """
     trace, record = summary["trace"] or {}, summary["record"] or {}
@@ -64,8 +65,8 @@ def _of_record(record: Summary) -> tuple[str, str, list[str]]:
 
 
 def _of_trace(trace: Summary) -> tuple[str, str, list[str]]:
-    said, status = trace["certificate"], trace["status"]
-    lines = _compared(said)
+    certificate, status = Certificate.of(trace["certificate"]), trace["status"]
+    lines = _compared(certificate) if trace["certificate"] else []
     if status == "incomplete":
         return "wait", "The replay has not finished", [f"{trace['num_steps']} steps so far.", *lines]
     if status == "uncertified":
@@ -73,30 +74,21 @@ def _of_trace(trace: Summary) -> tuple[str, str, list[str]]:
         return "bad", "UNCERTIFIED", [warning, *lines]
     if status == "diverged":
         return "bad", "The replay diverged", lines
-    if not _holds(said):
+    if certificate.why_not(trace["num_steps"]):
         warning = f"The trace calls itself {status}, but its certificate does not say so."
         return "bad", "No valid certificate", [warning, *lines]
     return "good", "Certified: the recorded run, bit for bit", lines
 
 
-def _holds(said: Summary) -> bool:
-    recorded = said.get("steps_recorded")
-    whole = recorded is not None and said.get("steps_compared") == recorded == said.get("steps_equal")
-    return whole and bool(said.get("final_weights_equal")) and not said.get("first_difference")
-
-
-def _compared(said: Summary) -> list[str]:
-    """The certificate in sentences; none where there is none."""
-    if not said:
-        return []
-    weights = "bitwise equal" if said.get("final_weights_equal") else "NOT equal"
+def _compared(certificate: Certificate) -> list[str]:
+    """The certificate in sentences."""
+    weights = "bitwise equal" if certificate.final_weights_equal else "NOT equal"
     lines = [
-        f"Of {said.get('steps_recorded')} recorded steps, {said.get('steps_compared')} were compared and "
-        f"{said.get('steps_equal')} are equal; the final weights are {weights}."
+        f"Of {certificate.steps_recorded} recorded steps, {certificate.steps_compared} were compared and "
+        f"{certificate.steps_equal} are equal; the final weights are {weights}."
     ]
-    first = said.get("first_difference")
-    if first:
-        lines.append(f"First difference: step {first['step']}, {first['component']}, {first['tensor']}.")
-    if said.get("components"):
-        lines.append(f"Compared in each step: {', '.join(said['components'])}.")
+    if certificate.first_difference:
+        lines.append(f"First difference: {certificate.first_difference}.")
+    if certificate.components:
+        lines.append(f"Compared in each step: {', '.join(certificate.components)}.")
     return lines

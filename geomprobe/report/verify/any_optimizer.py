@@ -1,24 +1,28 @@
-"""What holds in the trace of any run, whatever the optimizer: columns against inner products, and bounds."""
+"""What holds in the trace of any run, whatever the optimizer: columns and inner products, bounds, other gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import h5py
 import numpy as np
 
 from geomprobe.report.verify.check import DERIVED, Array, Check, Rows, compare, held, skipped, worst_of
 from geomprobe.report.verify.rounding import Precision
-from geomprobe.trace import geometry
 from geomprobe.trace.schema import (
     FINAL,
     FINAL_LINKS,
+    ORACLES,
+    REFERENCE_COLUMNS,
+    STEP_COLUMNS,
     TRACE_FILE,
+    Column,
     canonical,
     escape,
+    input_path,
     parameter_column,
     product_column,
 )
@@ -29,24 +33,51 @@ if TYPE_CHECKING:
 WEIGHTS = ("w.w", "w.d", "d.d")
 GRADIENT = ("g.g", "w.g", "g.d")
 
-# column: (what it is computed from, how)
-_STEPS: dict[str, tuple[tuple[str, ...], Callable[..., Array]]] = {
-    "grad_norm": (("g.g",), geometry.grad_norm),
-    "hg_norm": (("Hg.Hg",), geometry.grad_norm),
-    "g_hg": (("g.Hg",), np.asarray),
-    "corridor_residual": (("Hg.Hg", "g.g"), geometry.corridor_residual),
-    "relative_residual": (("steps/lr", "Hg.Hg", "g.g"), geometry.relative_residual),
-    "flow_drift": (("steps/lr", "Hg.Hg"), geometry.flow_drift),
-    "clr": (("steps/loss", "g.g"), geometry.clr),
+
+class Identity(NamedTuple):
+    """What a derived column satisfies, by another route than the one that computed it: products, no quotients.
+
+    Attributes:
+        inputs: the raw columns in it, as in `geomprobe.trace.schema.Column`.
+        sides: from the column and its inputs, the two numbers that are equal.
+        divisors: the inputs by which the column divides; where one is 0, the column is NaN.
+    """
+
+    inputs: str
+    sides: Callable[..., tuple[Array, Array]]
+    divisors: str = ""
+
+
+def _is_norm(x: Array, square: Array) -> tuple[Array, Array]:
+    return x * np.abs(x), square  # so that a norm with the wrong sign is no norm
+
+
+COLUMNS = "columns = f(inner products)"
+
+# No function of geometry.py is called here: it wrote the columns, and a formula that is wrong there must show.
+IDENTITIES = {
+    "lr": Identity("lr", lambda x, lr: (x, lr)),
+    "grad_norm": Identity("g.g", _is_norm),
+    "distance": Identity("d.d", _is_norm),
+    "hg_norm": Identity("Hg.Hg", _is_norm),
+    "grad_dot_offset": Identity("g.d", lambda x, g_d: (x, g_d)),
+    "g_hg": Identity("g.Hg", lambda x, g_hg: (x, g_hg)),
+    "rsi": Identity("g.d d.d", lambda x, g_d, d_d: (x * d_d, g_d), "d.d"),
+    "eb": Identity("g.g d.d", lambda x, g_g, d_d: (x * np.sqrt(d_d), np.sqrt(g_g)), "d.d"),
+    "lolr": Identity("g.d g.g", lambda x, g_d, g_g: (x * g_g, g_d), "g.g"),
+    "clr": Identity("loss g.g", lambda x, loss, g_g: (x * g_g, loss), "g.g"),
+    "cosine": Identity(
+        "g.d g.g d.d", lambda x, g_d, g_g, d_d: (x * np.sqrt(g_g) * np.sqrt(d_d), g_d), "g.g d.d"
+    ),
+    "corridor_residual": Identity(
+        "Hg.Hg g.g", lambda x, hg_hg, g_g: (x * np.sqrt(g_g), np.sqrt(hg_hg)), "g.g"
+    ),
+    "relative_residual": Identity(
+        "lr Hg.Hg g.g", lambda x, lr, hg_hg, g_g: (x * np.sqrt(g_g), lr * np.sqrt(hg_hg)), "g.g"
+    ),
+    "flow_drift": Identity("lr Hg.Hg", lambda x, lr, hg_hg: (2 * x, lr * lr * np.sqrt(hg_hg))),
 }
-FROM_PRODUCTS: dict[str, tuple[tuple[str, ...], Callable[..., Array]]] = {
-    "distance": (("d.d",), geometry.distance),
-    "grad_dot_offset": (("g.d",), np.asarray),
-    "rsi": (("g.d", "d.d"), geometry.rsi),
-    "eb": (("g.g", "d.d"), geometry.eb),
-    "cosine": (("g.d", "g.g", "d.d"), geometry.cosine),
-    "lolr": (("g.d", "g.g"), geometry.lolr),
-}
+"""By the name of a derived column, of the step, of a reference, or of a gradient beside the step's own."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +106,13 @@ def columns(trace: Trace) -> Columns:
 def relative(stored: Array, expected: Array) -> Array:
     """``|stored - expected| / |expected|``; 0 where equal, infinite where only one of them is a number.
 
+    Numbers too small for float64's full precision are compared by the smallest one that has it.
+
     >>> [float(x) for x in relative(np.array([1.5, 0.0, np.nan]), np.array([1.0, 0.0, 2.0]))]
     [0.5, 0.0, inf]
     """
     with np.errstate(all="ignore"):
-        deviation = np.abs(stored - expected) / np.abs(expected)
+        deviation = np.abs(stored - expected) / np.maximum(np.abs(expected), np.finfo(float).tiny)
     return np.where(stored == expected, 0.0, np.where(np.isnan(deviation), np.inf, deviation))
 
 
@@ -92,22 +125,17 @@ def check_identities(c: Columns, p: Precision) -> list[Check]:
     return [
         _check_step(c),
         _check_present(c),
-        _check_products(c),
+        _check_columns(c),
         _check_cosine(c),
         _check_lolr(c),
         _check_clr(c),
-        _check_bound(c, p),
+        _bounded("|cosine| <= 1", c["steps/cosine"], p),
         _check_distance(c, p),
         _check_cauchy_schwarz(c, p),
         _check_reference_norm(c, p),
         _check_final(c),
         _check_parameters(c, p),
     ]
-
-
-def _derived(name: str, stored: Array, expected: Array) -> Check:
-    rows = np.isfinite(stored) | np.isfinite(expected)
-    return compare(name, relative(stored, expected), DERIVED, rows)
 
 
 def _follows(name: str, stored: Array, expected: Array) -> Check:
@@ -167,13 +195,6 @@ def _check_clr(c: Columns) -> Check:
         return _follows(name, c["steps/clr"], c["steps/loss"] / c["steps/grad_norm"] ** 2)
 
 
-def _check_bound(c: Columns, p: Precision) -> Check:
-    """``|cosine| <= 1``, up to the errors of ``G.d`` (``sums``) and of both norms (``sums / 2`` each)."""
-    cosine = c["steps/cosine"]
-    over = np.maximum(np.abs(cosine) - 1, 0)
-    return compare("|cosine| <= 1", over, 2 * p.sums, np.isfinite(cosine))
-
-
 def _check_distance(c: Columns, p: Precision) -> Check:
     """``distance > 0`` before T, unless the weights stand still to the end for a reason that shows.
 
@@ -190,15 +211,36 @@ def _check_distance(c: Columns, p: Precision) -> Check:
     return compare("distance > 0 before T", np.where(broken, np.inf, 0.0), 0.0, rows, note)
 
 
-def _check_products(c: Columns) -> Check:
-    """Every derived column is what ``/inner_products`` (and loss, lr) give."""
-    checks = []
-    for reference in c.trace.references:
-        place = "steps" if reference == FINAL else f"references/{escape(reference)}"
-        for column, (inputs, compute) in {**FROM_PRODUCTS, **(_STEPS if reference == FINAL else {})}.items():
-            values = [c[name] if "/" in name else _product(c, reference, name) for name in inputs]
-            checks.append(_derived(f"{place}/{column}", c[f"{place}/{column}"], compute(*values)))
-    return worst_of("columns = f(inner products)", checks)
+def _check_columns(c: Columns) -> Check:
+    """Every derived column of the step, and of each reference, follows from ``/inner_products``, loss and lr."""
+    of_references = [
+        _check_derived(c, each, f"references/{escape(each)}", REFERENCE_COLUMNS)
+        for each in c.trace.references
+        if each != FINAL
+    ]
+    return worst_of(COLUMNS, [_check_derived(c, "steps", "steps", STEP_COLUMNS), *of_references])
+
+
+def _check_derived(c: Columns, name: str, group: str, columns: Sequence[Column]) -> Check:
+    """Each derived column of a group satisfies its identity with the raw columns."""
+    return worst_of(name, [_derived(c, f"{group}/{each.name}") for each in columns if each.compute])
+
+
+def _derived(c: Columns, path: str) -> Check:
+    identity = IDENTITIES[path.rpartition("/")[2]]
+    stored = c[path]
+    inputs = {name: c[input_path(path, name)] for name in identity.inputs.split()}
+    divisors = [inputs[name] for name in identity.divisors.split()]
+    values = np.array(list(inputs.values()))
+    defined = np.isfinite(values).all(axis=0) & np.all([each != 0 for each in divisors], axis=0)
+    with np.errstate(all="ignore"):
+        found, expected = identity.sides(stored, *values)
+        # A quotient by a number near 0 may be too large for float64.
+        overflows = np.any([np.isinf(stored) & np.isinf(expected / each) for each in divisors], axis=0)
+    unbounded = np.isinf(values).any(axis=0) & ~np.isnan(values).any(axis=0)
+    must_be_nan = ~defined & ~unbounded
+    rows = (defined & ~overflows) | (must_be_nan & np.isfinite(stored))
+    return compare(path, np.where(defined, relative(found, expected), np.inf), DERIVED, rows)
 
 
 def _product(c: Columns, reference: str, name: str) -> Array:
@@ -235,7 +277,7 @@ def _cauchy_schwarz(p: Precision, where: str, find: Callable[[str], Array], pair
 def _check_reference_norm(c: Columns, p: Precision) -> Check:
     """``||w - d||^2 = w.w - 2 w.d + d.d`` is ``||w*||^2``: the same number at every step.
 
-    Its error in a row is ``sums (||w|| + ||d||)^2``; each row is held against the most exact one.
+    Its error in a row is ``sums (||w|| + ||d||)^2``; each row is compared with the most exact one.
     """
     return worst_of("||w - d|| = ||w*|| is constant", [_constant(c, p, each) for each in c.trace.references])
 
@@ -286,3 +328,28 @@ def _check_parameters(c: Columns, p: Precision) -> Check:
         gap = np.abs(total - whole) / np.where(scale == 0, 1.0, scale)
         checks.append(compare(product, gap, 2 * p.sums, np.isfinite(whole)))
     return worst_of(name, checks)
+
+
+def check_side_gradients(c: Columns, p: Precision) -> list[Check]:
+    """What holds of the gradients beside the step's own: held-out, full, and before clipping.
+
+    Raises:
+        RunError: a column of the trace is damaged.
+    """
+    return [
+        check for group in ORACLES if f"{group}/cosine" in c.trace for check in _of_side_gradient(c, p, group)
+    ]
+
+
+def _of_side_gradient(c: Columns, p: Precision, group: str) -> list[Check]:
+    derived = _check_derived(c, f"{group} = f(inner products)", group, ORACLES[group])
+    # It is taken at the weights that the step's own gradient is taken at.
+    d_d, own = c[f"{group}/inner_products/d.d"], c["inner_products/d.d"]
+    both = np.isfinite(d_d) & np.isfinite(own)
+    same = compare(f"{group}: d.d is the step's", relative(d_d, own), 2 * p.sums, both)
+    return [derived, same, _bounded(f"{group}: |cosine| <= 1", c[f"{group}/cosine"], p)]
+
+
+def _bounded(name: str, cosine: Array, p: Precision) -> Check:
+    """``|cosine| <= 1``, up to the errors of ``G.d`` (``sums``) and of both norms (``sums / 2`` each)."""
+    return compare(name, np.maximum(np.abs(cosine) - 1, 0), 2 * p.sums, np.isfinite(cosine))

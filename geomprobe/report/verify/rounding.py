@@ -59,12 +59,12 @@ def precision(manifest: Mapping[str, Any], num_parameters: int) -> Precision:
     >>> precision({}, num_parameters=100).dtype
     'float32'
     """
-    said = (manifest.get("model") or {}).get("dtype", "float32")
-    dtypes = said if isinstance(said, list) else [said]
+    stated = (manifest.get("model") or {}).get("dtype", "float32")
+    dtypes = stated if isinstance(stated, list) else [stated]
     unknown = [dtype for dtype in dtypes if dtype not in _DTYPES]
     if unknown:
         raise RunError(
-            f"the manifest's model.dtype is {said!r}; verify knows the rounding of {', '.join(_DTYPES)}"
+            f"the manifest's model.dtype is {stated!r}; verify knows the rounding of {', '.join(_DTYPES)}"
         )
     roundoff, smallest = (max(values) for values in zip(*(_DTYPES[dtype] for dtype in dtypes), strict=True))
     sums = (num_parameters + 8) * UNIT_ROUNDOFF

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +9,9 @@ from geomprobe.errors import RunError
 from geomprobe.report.table import number, table
 from geomprobe.report.verify import any_optimizer as identities
 from geomprobe.report.verify.check import FAIL, SKIPPED, Check, held, skipped
-from geomprobe.report.verify.extra_gradients import check_side_gradients
 from geomprobe.report.verify.plain_sgd import check_plain_sgd
 from geomprobe.report.verify.rounding import Precision, precision
+from geomprobe.trace.certificate import Certificate
 
 if TYPE_CHECKING:
     from geomprobe.trace.reader import Trace
@@ -79,37 +78,26 @@ def verify(trace: Trace) -> Verification:
     checks = [
         _check_certificate(trace),
         *identities.check_identities(c, p),
-        *check_side_gradients(c, p),
-        *check_plain_sgd(c, p, certified=is_certified(trace.certificate, trace.num_steps)),
+        *identities.check_side_gradients(c, p),
+        *check_plain_sgd(c, p, certified=not Certificate.of(trace.certificate).why_not(trace.num_steps)),
     ]
     missing = identities.not_finite(c)
     return Verification(str(trace.path), trace.status, trace.num_steps, missing, p, tuple(checks))
 
 
-def is_certified(certificate: Mapping[str, Any], num_steps: int) -> bool:
-    """Whether a certificate says that all of ``num_steps`` steps were compared and equal, and w_T too.
-
-    >>> is_certified({}, 3)
-    False
-    """
-    counts = [certificate.get(f"steps_{kind}") for kind in ("recorded", "compared", "equal")]
-    return counts == [num_steps] * 3 and bool(certificate.get("final_weights_equal"))
-
-
 def _check_certificate(trace: Trace) -> Check:
     """The status says what the certificate proves: T of T for ``complete``, a difference for ``diverged``."""
-    name, said = f"certificate fits status {trace.status}", trace.certificate
-    certified = is_certified(said, trace.num_steps)
-    counts = f"{said.get('steps_equal')} of {said.get('steps_recorded')} steps equal"
+    name, found = f"certificate fits status {trace.status}", Certificate.of(trace.certificate)
+    why_not = found.why_not(trace.num_steps)
     if trace.status == "incomplete":
         return skipped(name, "the replay has not finished")
-    if not said:
+    if not trace.certificate:
         return held(name, False, "there is no certificate")
     if trace.status == "complete":
-        return held(name, certified, "" if certified else f"{counts}, {trace.num_steps} rows")
+        return held(name, not why_not, why_not)
     if trace.status == "diverged":
-        return held(name, not certified and bool(said.get("first_difference")), counts)
-    return held(name, _same_agrees(trace), counts)
+        return held(name, bool(why_not and found.first_difference), found.counts)
+    return held(name, _same_agrees(trace), found.counts)
 
 
 def _same_agrees(trace: Trace) -> bool:

@@ -19,8 +19,9 @@ from geomprobe.trace.locate import find, spans
 from geomprobe.trace.lock_holders import Writer, present, writers
 from geomprobe.trace.reader import open_trace
 from geomprobe.trace.record import open_record
+from geomprobe.trace.schema import TABLES, Kind
 from geomprobe.trace.stream.reader import Block, Header
-from geomprobe.trace.stream.tail import TABLES, Following, Kind, parts
+from geomprobe.trace.stream.tail import Following, parts
 
 State = Literal["waiting", "starting", "running", "stopped", "unknown", "sealing", "sealed"]
 

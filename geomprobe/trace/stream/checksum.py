@@ -1,4 +1,4 @@
-"""Checksums of a table's rows, so that a reader can tell a row that was written from one that only looks it."""
+"""Checksums of a table's rows, so that a reader knows a row that was written from one that only looks like it."""
 
 from __future__ import annotations
 

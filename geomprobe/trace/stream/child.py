@@ -1,16 +1,19 @@
-"""The child process that reads a part: a torn file can hang or crash HDF5, so nobody else may open one.
+"""The child process that reads parts: a torn file can hang or crash HDF5, so nobody else may open one.
 
-It writes to standard output one JSON line (the header); then, block by block, a row count (int64) and the raw
-bytes of ``step`` and of each table asked for; then a count of 0. The first row that is not what its checksum
-says ends the stream, so that no wrong row ever leaves this process.
+`geomprobe.trace.stream.reader` starts it and keeps it for the next request. The two talk over a
+`multiprocessing.connection.Connection`. A request is a dictionary. The answer is the part's header, a dictionary; then,
+block by block, a list of arrays, ``step`` and each table asked for; and at last None. Where the part cannot be read,
+the answer ends with the reason, as text. The first row that is not what its checksum says ends the blocks, so that no
+wrong row ever leaves this process.
 """
 
 from __future__ import annotations
 
 import json
 import signal
-import sys
+import traceback
 from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
 from typing import Any
 
 import h5py
@@ -22,21 +25,37 @@ from geomprobe.trace.stream.checksum import row_checksums
 _BLOCK_BYTES = 4 << 20
 
 
-def serve(request: str) -> None:
-    """Answer one request, JSON with ``path``, ``tables`` (null: all), ``start``, ``stop`` and ``block_rows``."""
-    # So that Ctrl-C also ends a process that hangs inside HDF5.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    asked = json.loads(request)
-    out = sys.stdout.buffer
+def serve(descriptor: int) -> None:
+    """Answer requests until the other end is closed, as it is when the parent is gone, or until one has failed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    parent: Connection[Any, Any] = Connection(descriptor)
+    while True:
+        try:
+            request = parent.recv()
+        except EOFError:
+            return
+        # A parent that was killed cannot end a child that hangs inside HDF5; an alarm does.
+        limit = int(request["timeout_s"]) + 10
+        signal.alarm(limit)
+        try:
+            for answer in _answers(request):
+                signal.alarm(0)  # the parent may take its time with a block
+                parent.send(answer)
+                signal.alarm(limit)
+        except Exception as error:
+            parent.send(traceback.format_exception_only(error)[-1].strip())
+            return  # HDF5 may still hold pieces of a damaged file
+        signal.alarm(0)
+        parent.send(None)
+
+
+def _answers(asked: dict[str, Any]) -> Iterator[Any]:
+    """The header and the blocks; asked are ``path``, ``tables`` (None: all), ``start``, ``stop``, ``block_rows``."""
     with h5py.File(asked["path"], "r", libver="latest", swmr=True) as file:
         header = _header(file)
-        out.write(json.dumps(header).encode() + b"\n")
-        for arrays in _whole_blocks(file, header, asked):
-            out.write(np.int64(len(arrays[0])).tobytes())
-            for array in arrays:
-                out.write(np.ascontiguousarray(array).data)
-    out.write(np.int64(0).tobytes())
-    out.flush()
+        yield header
+        yield from _whole_blocks(file, header, asked)
 
 
 def _whole_blocks(file: Any, header: dict[str, Any], asked: dict[str, Any]) -> Iterator[list[NDArray[Any]]]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +26,7 @@ TIMEOUT_S = 20.0
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _CHILD = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
-    "from geomprobe.trace.stream.child import serve; serve(sys.argv[2])"
+    "from geomprobe.trace.stream.child import serve; serve(int(sys.argv[2]))"
 )
 
 Block = dict[str, NDArray[Any]]
@@ -64,7 +66,7 @@ class Part:
 
 
 def part_state(path: Path) -> Literal["new", "streaming", "closed", "foreign"]:
-    """How far a part's writer has got, told by the first 12 bytes alone, without HDF5.
+    """How far a part's writer has got, from the first 12 bytes alone, without HDF5.
 
     ``"new"``: nothing to read yet. ``"streaming"``: a writer holds it, or was killed. ``"closed"``: it is an
     ordinary, closed HDF5 file. ``"foreign"``: it is no HDF5 file.
@@ -103,8 +105,25 @@ def read_header(path: Path, timeout_s: float = TIMEOUT_S) -> Header:
     >>> header.first_step, header.rows
     (5, 0)
     """
-    with stream_part(path, stop=0, timeout_s=timeout_s) as (header, _):
-        return header
+    with stream_part(path, stop=0, timeout_s=timeout_s) as (header, blocks):
+        list(blocks)  # there are none, and the child, at the end of its answer, serves the next read
+    return header
+
+
+def begun_parts(paths: Iterable[Path], timeout_s: float = TIMEOUT_S) -> list[Header]:
+    """The headers of those parts whose writers have begun.
+
+    Raises:
+        RunError: one is missing, no part, or damaged.
+
+    >>> begun_parts([])
+    []
+    """
+    headers = []
+    for path in paths:
+        with contextlib.suppress(PartNotBegun):
+            headers.append(read_header(path, timeout_s))
+    return headers
 
 
 def read_part(path: Path, timeout_s: float = TIMEOUT_S) -> Part:
@@ -133,7 +152,7 @@ def read_part(path: Path, timeout_s: float = TIMEOUT_S) -> Part:
     return Part(header.schema, header.first_step, header.attributes, tables, rows)
 
 
-@contextmanager
+@contextlib.contextmanager
 def stream_part(
     path: Path,
     *,
@@ -175,15 +194,20 @@ def stream_part(
     path = Path(path)
     _refuse_unreadable(path)
     request = {"path": str(path), "tables": tables, "start": start, "stop": stop, "block_rows": block_rows}
-    # Isolated, so that no file of the working folder passes for a standard module before the path is set.
-    command = [sys.executable, "-I", "-c", _CHILD, json.dumps(sys.path), json.dumps(request)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        pipe = _Pipe(process, path, timeout_s)
-        try:
-            header = _parse(path, pipe.line())
-            yield header, _blocks(header, pipe, tables)
-        finally:
-            process.kill()
+    child, header = _ask({**request, "timeout_s": timeout_s}, path)
+    try:
+        yield header, _blocks(header, child, tables)
+    finally:
+        child.release()
+
+
+def end_readers() -> None:
+    """End the child processes that wait for the next read; one that comes later starts another.
+
+    At exit this is done anyway. A pass does it before its script goes on, which may wait for children of its own.
+    """
+    while _idle:
+        _idle.pop().end()
 
 
 def _refuse_unreadable(path: Path) -> None:
@@ -197,63 +221,132 @@ def _refuse_unreadable(path: Path) -> None:
         raise RunError(f"{path} is no HDF5 file, so it is no part of a run")
 
 
-def _parse(path: Path, line: bytes) -> Header:
-    fields = json.loads(line)
-    layout = fields.pop("tables")
-    tables = {name: Table(name, tuple(table["columns"]), table["dtype"]) for name, table in layout.items()}
-    return Header(path=path, tables=tables, **fields)
-
-
-def _blocks(header: Header, pipe: _Pipe, names: Sequence[str] | None) -> Iterator[Block]:
-    tables = [table for name, table in header.tables.items() if names is None or name in names]
-    while count := int(pipe.numbers(1, "int64")[0]):
-        block: Block = {"step": pipe.numbers(count, "int64")}
-        for table in tables:
-            width = len(table.columns)
-            block[table.name] = pipe.numbers(count * width, table.dtype).reshape(count, width)
-        yield block
-
-
-class _Pipe:
-    """The child's standard output, where each read either delivers or raises in bounded time."""
-
-    def __init__(self, process: subprocess.Popen[bytes], path: Path, timeout_s: float) -> None:
-        self._process = process
-        self._path = path
-        self._timeout_s = timeout_s
-
-    def line(self) -> bytes:
-        return self._read(lambda stream: stream.readline(), lambda data: data.endswith(b"\n"))
-
-    def numbers(self, count: int, dtype: str) -> NDArray[Any]:
-        size = 8 * count
-        data = self._read(lambda stream: stream.read(size), lambda data: len(data) == size)
-        return np.frombuffer(data, dtype)
-
-    def _read(self, read: Any, whole: Any) -> bytes:
-        late = threading.Event()
-        watch = threading.Timer(self._timeout_s, self._stop, [late])
-        watch.start()
+def _ask(request: Mapping[str, Any], path: Path) -> tuple[_Child, Header]:
+    """The child that answers a request, and the header that it answers with."""
+    while True:
         try:
-            data: bytes = read(self._process.stdout)
-        finally:
-            watch.cancel()
-        if not whole(data):
-            raise self._failure(late.is_set())
-        return data
+            child, used = _idle.pop(), True
+        except IndexError:
+            child, used = _Child(), False
+        try:
+            child.ask(request)
+            fields = child.receive()
+        except BaseException as error:
+            child.end()
+            if not (used and isinstance(error, _Died)):
+                raise
+            continue  # it was killed, or harmed by an earlier file, since its last answer: ask a new one
+        layout = fields.pop("tables")
+        tables = {
+            name: Table(name, tuple(table["columns"]), table["dtype"]) for name, table in layout.items()
+        }
+        return child, Header(path=path, tables=tables, **fields)
 
-    def _stop(self, late: threading.Event) -> None:
-        late.set()
-        self._process.kill()
 
-    def _failure(self, late: bool) -> RunError:
-        advice = "Its rows cannot be recovered; run the pass again"
-        if late:
-            return RunError(
-                f"reading {self._path} did not end within {self._timeout_s:g} s: it is damaged. {advice}"
+def _blocks(header: Header, child: _Child, names: Sequence[str] | None) -> Iterator[Block]:
+    tables = [table for name, table in header.tables.items() if names is None or name in names]
+    stored = ["step", *(table.name for table in tables if table.columns)]
+    while (arrays := child.receive()) is not None:
+        block = dict(zip(stored, arrays, strict=True))
+        empty = {t.name: np.empty((len(block["step"]), 0), t.dtype) for t in tables if not t.columns}
+        yield block | empty
+
+
+class _Died(RunError):
+    """The child ended without an answer."""
+
+
+class _Child:
+    """A process that reads parts, one at a time. Each answer comes in bounded time, or an error does.
+
+    It belongs to the thread that took it from ``_idle`` until `release`. A process that is forked from this one closes
+    its copy of the connection, so that the child sees the end of it as soon as this process is gone.
+    """
+
+    def __init__(self) -> None:
+        self._connection, theirs = Pipe()
+        # Isolated, so that no file of the working folder passes for a standard module before the path is set.
+        command = [sys.executable, "-I", "-c", _CHILD, json.dumps(sys.path), str(theirs.fileno())]
+        with theirs:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                pass_fds=[theirs.fileno()],
             )
+        self._request: Mapping[str, Any] = {}
+        self._done = False
+        _living.append(self)
+
+    def ask(self, request: Mapping[str, Any]) -> None:
+        """Send a request; `receive` gives the answers."""
+        self._request, self._done = request, False
+        with contextlib.suppress(OSError):  # it is dead, and the missing answer will show that
+            self._connection.send(request)
+
+    def receive(self) -> Any:
+        """The next answer: see `geomprobe.trace.stream.child`."""
+        path, limit = self._request["path"], self._request["timeout_s"]
+        if not self._connection.poll(limit):
+            raise RunError(f"reading {path} did not end within {limit:g} s: it is damaged. {_ADVICE}")
+        try:
+            answer = self._connection.recv()
+        except (EOFError, OSError):
+            raise _Died(_unreadable(path, self._last_words())) from None
+        if isinstance(answer, str):
+            raise RunError(_unreadable(path, answer))
+        self._done = answer is None
+        return answer
+
+    def release(self) -> None:
+        """Keep it for the next request; one that was left in the middle of an answer is ended."""
+        if self._done:
+            _idle.append(self)
+        else:
+            self.end()
+
+    def end(self) -> None:
+        """End it, and wait until it is gone; safe to call twice."""
+        if self in _living:
+            _living.remove(self)
+            self._process.kill()
+            self._process.wait()
+            self.close()
+
+    def close(self) -> None:
+        """Close this process's ends."""
+        self._connection.close()
+        if self._process.stderr is not None:
+            self._process.stderr.close()
+
+    def disown(self) -> None:
+        """In a forked process: leave the child to the parent, whose it is."""
+        self.close()
+        self._process.returncode = 0  # so that nobody waits for it here, or warns that it still runs
+
+    def _last_words(self) -> str:
         assert self._process.stderr is not None
-        said = self._process.stderr.read().decode(errors="replace").strip().splitlines()
+        lines = self._process.stderr.read().decode(errors="replace").strip().splitlines()
         code = self._process.wait()
-        cause = said[-1] if said else signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return RunError(f"{self._path} cannot be read as a part of a run ({cause}). {advice}")
+        return lines[-1] if lines else signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+_ADVICE = "Its rows cannot be recovered; run the pass again"
+
+_living: list[_Child] = []
+_idle: list[_Child] = []  # waiting for the next request; append and pop are atomic, so threads may share it
+
+
+def _unreadable(path: str, cause: str) -> str:
+    return f"{path} cannot be read as a part of a run ({cause}). {_ADVICE}"
+
+
+def _disown_all() -> None:
+    _idle.clear()
+    while _living:
+        _living.pop().disown()
+
+
+atexit.register(end_readers)
+os.register_at_fork(after_in_child=_disown_all)

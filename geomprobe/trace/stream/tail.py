@@ -6,22 +6,17 @@ import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from geomprobe.errors import RunError
-from geomprobe.trace import schema
 from geomprobe.trace.lock_holders import present
+from geomprobe.trace.schema import TABLES, Kind
 from geomprobe.trace.stream.reader import Block, Header, PartNotBegun, stream_part
-
-TABLES = {"record": schema.STEPS, "trace": schema.VALUES}
 
 # Within this time a file may be written twice and still look the same to stat.
 _SETTLED_S = 1.0
-
-
-Kind = Literal["record", "trace"]
 
 _Stamp = tuple[int, int]
 
@@ -93,7 +88,7 @@ class Following:
             reader.forget()
             try:
                 self._read_all(reader)
-            except _Rewritten:  # again, while it was read; the next look will tell
+            except _Rewritten:  # again, while it was read; the next look sees it
                 self._known.clear()
                 reader.forget()
         return [known.header for known in self._known.values()]

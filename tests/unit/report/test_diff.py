@@ -9,8 +9,7 @@ from support.sealed_runs import tamper, train, write_record, write_run, write_tr
 
 from geomprobe.errors import RunError
 from geomprobe.report import diff as module
-from geomprobe.report.diff import diff
-from geomprobe.report.diff_text import render
+from geomprobe.report.diff import diff, render
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +20,12 @@ def history():
 @pytest.fixture
 def runs(tmp_path, history):
     return write_run(tmp_path / "a", history), write_run(tmp_path / "b", history)
+
+
+def first(result):
+    """Step, component and tensor of the first difference."""
+    step, found = result.first
+    return step, found.component, found.tensor
 
 
 def change_print(run, component, step, column=0):
@@ -42,7 +47,7 @@ def test_the_first_difference_is_found_in_blocks_of_any_size(runs, monkeypatch, 
     change_print(runs[1], "weights", 40, column=2)
     change_print(runs[1], "loss", 41)
     result = diff(*runs)
-    assert result.first == (40, "weights", "2.weight")
+    assert first(result) == (40, "weights", "2.weight")
     assert (result.steps_equal, result.equal) == (40, False)
 
 
@@ -50,7 +55,7 @@ def test_within_a_step_the_component_that_explains_the_others_is_named(runs):
     change_print(runs[1], "loss", 13)
     change_print(runs[1], "weights", 13)
     change_print(runs[1], "rng", 13)
-    assert diff(*runs).first == (13, "rng", "torch")
+    assert first(diff(*runs)) == (13, "rng", "torch")
 
 
 def test_only_one_block_of_fingerprints_is_read_at_a_time_and_none_behind_the_difference(runs, monkeypatch):
@@ -68,14 +73,16 @@ def test_only_one_block_of_fingerprints_is_read_at_a_time_and_none_behind_the_di
 def test_a_run_that_is_longer_differs_in_length(tmp_path, history, runs):
     longer = write_run(tmp_path / "c", train(steps=61))
     result = diff(runs[0], longer)
-    assert result.first == (60, "length", "60 against 61 steps")
+    assert first(result) == (60, "length", "60 against 61 steps")
     assert "the traces have 60 and 61 rows" in render(result)
 
 
 def test_components_that_cover_other_tensors_differ_from_the_first_step(runs):
     with h5py.File(runs[1] / "record.h5", "r+") as file:
         file["fingerprints/rng_names"][1] = "cuda:0"
-    assert diff(*runs).first == (0, "rng", "covers other tensors: cuda:0 and 1 more")
+    result = diff(*runs)
+    assert first(result) == (0, "rng", "covers other tensors: cuda:0")
+    assert "at step 0: rng, covers other tensors: cuda:0 and 1 more (" in render(result)
 
 
 def test_manifest_entries_are_shown_with_both_values(tmp_path, history, runs):

@@ -1,5 +1,9 @@
 import os
+import signal
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import h5py
 import numpy as np
@@ -14,8 +18,30 @@ KIND = "geomprobe-record"
 
 
 def child(monkeypatch, code):
-    """Put a child that does `code` in the place of the one that reads."""
+    """Put a child that does `code` in the place of the next one that is started."""
+    part_module.end_readers()
     monkeypatch.setattr(part_module, "_CHILD", code)
+
+
+@pytest.fixture(autouse=True)
+def ended():
+    """No child of one test serves another."""
+    yield
+    part_module.end_readers()
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The child processes that are started, in turn."""
+    processes, real = [], subprocess.Popen
+
+    def counted(*arguments, **options):
+        processes.append(real(*arguments, **options))
+        return processes[-1]
+
+    part_module.end_readers()
+    monkeypatch.setattr(subprocess, "Popen", counted)
+    return processes
 
 
 def test_a_range_of_rows_and_tables_can_be_streamed(tmp_path):
@@ -152,3 +178,98 @@ def test_a_living_writer_in_another_process_is_read_without_a_wrong_row(tmp_path
         os.waitpid(process, 0)
     assert rows == sorted(rows)
     assert rows[-1] > rows[0]
+
+
+def test_one_child_serves_every_read(tmp_path, started):
+    paths = [write_part(tmp_path / f"{kind}.h5", kind) for kind in ("geomprobe-record", "geomprobe-trace")]
+    for path in 2 * paths:
+        assert read_header(path).rows == 10
+        assert_right(read_part(path))
+    assert len(started) == 1
+    part_module.end_readers()
+    assert started[0].returncode == -signal.SIGKILL
+
+
+def test_reads_within_one_another_and_in_threads_do_not_mix(tmp_path):
+    path = tmp_path / "p.h5"
+    with open_part(path, KIND) as writer:
+        writer.append(blocks(KIND, 0, 50_000))
+    with stream_part(path) as (_, streamed):
+        next(streamed)
+        assert_right(read_part(path))
+        assert next(streamed)["step"][0] > 0
+    with ThreadPoolExecutor(3) as pool:
+        for part in pool.map(read_part, [path] * 6):
+            assert_right(part)
+
+
+def test_a_file_that_hangs_costs_its_time_limit_and_the_next_read_works(tmp_path, started):
+    path = write_part(tmp_path / "p.h5")
+    assert_right(read_part(path))
+    os.kill(started[0].pid, signal.SIGSTOP)  # as a torn file makes it stand still
+    began = time.monotonic()
+    with pytest.raises(RunError, match=r"within 0\.3 s: it is damaged"):
+        read_part(path, timeout_s=0.3)
+    assert 0.3 <= time.monotonic() - began < 10
+    assert_right(read_part(path))
+    assert len(started) == 2
+
+
+def test_a_child_that_is_killed_between_reads_is_started_again(tmp_path, started):
+    path = write_part(tmp_path / "p.h5")
+    for _ in range(3):
+        assert_right(read_part(path))
+        os.kill(started[-1].pid, signal.SIGKILL)
+    assert_right(read_part(path))
+    assert len(started) == 4
+
+
+def test_the_read_after_a_file_that_is_no_part_works(tmp_path, started):
+    path = write_part(tmp_path / "p.h5")
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["a"] = 1
+    for _ in range(2):
+        with pytest.raises(RunError, match=r"cannot be read as a part of a run \(KeyError"):
+            read_part(tmp_path / "other.h5")
+        assert_right(read_part(path))
+
+
+def test_a_forked_process_does_not_keep_the_child_alive_and_reads_with_one_of_its_own(tmp_path, started):
+    path = write_part(tmp_path / "p.h5")
+    assert_right(read_part(path))
+    holder = os.fork()
+    if holder == 0:
+        try:
+            assert_right(read_part(path))
+            part_module.end_readers()
+            time.sleep(60)
+        finally:
+            os._exit(1)
+    try:
+        part_module._idle.pop().close()  # as it is when this process is gone
+        assert started[0].wait(10) == 0
+        assert os.waitpid(holder, os.WNOHANG) == (0, 0)
+    finally:
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+
+
+def test_no_child_outlives_the_process_that_started_it(tmp_path):
+    path = write_part(tmp_path / "p.h5")
+    code = f"""
+from pathlib import Path
+from geomprobe.trace.stream import reader
+reader.read_part(Path({str(path)!r}))
+print(reader._living[0]._process.pid)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(done.stdout), 0)
+
+
+def test_a_table_without_columns_keeps_its_dtype(tmp_path):
+    path = write_part(tmp_path / "p.h5", KIND)
+    assert read_part(path).tables["fingerprints/buffers"][1].dtype == np.int64
