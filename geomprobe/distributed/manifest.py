@@ -37,7 +37,7 @@ def across_ranks(
         _device(next(iter(parameters.values())).device),
         sum(local(p).numel() for p in parameters.values()),
     ]
-    devices, values, hosts = zip(*ranks.said_by_all("placed", [*own, socket.gethostname()]), strict=True)
+    devices, values, hosts = zip(*ranks.all_gather("placed", [*own, socket.gethostname()]), strict=True)
     section: dict[str, Any] = ranks.described()["ranks"] | layout.described() | _exchanges()
     section |= {"devices": list(devices), "values": list(values)}
     if layout.replicas:

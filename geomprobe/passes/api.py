@@ -118,7 +118,7 @@ def record(
         if begun is not None:
             seed, strict, options = begun["seed"], begun["strict"], RecordOptions.of(begun["recording"])
         if left or not resume:
-            seed = ranks.said_by_first("seed", draw_seed() if seed is None else seed)
+            seed = ranks.broadcast("seed", draw_seed() if seed is None else seed)
             _record(train, target, seed, strict, script, options, ranks, going_on)
     return open_record(target.path)
 
@@ -245,7 +245,7 @@ def replay(
                 if segment is not None:
                     if ranks.first:
                         sealing.seal_whole(target, recorded.num_steps)
-                    ranks.said_by_first("segment over", True)
+                    ranks.broadcast("segment over", True)
     return open_trace(target.path)
 
 

@@ -161,9 +161,7 @@ def begun_recording(
     """
     own = target.of_rank(ranks.rank)
     parts = committed(own, "record")
-    manifests = [
-        found for found in ranks.said_by_all("begun", manifest_of(parts) if parts else None) if found
-    ]
+    manifests = [found for found in ranks.all_gather("begun", manifest_of(parts) if parts else None) if found]
     if not manifests:
         return None, None
     begun = manifests[0]
@@ -220,10 +218,10 @@ def held_by_first(ranks: Ranks, lease: contextlib.AbstractContextManager[Any]) -
         RunError: rank 0 could not, or did not in time.
     """
     if not ranks.first:
-        yield ranks.said_by_first("held")
+        yield ranks.broadcast("held")
         return
     with lease as held:
-        ranks.said_by_first("held", held)
+        ranks.broadcast("held", held)
         yield held
 
 
