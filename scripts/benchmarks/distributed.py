@@ -39,7 +39,7 @@ from torch import distributed as dist
 from workloads import GPT
 
 import geomprobe
-from geomprobe.distributed.ranks import here
+from geomprobe.distributed.ranks import end_process_group, here
 from geomprobe.measure.options import MeasureOptions
 from geomprobe.passes.checkpoint.retention import RecordOptions
 from geomprobe.passes.lease import own_record
@@ -152,10 +152,7 @@ def worker(options: argparse.Namespace) -> None:
     dist.all_reduce(mine, op=dist.ReduceOp.MAX)
     if dist.get_rank() == 0:
         print(json.dumps(dict(zip(LANES, mine.tolist(), strict=True))))
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    # torch's threads now and then abort a process that takes its modules apart, which would lose its figures.
-    os._exit(0)
+    end_process_group()
 
 
 def measured(options: argparse.Namespace, processes: int, parallel: str) -> dict[str, list[float]]:
