@@ -253,3 +253,18 @@ def test_each_event_of_a_pass_is_noted_as_a_move_and_passed_on() -> None:
     assert [whereabouts.look(1.0).still for _ in range(2)] == [1.0, 2.0]
     followed.fetching()
     assert whereabouts.look(1.0).still == 0.0
+
+
+def test_a_store_that_does_not_answer_is_noticed_though_its_calls_heed_no_time_limit() -> None:
+    class Suspended:
+        def set(self, key: str, value: str) -> None:
+            time.sleep(60)
+
+    found = watchdog.Watchdog(Suspended(), 1, 2, 2.0, ProgressMarker(), lambda: None)
+    found.start()
+    deadline = time.monotonic() + 60
+    while found.failure is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    found.stop()
+    assert found.failure is not None
+    assert "that store has not answered for 2 s." in found.failure.text
