@@ -17,17 +17,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from geomprobe.distributed.dtensor import is_dtensor
-from geomprobe.distributed.unsupported import (
-    refuse_devices,
-    refuse_fsdp1,
-    refuse_join,
-    refuse_mixture,
-    refuse_optimizer_in_backward,
-    refuse_partial_use,
-    refuse_placement,
-    refuse_unaveraged,
-)
-from geomprobe.errors import GeomprobeError, UnsupportedTraining
+from geomprobe.distributed.unsupported import refuse_join, refuse_partial_use, require_supported
+from geomprobe.errors import GeomprobeError
 
 Kind = Literal["one process", "DDP", "FSDP2", "DTensor"]
 
@@ -69,20 +60,20 @@ class Layout:
             UnsupportedTraining: FSDP1, tensor or pipeline parallelism, an optimizer inside the backward pass,
                 parameters that no one averages the gradients of, or several devices in one process.
         """
-        refuse_devices(parameters)
-        refuse_optimizer_in_backward(parameters)
-        refuse_fsdp1(model)
-        distributed = [name for name, p in parameters.items() if is_dtensor(p)]
-        if distributed:
-            refuse_mixture(distributed, parameters)
-            return _of_dtensors(cls, model, parameters)
-        replicas = _ddp_modules(model, parameters)
         rank, world_size = _place()
-        owned = (True,) * len(parameters)
-        if not replicas and world_size == 1:
-            return cls(owned=owned)
-        refuse_unaveraged(replicas, parameters, world_size)
-        return cls("DDP", rank, world_size, owned=owned, replicas=tuple(replicas))
+        distributed = any(map(is_dtensor, parameters.values()))
+        replicas = [] if distributed else _ddp_modules(model, parameters)
+        managed = managed_by_fsdp(model) if distributed else set()
+        require_supported(model, parameters, managed, replicas, world_size)
+        if not distributed:
+            kind: Kind = "DDP" if replicas or world_size > 1 else "one process"
+            owned = (True,) * len(parameters)
+            return cls(kind, rank, world_size, owned=owned, replicas=tuple(replicas))
+        placed: list[Any] = list(parameters.values())
+        sharded = any(placement.is_shard() for parameter in placed for placement in parameter.placements)
+        owned = tuple(not sharded or _holds_first_replica(parameter) for parameter in placed)
+        kind = "FSDP2" if id(placed[0]) in managed else "DTensor"
+        return cls(kind, rank, world_size, sharded and world_size > 1, owned)
 
     def sum(self, parts: Tensor) -> Tensor:
         """Sums over all weights from each process's sums over its owned local values.
@@ -240,29 +231,6 @@ def _place() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def _of_dtensors(cls: type[Layout], model: nn.Module | None, parameters: Mapping[str, Any]) -> Layout:
-    rank, world_size = _place()
-    managed = managed_by_fsdp(model)
-    outside = [name for name, p in parameters.items() if id(p) not in managed]
-    for name, parameter in parameters.items():
-        refuse_placement(name, parameter, world_size, id(parameter) in managed)
-    if managed and outside and len(outside) < len(parameters):
-        raise UnsupportedTraining(
-            f"{outside[0]} is a DTensor that fully_shard does not manage, beside others that it does: whether its "
-            "gradient is averaged over the processes is not known. Call fully_shard on the whole model."
-        )
-    first_name, first = next(iter(parameters.items()))
-    for name, parameter in parameters.items():
-        if parameter.device_mesh != first.device_mesh:
-            raise UnsupportedTraining(
-                f"{first_name} lies on {first.device_mesh} and {name} on {parameter.device_mesh}: a mixture of "
-                "meshes is not supported. Call fully_shard with one mesh."
-            )
-    sharded = any(p.is_shard() for parameter in parameters.values() for p in parameter.placements)
-    owned = tuple(not sharded or _holds_first_replica(p) for p in parameters.values())
-    return cls("DTensor" if outside else "FSDP2", rank, world_size, sharded and world_size > 1, owned)
-
-
 def _holds_first_replica(parameter: Any) -> bool:
     place = parameter.device_mesh.get_coordinate()
     return all(
@@ -276,7 +244,8 @@ def _ddp_modules(model: nn.Module | None, parameters: Mapping[str, Tensor]) -> l
     inside = [m for m in model.modules() if isinstance(m, ddp)] if model is not None else []
     if inside or _place()[1] == 1:
         return inside
-    # The script gave the module inside its wrapper, and that does not know of the wrapper.
+    # The script gave the module inside its wrapper, which does not know of the wrapper, and torch keeps no list of DDP
+    # modules: so all objects are looked through, once a run. That such a script runs as it is is a promise.
     wanted = {id(p) for p in parameters.values()}
     wrappers = [thing for thing in gc.get_objects() if issubclass(type(thing), ddp)]
     return [wrapper for wrapper in wrappers if any(id(p) in wanted for p in wrapper.parameters())]

@@ -18,9 +18,9 @@ from geomprobe.distributed.ranks import Ranks
 def across_ranks(
     model: nn.Module | None, parameters: Mapping[str, Tensor], layout: Layout, ranks: Ranks
 ) -> dict[str, Any]:
-    """The manifest's section ``ranks``, and ``hosts`` to read; nothing where there is one process.
+    """The manifest's section ``ranks``, and ``hosts`` for the reader only; nothing where there is one process.
 
-    Every process must call this at once: they tell one another of their devices, beside the training.
+    A pass calls it at its first update, on every process, since each waits for what the others publish.
 
     Args:
         model: the trained module, if it is known.
@@ -33,11 +33,10 @@ def across_ranks(
     """
     if ranks.alone:
         return {}
-    own = [
-        _device(next(iter(parameters.values())).device),
-        sum(local(p).numel() for p in parameters.values()),
-    ]
-    devices, values, hosts = zip(*ranks.said_by_all("placed", [*own, socket.gethostname()]), strict=True)
+    device = _device(next(iter(parameters.values())).device)
+    values_here = sum(local(p).numel() for p in parameters.values())
+    placed = ranks.all_gather("placed", [device, values_here, socket.gethostname()])
+    devices, values, hosts = zip(*placed, strict=True)
     section: dict[str, Any] = ranks.described()["ranks"] | layout.described() | _exchanges()
     section |= {"devices": list(devices), "values": list(values)}
     if layout.replicas:
@@ -55,7 +54,7 @@ def _device(device: torch.device) -> str:
 
 
 def _exchanges() -> dict[str, Any]:
-    """What sums over the processes are made by."""
+    """The library that makes the sums over the processes."""
     if not dist.is_initialized():
         return {}
     backend = dist.get_backend()

@@ -21,7 +21,7 @@ STAGES = (
     "in the backward pass",
     "at the optimizer's step",
 )
-# How far within a step a process has come at each event that a pass is told of.
+# How far within a step a process has come at each event of a pass.
 _STAGE_OF = {
     "after_update": 0,
     "between_steps": 0,
@@ -33,7 +33,7 @@ _STAGE_OF = {
     "backward_called": 4,
     "before_update": 5,
 }
-# What lies in these is not the user's own.
+# Code in these folders is not the user's own.
 _FOREIGN = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), str(FOLDER), "<")
 
 _EXCHANGES = os.sep.join(("", "torch", "distributed", ""))
@@ -75,11 +75,11 @@ class Place(NamedTuple):
 
 
 class ProgressMarker:
-    """Follows one process: its main thread says at each event where it is, and another thread looks now and then.
+    """Where one process's training stands: its main thread marks it at each event, and the watchdog's thread looks.
 
-    >>> whereabouts = ProgressMarker()
-    >>> whereabouts.at(3, 4)
-    >>> [whereabouts.look(1.0).still for _ in range(3)]
+    >>> marker = ProgressMarker()
+    >>> marker.at(3, 4)
+    >>> [marker.look(1.0).still for _ in range(3)]
     [0.0, 1.0, 2.0]
     """
 
@@ -89,7 +89,7 @@ class ProgressMarker:
         self._still = 0.0
 
     def at(self, step: int, stage: int) -> None:
-        """The main thread is there."""
+        """Mark that the main thread has come to a stage of a step; an index into `STAGES`."""
         self._step, self._stage = step, stage
         self._moves += 1
 
@@ -143,4 +143,5 @@ def line(frame: FrameType | None) -> str:
 
 
 def _exchanges(frame: FrameType | None) -> bool:
+    """Whether a thread is in a call of torch.distributed, where it waits for other processes."""
     return frame is not None and _EXCHANGES in frame.f_code.co_filename

@@ -1,12 +1,14 @@
-"""The processes of one launch: which of them this one is, and what they tell one another beside the training.
+"""The processes of one launch, seen from one of them: who it is, what they publish, and what stops them all.
 
-They talk through the store that ``torchrun`` (or ``MASTER_ADDR`` and ``MASTER_PORT``) gives them, which is there before
-the script makes its process group and after it has taken it down, and which no training step waits for.
+They exchange small values through the key-value store that ``torchrun`` (or ``MASTER_ADDR`` and ``MASTER_PORT``) gives
+them. It is there before the script makes its process group and after it has destroyed it, and no training step waits
+for it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import time
@@ -36,11 +38,17 @@ class ElsewhereStopped(GeomprobeError):
 
 
 class Ranks:
-    """The processes of a launch, seen from one of them; `here` makes it.
+    """The processes of a launch, seen from one of them; `here` makes it, once a pass.
+
+    Values that are exchanged are what JSON can hold. A key is used once a pass, but for what `publish` replaces.
+    What waits for another process raises `ElsewhereStopped` if one fails meanwhile.
 
     Attributes:
         rank: this process's number.
         size: how many there are.
+        first: whether this is the process that writes what is written once.
+        alone: whether it is the only one.
+        progress: where this process's training stands, for the others.
 
     >>> Ranks().first, Ranks().alone
     (True, True)
@@ -48,20 +56,12 @@ class Ranks:
 
     def __init__(self, rank: int = 0, size: int = 1, store: Any = None, patience: float = PATIENCE_S) -> None:
         self.rank, self.size = rank, size
+        self.first, self.alone = rank == 0, size == 1
+        self.progress = ProgressMarker()
         self._store, self._patience = store, patience
-        self._whereabouts = ProgressMarker()
-        self._vigil: Watchdog | None = None
-        self._listened: dict[str, bool] = {}  # calls, and whether they have come
-
-    @property
-    def first(self) -> bool:
-        """Whether this is the process that writes what is written once."""
-        return self.rank == 0
-
-    @property
-    def alone(self) -> bool:
-        """Whether it is the only one."""
-        return self.size == 1
+        self._own: dict[str, Any] = {}  # what this process has published
+        self._flags: dict[str, bool] = {}  # those that this process has asked for or set
+        self._watchdog: Watchdog | None = None
 
     def described(self) -> dict[str, Any]:
         """For the manifest: nothing where there is one process.
@@ -72,7 +72,7 @@ class Ranks:
         return {} if self.alone else {"ranks": {"world_size": self.size}}
 
     def require_all(self, world_size: int) -> None:
-        """Hold the group of processes that the script has made to be no larger than the launch.
+        """Refuse a process group of the script that is larger than the launch.
 
         Raises:
             UsageError: it is.
@@ -85,148 +85,159 @@ class Ranks:
                 "itself. Start them together: torchrun --nproc-per-node N -m geomprobe record ..."
             )
 
-    def said_by_first(self, name: str, value: Any = None) -> Any:
-        """A value of rank 0's, on every rank.
+    # What the processes exchange
 
-        Args:
-            name: what it is; once a pass.
-            value: rank 0's, which JSON can hold.
+    def broadcast(self, key: str, value: Any = None) -> Any:
+        """Rank 0's value, on every rank; the others wait for it.
 
-        Raises:
-            ElsewhereStopped: rank 0 failed, or did not say it in time.
+        >>> Ranks().broadcast("seed", 7)
+        7
         """
-        if not self.alone and self.first:
-            self._store.set(name, json.dumps(value))
-        return value if self.first else json.loads(self._wait(name))
+        if self.first:
+            self.publish(key, value)
+            return value
+        return self._value_of(0, key)
 
-    def say(self, name: str, value: Any) -> None:
-        """Tell the others a value of this rank's, without waiting for any of them."""
-        if not self.alone:
-            self._store.set(f"{name}/{self.rank}", json.dumps(value))
+    def all_gather(self, key: str, value: Any) -> list[Any]:
+        """Every rank's value, by rank; waits for all of them.
 
-    def said(self, name: str) -> list[Any]:
-        """What each other rank has told by that name, in their order; waits for those who have not yet.
-
-        Raises:
-            ElsewhereStopped: one failed, or did not in time.
-        """
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        return [json.loads(self._wait(f"{name}/{rank}")) for rank in others]
-
-    def said_by_all(self, name: str, value: Any) -> list[Any]:
-        """What each rank has told by that name, in their order, this one by this call; waits for all of them.
-
-        Raises:
-            ElsewhereStopped: one failed, or did not in time.
-
-        >>> Ranks().said_by_all("host", "a")
+        >>> Ranks().all_gather("host", "a")
         ['a']
         """
-        self.say(name, value)
-        others = self.said(name)
-        return [*others[: self.rank], value, *others[self.rank :]]
+        self.publish(key, value)
+        return [value if rank == self.rank else self._value_of(rank, key) for rank in range(self.size)]
 
-    def least_said(self, name: str) -> int | None:
-        """The least number that another rank has told by that name, 0 for one that has not; None without others."""
-        numbers = self.so_far_said(name)
-        return None if self.alone else min(numbers) if len(numbers) == self.size - 1 else 0
-
-    def so_far_said(self, name: str) -> list[int]:
-        """The numbers that other ranks have told by that name until now."""
-        others = [f"{name}/{rank}" for rank in range(self.size) if rank != self.rank]
-        return [int(json.loads(self._store.get(key))) for key in others if self._store.check([key])]
-
-    def call(self, name: str) -> None:
-        """Have every process `hear <hears>` a name from now on, within seconds."""
-        self._listened[name] = True
+    def publish(self, key: str, value: Any) -> None:
+        """Let the others know a value of this rank's, in the place of an earlier one, without waiting for them."""
+        self._own[key] = value
         if not self.alone:
-            self._store.set(f"call/{name}", "")
+            self._store.set(f"{key}/{self.rank}", json.dumps(value))
 
-    def hears(self, name: str) -> bool:
-        """Whether a process has called a name; costs nothing but the vigil's own questions."""
-        return self._listened.setdefault(name, False)
+    def published(self, key: str) -> dict[int, Any]:
+        """What the ranks have published so far, by rank; those that have not yet are missing.
 
-    def hear(self) -> None:
-        """Ask the store for calls; the vigil does it."""
-        for name in [name for name, called in self._listened.items() if not called]:
-            self._listened[name] = self._store.check([f"call/{name}"])
+        >>> ranks = Ranks()
+        >>> ranks.publish("compared", 12)
+        >>> ranks.published("compared"), ranks.published("other")
+        ({0: 12}, {})
+        """
+        found = {self.rank: self._own[key]} if key in self._own else {}
+        for rank in range(self.size):
+            if rank != self.rank and self._store.check([f"{key}/{rank}"]):
+                found[rank] = json.loads(self._store.get(f"{key}/{rank}"))
+        return found
 
-    def have_said(self, name: str) -> bool:
-        """Whether all others have told something by that name."""
-        return all(self._store.check([f"{name}/{rank}"]) for rank in range(self.size) if rank != self.rank)
+    def set_flag(self, key: str) -> None:
+        """Raise a flag, which every process sees from its next beat on, within seconds."""
+        self._flags[key] = True
+        if not self.alone:
+            self._store.set(f"flag/{key}", "")
 
-    def tell(self, name: str, value: Any) -> None:
-        """Say something for all, without waiting for any; what was said by that name before stands."""
-        if not self._store.check([name]):
-            self._store.set(name, json.dumps(value))
+    def flag(self, key: str) -> bool:
+        """Whether a process has set a flag; a training step asks this, so the watchdog has looked it up before.
 
-    def told(self, name: str) -> Any:
-        """What was told for all by that name, or None so far."""
-        return json.loads(self._store.get(name)) if self._store.check([name]) else None
+        >>> ranks = Ranks()
+        >>> ranks.flag("stop"), ranks.set_flag("stop"), ranks.flag("stop")
+        (False, None, True)
+        """
+        if self._flags.setdefault(key, False) or self._watchdog is not None or self.alone:
+            return self._flags[key]
+        self._look_up_flags()
+        return self._flags[key]
 
-    def following(self, observation: Session) -> Session:
-        """A pass, whose events tell the others, in the end, where this process stands."""
-        return observation if self.alone else followed(observation, self._whereabouts)
+    def _look_up_flags(self) -> None:
+        for key in [key for key, is_set in self._flags.items() if not is_set]:
+            self._flags[key] = self._store.check([f"flag/{key}"])
+
+    def _value_of(self, rank: int, key: str) -> Any:
+        # By asking again and again: a get that waits would keep the watchdog's thread from the store.
+        while not self._store.check([f"{key}/{rank}"]):
+            time.sleep(_ASK_S)
+            self.stop_if_another_failed()
+        return json.loads(self._store.get(f"{key}/{rank}"))
+
+    # Supervision
 
     def stop_if_another_failed(self) -> None:
-        """Raise what the processes have to stop for.
+        """Raise what the processes have to stop for; costs nothing, so that each event of a step can ask.
 
         Raises:
             ElsewhereStopped: another has failed, or one has been found dead or holding the others up.
         """
-        failure = self._vigil.failure if self._vigil is not None else None
+        failure = self._watchdog.failure if self._watchdog is not None else None
         if failure is not None and failure.raised_by != self.rank:
-            raise ElsewhereStopped(failure.told(self.rank), failure.code)
+            raise ElsewhereStopped(failure.as_seen_by(self.rank), failure.code)
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Look out for failures of the others while inside; a process that waits for one in vain is ended."""
+        """Run a pass: what fails in here stops all processes, and a process that waits for a failed one is ended."""
         if self.alone:
             yield
             return
-        vigil = Watchdog(self._store, self.rank, self.size, self._patience, self._whereabouts, self.hear)
-        self._vigil = vigil
-        vigil.start()
+        self._watchdog = watchdog = Watchdog(
+            self._store, self.rank, self.size, self._patience, self.progress, self._look_up_flags
+        )
+        watchdog.start()
         try:
             yield
-            self._part()
+            self._leave_together()
         except (Exception, Stopped) as error:
             if isinstance(error, Stopped) and error.together:
-                self._part()
+                self._leave_together()
             elif not isinstance(error, ElsewhereStopped):
-                self._blame(vigil, error)
+                self._report(error, watchdog)
             raise
         finally:
-            vigil.stop()
+            watchdog.stop()
 
-    def _part(self) -> None:
-        self.say("over", True)
+    def _leave_together(self) -> None:
+        self.publish("over", True)
         if self.first:  # the store may live in this process
-            self.said("over")
+            for rank in range(1, self.size):
+                self._value_of(rank, "over")
 
-    def _blame(self, vigil: Watchdog, error: BaseException) -> None:
-        """Stop for what another process did, if that is why this one fails; else let the others stop for this."""
-        failure, broken = vigil.failure, _from_broken_exchange(error)
-        if failure is None and broken:
-            failure = vigil.found_after_break()
-        if failure is None:
+    def _report(self, error: BaseException, watchdog: Watchdog) -> None:
+        """Stop all for an error of this process; but where it only follows from another's failure, name that one."""
+        broken = _is_broken_exchange(error)
+        cause = watchdog.failure or (watchdog.found_after_break() if broken else None)
+        if cause is None:
             code = getattr(error, "exit_code", GeomprobeError.exit_code)
-            vigil.tell(Failure(f"{type(error).__name__}: {error}", code, self.rank))
+            watchdog.report(Failure(f"{type(error).__name__}: {error}", code, self.rank))
+            _tell_torchrun(error)
         if self.first and holds_store():
-            time.sleep(2 * BEAT_S)  # so that the others hear of it
-        if failure is not None and (broken or isinstance(error, Stopped)):
-            raise ElsewhereStopped(failure.told(self.rank), failure.code) from error
+            time.sleep(2 * BEAT_S)  # so that the others can still read it
+        if cause is not None and (broken or isinstance(error, Stopped)):
+            raise ElsewhereStopped(cause.as_seen_by(self.rank), cause.code) from error
 
-    def _wait(self, name: str) -> bytes:
-        # By asking again and again: a get that waits would keep the vigil from the store.
-        while not self._store.check([name]):
-            time.sleep(_ASK_S)
-            self.stop_if_another_failed()
-        found: bytes = self._store.get(name)
-        return found
+    # Old names of the above, until their last callers have gone
+    # ---------------------------------------------------------------------------------------------------------------
+
+    def said_by_first(self, name: str, value: Any = None) -> Any:
+        return self.broadcast(name, value)
+
+    def said_by_all(self, name: str, value: Any) -> list[Any]:
+        return self.all_gather(name, value)
+
+    def say(self, name: str, value: Any) -> None:
+        self.publish(name, value)
+
+    def said(self, name: str) -> list[Any]:
+        return [self._value_of(rank, name) for rank in range(self.size) if rank != self.rank]
+
+    def least_said(self, name: str) -> int | None:
+        numbers = self.so_far_said(name)
+        return None if self.alone else min(numbers) if len(numbers) == self.size - 1 else 0
+
+    def so_far_said(self, name: str) -> list[int]:
+        return [number for rank, number in self.published(name).items() if rank != self.rank]
+
+    def following(self, observation: Session) -> Session:
+        return observation if self.alone else followed(observation, self.progress)
+
+    # ---------------------------------------------------------------------------------------------------------------
 
 
-def _from_broken_exchange(error: BaseException | None) -> bool:
+def _is_broken_exchange(error: BaseException | None) -> bool:
     """Whether an error comes of an exchange that broke, as it does where another process is gone."""
     from torch.distributed import DistError
 
@@ -235,6 +246,19 @@ def _from_broken_exchange(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def _tell_torchrun(error: BaseException) -> None:
+    """Write the error where torchrun looks for it, as its decorator ``record`` does, for its report of the root cause.
+
+    The decorator itself stands around a whole process, would also write what others' failures made of this one, and
+    turns on faulthandler in the user's process.
+    """
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        with contextlib.suppress(OSError):
+            get_error_handler().record_exception(error)
 
 
 def here(patience: float = PATIENCE_S) -> Ranks:
@@ -264,3 +288,18 @@ def here(patience: float = PATIENCE_S) -> Ranks:
     shared = PrefixStore(f"geomprobe/{attempt}/{_passes}", store)
     shared.set_timeout(timedelta(seconds=patience))
     return Ranks(rank, size, shared, patience)
+
+
+def end_process_group() -> None:
+    """Destroy the process group that a script has left; the command calls it last, after a pass that held on all ranks.
+
+    A thread of gloo's that frees the tensors of a last exchange needs Python's lock. Where the interpreter is ending
+    already, the thread cannot have it, and aborts the process ("terminate called without an active exception").
+    Destroying the group waits for its threads, unless something else holds the group, as DDP modules do; these lie in
+    reference cycles.
+    """
+    from torch import distributed as dist
+
+    gc.collect()
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Threads of one process that tell the others of its run that it lives, and find out when one of them has failed."""
+"""The thread in each process of a run that tells the others each second where it stands, and finds out who failed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from geomprobe.distributed.heartbeat import BEAT_S, BROKEN_S, SILENCE_S, Failure
 from geomprobe.distributed.progress import Place, ProgressMarker, main_frame
 from geomprobe.errors import GeomprobeError
 
-_GRACE_S = 10.0  # for a process to stop by itself, when another has failed
+GRACE_S = 10.0  # for a process to stop by itself, when another has failed
 _KEY = "failed"
 
 
@@ -26,17 +26,17 @@ class Failure(NamedTuple):
     Attributes:
         text: what happened.
         code: what its processes exit with.
-        raised_by: the rank that says so of itself; None where others found it out.
+        raised_by: the rank that reports it of itself; None where the watchdogs found it out.
     """
 
     text: str
     code: int
     raised_by: int | None = None
 
-    def told(self, rank: int) -> str:
-        """What another rank says of it, or any, if it was found out.
+    def as_seen_by(self, rank: int) -> str:
+        """The message of another rank.
 
-        >>> Failure("ValueError: no", 1, raised_by=2).told(0)
+        >>> Failure("ValueError: no", 1, raised_by=2).as_seen_by(0)
         'rank 0 stops because rank 2 did: ValueError: no'
         """
         cause = ":" if self.raised_by is None else f" because rank {self.raised_by} did:"
@@ -44,18 +44,21 @@ class Failure(NamedTuple):
 
 
 class Watchdog:
-    """Keeps watch in the background, until it is stopped, or ends a process that waits in vain.
+    """Exchanges heartbeats in a thread from `start` to `stop`, or ends a process that waits in vain.
 
-    One thread talks with the store; where that holds it up, because the process that keeps the store does not
-    answer, the other one notices. Rank 0 hears every process, and the others hear rank 0.
+    Rank 0 reads the heartbeats of every process, and the others those of rank 0. Python's faulthandler could end a
+    process too, but it has one timer, and that is the user's.
 
     Args:
         store: what the processes share.
         rank: this one.
         size: how many there are.
         patience: seconds that all may stand still.
-        whereabouts: of this one.
-        hear: asks the store for what else there is to know.
+        progress: of this process; its main thread marks it.
+        each_beat: what else is to be looked up in the store, by the same thread.
+
+    Attributes:
+        failure: what the run has to stop for, once there is something; the main thread reads it at each event.
     """
 
     def __init__(
@@ -64,101 +67,108 @@ class Watchdog:
         rank: int,
         size: int,
         patience: float,
-        whereabouts: ProgressMarker,
-        hear: Callable[[], None],
+        progress: ProgressMarker,
+        each_beat: Callable[[], None],
     ) -> None:
         self._store, self._rank, self._size = store, rank, size
         self._silence = min(SILENCE_S, patience)
-        self._whereabouts, self._hear = whereabouts, hear
-        self._judge = FailureDetector(size, patience)
+        self._progress, self._each_beat = progress, each_beat
+        self._detector = FailureDetector(size, patience)
         self._over = threading.Event()
         self._beats = 0
-        self._unanswered = 0.0
         self.failure: Failure | None = None
-        self._threads = [
-            threading.Thread(target=job, name=f"geomprobe-{job.__name__}", daemon=True)
-            for job in (self._talk, self._wait_for_failure)
-        ]
+        self._thread = threading.Thread(target=self._watch, name="geomprobe-watchdog", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
-        for thread in self._threads:
-            thread.start()
+        """Start the thread."""
+        self._thread.start()
 
     def stop(self) -> None:
-        """End, with word that this process has left."""
+        """End the thread, with a last heartbeat that says that this process has left the run."""
         self._over.set()
-        for thread in self._threads:
-            thread.join(2 * BEAT_S)
+        self._thread.join(2 * BEAT_S)
 
-    def tell(self, failure: Failure) -> None:
-        """Let all processes stop for ``failure``, or for another one's if that was told before."""
+    def report(self, failure: Failure) -> None:
+        """Have all processes stop for ``failure``, or for another one's if that was reported before."""
         if self.failure is None:
             with contextlib.suppress(Exception):  # where the store is gone, the others notice that
-                told = self._store.compare_set(_KEY, "", json.dumps(failure))
-                self.failure = Failure(*json.loads(told))
+                first = self._store.compare_set(_KEY, "", json.dumps(failure))
+                self.failure = Failure(*json.loads(first))
 
     def found_after_break(self) -> Failure | None:
-        """An exchange of the training has broken: what for, if it is not this process's own doing."""
-        self._judge.exchange_broken = True
+        """What the main thread has to stop for whose exchange has broken, if that is not its own doing."""
+        self._detector.exchange_broken = True
         deadline = time.monotonic() + BROKEN_S + 5 * BEAT_S
         while self.failure is None and time.monotonic() < deadline:
             time.sleep(BEAT_S / 10)
         return self.failure
 
-    def _talk(self) -> None:
+    def _watch(self) -> None:
         last = time.monotonic()
-        try:
-            while not self._over.wait(BEAT_S):
-                now = time.monotonic()
-                self._exchange(now - last)
-                last, self._unanswered = now, 0.0
-            self._beat(left=True)
-        except Exception as error:  # of torch's own kinds, which differ by version
-            if self.failure is None and not self._over.is_set():
-                self.failure = Failure(f"{_shared_store()} is gone ({error}).", GeomprobeError.exit_code)
+        while self.failure is None and not self._over.wait(BEAT_S):
+            now = time.monotonic()
+            self._answered(self._exchange, now - last)
+            last = now
+        failure = self.failure
+        if failure is None:
+            self._answered(self._beat, 0.0, True)
+        elif failure.raised_by != self._rank and not self._over.wait(GRACE_S):
+            self._end(failure)
+
+    def _answered(self, talk: Callable[..., Any], *arguments: Any) -> None:
+        """Talk with the store in a thread that can be left behind: no call of a store heeds a time limit."""
+
+        def run() -> None:
+            try:
+                talk(*arguments)
+            except Exception as error:  # of torch's own kinds, which differ by version
+                self._store_failed(f"is gone ({error}).")
+
+        thread = threading.Thread(target=run, name="geomprobe-heartbeat", daemon=True)
+        thread.start()
+        waited = 0.0
+        # In short waits, so that a job that is suspended as a whole can go on later.
+        while thread.is_alive() and waited < self._silence:
+            thread.join(BEAT_S)
+            waited += BEAT_S
+        if thread.is_alive():
+            self._store_failed(f"has not answered for {waited:.0f} s.")
+
+    def _store_failed(self, how: str) -> None:
+        if self.failure is None and not self._over.is_set():
+            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            holder = "rank 0" if holds_store() else "torchrun on the first machine"
+            text = f"{holder}, which holds at {place} what the ranks share, has ended, or the network has: that store"
+            self.failure = Failure(f"{text} {how}", GeomprobeError.exit_code)
 
     def _exchange(self, elapsed: float) -> None:
         own = self._beat(elapsed)
-        self._hear()
+        self._each_beat()
         if self.failure is None and self._store.check([_KEY]):
             self.failure = Failure(*json.loads(self._store.get(_KEY)))
-        everyone = self._rank == 0 or self._judge.exchange_broken
+        everyone = self._rank == 0 or self._detector.exchange_broken
         others = [rank for rank in (range(self._size) if everyone else (0,)) if rank != self._rank]
-        self._judge.hear({self._rank: own, **{rank: self._heard(rank) for rank in others}}, elapsed)
-        if self.failure is None and (verdict := self._judge.verdict()) is not None:
-            self.tell(Failure(verdict, GeomprobeError.exit_code))
+        self._detector.add({self._rank: own, **{rank: self._beat_of(rank) for rank in others}}, elapsed)
+        if self.failure is None and (verdict := self._detector.verdict()) is not None:
+            self.report(Failure(verdict, GeomprobeError.exit_code))
 
-    def _beat(self, elapsed: float = 0.0, left: bool = False) -> Heartbeat:
+    def _beat(self, elapsed: float, left: bool = False) -> Heartbeat:
         self._beats += 1
-        beat = Heartbeat(self._beats, self._whereabouts.look(elapsed, left))
+        beat = Heartbeat(self._beats, self._progress.look(elapsed, left))
         self._store.set(f"beat/{self._rank}", json.dumps(beat))
         return beat
 
-    def _heard(self, rank: int) -> Heartbeat | None:
+    def _beat_of(self, rank: int) -> Heartbeat | None:
         key = f"beat/{rank}"
         if not self._store.check([key]):
             return None
         number, place = json.loads(self._store.get(key))
         return Heartbeat(number, Place(*place))
 
-    def _wait_for_failure(self) -> None:
-        while self.failure is None and not self._over.wait(BEAT_S):
-            self._unanswered += BEAT_S
-            if self._unanswered > self._silence:
-                text = f"{_shared_store()} has not answered for {self._unanswered:.0f} s."
-                self.failure = Failure(text, GeomprobeError.exit_code)
-        if (
-            self.failure is not None
-            and self.failure.raised_by != self._rank
-            and not self._over.wait(_GRACE_S)
-        ):
-            self._end(self.failure)
-
     def _end(self, failure: Failure) -> None:
         """End the process, whose main thread waits for what will not come; what is committed is safe."""
         with contextlib.suppress(Exception):
-            print(f"geomprobe: {failure.told(self._rank)} It stood here:", file=sys.stderr)
+            print(f"geomprobe: {failure.as_seen_by(self._rank)} It stood here:", file=sys.stderr)
             traceback.print_stack(main_frame())
             sys.stderr.flush()
         os._exit(failure.code)
@@ -167,9 +177,3 @@ class Watchdog:
 def holds_store() -> bool:
     """Whether rank 0 holds what the processes share, and not the agent of torchrun."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-
-
-def _shared_store() -> str:
-    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    holder = "rank 0" if holds_store() else "torchrun on the first machine"
-    return f"{holder}, which holds at {place} what the ranks share, has ended, or the network has: that store"

@@ -132,7 +132,7 @@ def run_record(train: Train, run: RunPath, options: RecordOptions, script: Mappi
                     f"{target.path} was recorded", {**begun, **begun["recording"]}, options.asked()
                 )
                 options = RecordOptions.parse(begun["recording"]["argv"])
-            seed = ranks.said_by_first("seed", draw_seed() if options.seed is None else options.seed)
+            seed = ranks.broadcast("seed", draw_seed() if options.seed is None else options.seed)
             with _running(seed, options.strict):
                 manifest = start_manifest(seed=seed, strict=options.strict, script=script) | ranks.described()
                 if resume_point is not None:
@@ -209,7 +209,7 @@ def run_replay(train: Train, run: RunPath, options: ReplayOptions, script: Mappi
                 if options.segment is not None:
                     if ranks.first:
                         finalize.seal_whole(target, recorded.num_steps)
-                    ranks.said_by_first("segment over", True)
+                    ranks.broadcast("segment over", True)
     return open_trace(target.path)
 
 

@@ -1,4 +1,16 @@
-"""Hold a run for a pass: from its start, from where one was cut off, or for one segment of it."""
+"""Hold a run for a pass, from its start, from where one was cut off, or for one segment: what the options mean.
+
+pass       options       an earlier pass that is sealed          parts of one that was cut off    what is done
+record     none          refused                                 refused                          the whole run
+record     --force       removed                                 removed                          the whole run
+record     --resume      kept, unless its script had failed      compared, then gone on with      what is missing
+replay     none          refused                                 refused                          the whole run
+replay     --force       removed                                 removed                          the whole run
+replay     --resume      kept, unless it had diverged            compared, then gone on with      what is missing
+replay     --segment     kept; refused if it had diverged        compared, then gone on with      what is missing of it
+
+The lock and the removal are `RunFolder`'s. Rank 0 holds the run for all ranks.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +45,10 @@ class StepRange(NamedTuple):
     latest: int = 0
 
 
+@contextlib.contextmanager
 def acquire(
     target: RunFolder, recorded: Record, force: bool, resume: bool, segment: tuple[int, int] | None
-) -> contextlib.AbstractContextManager[StepRange | None]:
+) -> Iterator[StepRange | None]:
     """Hold a run for a replay; gives what of it is to be replayed, or None where nothing is left to do.
 
     Args:
@@ -50,31 +63,24 @@ def acquire(
         RunError: another process is writing there, or what is there is damaged.
     """
     if segment is not None:
-        return _segment(target, recorded, segment)
-    return _going_on(target, recorded) if resume else _anew(target, force)
-
-
-@contextlib.contextmanager
-def _anew(target: RunFolder, force: bool) -> Iterator[StepRange | None]:
-    """Hold a run for a replay from the start."""
-    with target.replaying(force):
-        yield StepRange()
-
-
-@contextlib.contextmanager
-def _going_on(target: RunFolder, recorded: Record) -> Iterator[StepRange | None]:
-    """Hold a run for a replay that goes on where it was cut off."""
-    with target.going_on():
-        if _is_done(target):
-            yield None
-            return
-        reached = min(contiguous_end(target, "trace", committed(target, "trace")), recorded.num_steps)
-        yield StepRange(reached=reached, latest=reached - 1)
+        with _segment(target, recorded, segment) as left:
+            yield left
+    elif not resume:
+        with target.replaying(force):
+            yield StepRange()
+    else:
+        with target.going_on():
+            if _is_done(target):
+                yield None
+                return
+            reached = contiguous_end(target, "trace", committed(target, "trace"))
+            reached = min(reached, recorded.num_steps)
+            yield StepRange(reached=reached, latest=reached - 1)
 
 
 @contextlib.contextmanager
 def _segment(target: RunFolder, recorded: Record, segment: tuple[int, int]) -> Iterator[StepRange | None]:
-    """Hold a segment of a run, beside others."""
+    """Hold a segment of a run, beside other processes that hold theirs."""
     number, count = segment
     pieces = segments(cuts(target, world_size(recorded.manifest)), recorded.num_steps, count)
     if not 1 <= number <= len(pieces):
@@ -86,7 +92,7 @@ def _segment(target: RunFolder, recorded: Record, segment: tuple[int, int]) -> I
         if (status := open_trace(target.path).status) != "complete":
             raise UsageError(
                 f"{target.trace} is of a replay that ended {status}: no segment was replayed. `geomprobe replay "
-                f"{target.path} --resume` goes on with one that diverged; --force begins anew."
+                f"{target.path} --resume` goes on with one that diverged; --force starts from the first step."
             )
         with target.writing(shared=True), target.sealing():
             target.clear_stream()  # of what a kill left
@@ -127,7 +133,7 @@ def ready_for_segments(run: RunFolder, *, force: bool = False, resume: bool = Fa
 
 @contextlib.contextmanager
 def unfinished_recording(target: RunFolder) -> Iterator[bool]:
-    """Hold a run to go on with its recording, or to begin it; gives whether anything is left to do.
+    """Hold a run for ``record --resume``, which begins one where there is none; gives whether anything is left to do.
 
     Raises (on entering):
         UsageError: the folder holds something that is no run.
@@ -161,9 +167,7 @@ def begun_recording(
     """
     own = target.of_rank(ranks.rank)
     parts = committed(own, "record")
-    manifests = [
-        found for found in ranks.said_by_all("begun", manifest_of(parts) if parts else None) if found
-    ]
+    manifests = [found for found in ranks.all_gather("begun", manifest_of(parts) if parts else None) if found]
     if not manifests:
         return None, None
     begun = manifests[0]
@@ -171,18 +175,25 @@ def begun_recording(
     if seed not in (None, begun["seed"]):
         raise UsageError(
             f"seed {seed}: the recording in {target.path} was begun with seed {begun['seed']}. Leave the seed out, or "
-            "begin anew with --force."
+            "record it again with --force."
         )
     reached = contiguous_end(own, "record", parts)
     mine = manifest_of(parts) if parts else begun
-    return begun, find_resume_point(own, mine, parts, reached, reached, ranks=ranks)
+    point = find_resume_point(own, manifest=mine, earlier=parts, reached=reached, latest=reached, ranks=ranks)
+    return begun, point
 
 
-def replayed_before(target: RunFolder, recorded: Record, stretch: StepRange, ranks: Ranks) -> ResumePoint:
+def replayed_before(target: RunFolder, recorded: Record, wanted: StepRange, ranks: Ranks) -> ResumePoint:
     """How a process goes on with a replay; only rank 0 has rows of it."""
-    earlier = begun(target, "trace") if ranks.first else []
-    own, (first, _, reached, latest) = target.of_rank(ranks.rank), stretch
-    return find_resume_point(own, recorded.manifest, earlier, reached, latest, first, ranks)
+    return find_resume_point(
+        target.of_rank(ranks.rank),
+        manifest=recorded.manifest,
+        earlier=begun(target, "trace") if ranks.first else [],
+        reached=wanted.reached,
+        latest=wanted.latest,
+        first=wanted.first,
+        ranks=ranks,
+    )
 
 
 def finished_record(run: RunFolder, finish: bool = True) -> Record:
@@ -214,17 +225,17 @@ def finished_record(run: RunFolder, finish: bool = True) -> Record:
 
 @contextlib.contextmanager
 def held_by_first(ranks: Ranks, lease: contextlib.AbstractContextManager[Any]) -> Iterator[Any]:
-    """Let rank 0 hold a run for all, and the others wait until it does.
+    """Let rank 0 hold a run for all, and the others wait until it does; gives every rank what the lease gave rank 0.
 
     Raises (on entering):
-        RunError: rank 0 could not, or did not in time.
+        RunError: rank 0 could not.
+        ElsewhereStopped: the same, on the others.
     """
     if not ranks.first:
-        yield ranks.said_by_first("held")
+        yield ranks.broadcast("held")
         return
     with lease as held:
-        ranks.said_by_first("held", held)
-        yield held
+        yield ranks.broadcast("held", held)
 
 
 def own_record(target: RunFolder, ranks: Ranks) -> Record:

@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -37,6 +35,7 @@ from distributed import LanguageModel, join_the_others, spread
 from workloads import GPT
 
 import geomprobe
+from geomprobe.distributed.ranks import end_process_group
 from geomprobe.report.table import table
 
 LANES = ["plain", "recording", "replaying", "Hg"]
@@ -105,10 +104,7 @@ def worker(options: argparse.Namespace) -> None:
     dist.all_reduce(mine, op=dist.ReduceOp.MAX)
     if dist.get_rank() == 0:
         print(json.dumps(dict(zip(LANES, mine.tolist(), strict=True))))
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    # torch's threads now and then abort a process that takes its modules apart, which would lose its figures.
-    os._exit(0)
+    end_process_group()
 
 
 def measured(options: argparse.Namespace, processes: int, parallel: str) -> dict[str, list[float]]:

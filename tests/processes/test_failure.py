@@ -16,8 +16,7 @@ from support.launches import Training, both_passes, start
 import geomprobe
 from geomprobe import open_trace
 from geomprobe.cli import main
-from geomprobe.distributed import heartbeat
-from geomprobe.distributed import watchdog as vigil
+from geomprobe.distributed import heartbeat, watchdog
 from geomprobe.distributed.heartbeat import SILENCE_S, FailureDetector, Heartbeat
 from geomprobe.distributed.progress import Followed, Place, ProgressMarker
 from geomprobe.trace.record import open_record
@@ -50,7 +49,7 @@ def watched(run: Path, training: Training, doing: str) -> None:
     """One pass of a training, with what it says on standard error kept beside the run."""
     log = os.open(run.parent / f"stderr.{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 2)
-    heartbeat.BROKEN_S, vigil._GRACE_S = 3.0, 2.0
+    heartbeat.BROKEN_S, watchdog.GRACE_S = 3.0, 2.0
     if doing == "record":
         geomprobe.record(training, run, seed=0, patience=PATIENCE_S).close()
     else:
@@ -170,16 +169,16 @@ def test_patience_is_a_number_of_seconds(capsys: pytest.CaptureFixture[str], tex
     assert f"'{text}' is no number of seconds above 0" in capsys.readouterr().err
 
 
-# The judge, with time that the test makes
+# The failure detector, with time that the test makes
 
 
-def heard(judge: FailureDetector, places: dict[int, Place], seconds: float) -> str | None:
+def heard(detector: FailureDetector, places: dict[int, Place], seconds: float) -> str | None:
     """What is said after each process has beaten each second."""
     said = None
     for number in range(int(seconds)):
         now = {rank: Heartbeat(number, place._replace(still=number + 1.0)) for rank, place in places.items()}
-        judge.hear(now, 1.0)
-        said = said or judge.verdict()
+        detector.add(now, 1.0)
+        said = said or detector.verdict()
     return said
 
 
@@ -187,12 +186,12 @@ WAITING, LATE = Place(7, 4, False, "train.py:9", 0.0), Place(7, 1, False, "data.
 
 
 def test_a_process_that_moves_holds_no_one_up_however_long_the_others_wait_for_it() -> None:
-    judge = FailureDetector(2, patience=10.0)
+    detector = FailureDetector(2, patience=10.0)
     for number in range(1000):
-        judge.hear(
+        detector.add(
             {0: Heartbeat(number, WAITING._replace(still=float(number))), 1: Heartbeat(number, LATE)}, 1.0
         )
-        assert judge.verdict() is None
+        assert detector.verdict() is None
 
 
 def test_where_no_one_is_behind_all_are_told_with_their_lines() -> None:
@@ -204,38 +203,38 @@ def test_where_no_one_is_behind_all_are_told_with_their_lines() -> None:
 
 
 def test_a_run_that_was_suspended_as_a_whole_goes_on() -> None:
-    judge = FailureDetector(2, patience=1800.0)
-    assert heard(judge, {0: WAITING, 1: LATE}, 3) is None
-    judge.hear(
+    detector = FailureDetector(2, patience=1800.0)
+    assert heard(detector, {0: WAITING, 1: LATE}, 3) is None
+    detector.add(
         {0: Heartbeat(3, WAITING), 1: Heartbeat(2, LATE._replace(still=3.0))}, 7200.0
     )  # its next beat comes later
-    assert judge.verdict() is None
+    assert detector.verdict() is None
 
 
 def test_silence_counts_for_less_where_an_exchange_has_broken() -> None:
     for broken_exchange, limit in ((False, SILENCE_S), (True, heartbeat.BROKEN_S)):
-        judge = FailureDetector(3, patience=1800.0)
-        judge.exchange_broken = broken_exchange
+        detector = FailureDetector(3, patience=1800.0)
+        detector.exchange_broken = broken_exchange
         beat = Heartbeat(1, LATE)
         seconds = 0
-        while judge.verdict() is None:
-            judge.hear({0: Heartbeat(seconds, WAITING), 1: Heartbeat(seconds, WAITING), 2: beat}, 1.0)
+        while detector.verdict() is None:
+            detector.add({0: Heartbeat(seconds, WAITING), 1: Heartbeat(seconds, WAITING), 2: beat}, 1.0)
             seconds += 1
         assert seconds == limit + 1
-        assert judge.verdict().startswith(f"rank 2 has given no sign of life for {limit:.0f} s")
+        assert detector.verdict().startswith(f"rank 2 has given no sign of life for {limit:.0f} s")
 
 
 def test_a_process_that_never_begins_is_named_when_patience_is_out() -> None:
-    judge = FailureDetector(2, patience=20.0)
+    detector = FailureDetector(2, patience=20.0)
     for number in range(20):
-        assert judge.verdict() is None
-        judge.hear({0: Heartbeat(number, LATE), 1: None}, 1.0)
-    assert judge.verdict().startswith("rank 1 has not begun within 20 s")
+        assert detector.verdict() is None
+        detector.add({0: Heartbeat(number, LATE), 1: None}, 1.0)
+    assert detector.verdict().startswith("rank 1 has not begun within 20 s")
 
 
 def test_a_process_that_has_left_is_named_where_the_others_wait_in_vain() -> None:
-    judge = FailureDetector(2, patience=10.0)
-    said = heard(judge, {0: WAITING, 1: Place(6, 0, False, "", 0.0, left=True)}, 11)
+    detector = FailureDetector(2, patience=10.0)
+    said = heard(detector, {0: WAITING, 1: Place(6, 0, False, "", 0.0, left=True)}, 11)
     assert said is not None
     assert "rank 0 stands at step 7, in the backward pass, train.py:9; rank 1 left before step 6." in said
 
@@ -254,3 +253,18 @@ def test_each_event_of_a_pass_is_noted_as_a_move_and_passed_on() -> None:
     assert [whereabouts.look(1.0).still for _ in range(2)] == [1.0, 2.0]
     followed.fetching()
     assert whereabouts.look(1.0).still == 0.0
+
+
+def test_a_store_that_does_not_answer_is_noticed_though_its_calls_heed_no_time_limit() -> None:
+    class Suspended:
+        def set(self, key: str, value: str) -> None:
+            time.sleep(60)
+
+    found = watchdog.Watchdog(Suspended(), 1, 2, 2.0, ProgressMarker(), lambda: None)
+    found.start()
+    deadline = time.monotonic() + 60
+    while found.failure is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    found.stop()
+    assert found.failure is not None
+    assert "that store has not answered for 2 s." in found.failure.text
