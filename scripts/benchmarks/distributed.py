@@ -50,7 +50,8 @@ from geomprobe.passes.session import Session
 from geomprobe.probe.hooks.global_hooks import listening
 from geomprobe.probe.probe import observe
 from geomprobe.report.table import table
-from geomprobe.reproducibility.environment import seed_everything, start_manifest, strict_mode
+from geomprobe.reproducibility.environment import start_manifest
+from geomprobe.reproducibility.seeding import seed_everything, strict_mode
 from geomprobe.trace.run_folder import RunFolder
 
 Lane = Iterator[None]

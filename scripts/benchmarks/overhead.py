@@ -46,7 +46,8 @@ from geomprobe.passes.replaying import Replaying
 from geomprobe.passes.session import Session
 from geomprobe.probe.hooks.global_hooks import listening
 from geomprobe.probe.probe import observe
-from geomprobe.reproducibility.environment import seed_everything, start_manifest, strict_mode
+from geomprobe.reproducibility.environment import start_manifest
+from geomprobe.reproducibility.seeding import seed_everything, strict_mode
 from geomprobe.trace.record import open_record
 from geomprobe.trace.run_folder import RunFolder
 

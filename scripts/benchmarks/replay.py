@@ -36,7 +36,8 @@ from geomprobe.passes.recording import Recording
 from geomprobe.probe.hooks.global_hooks import listening
 from geomprobe.probe.probe import observe
 from geomprobe.report.table import number, table
-from geomprobe.reproducibility.environment import seed_everything, start_manifest, strict_mode
+from geomprobe.reproducibility.environment import start_manifest
+from geomprobe.reproducibility.seeding import seed_everything, strict_mode
 from geomprobe.trace.run_folder import RunFolder
 
 TRAINING = Path(__file__).with_name("train_digits.py")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -40,29 +41,29 @@ class CurvatureUnavailable(GeomprobeError):
     """The loss has no exact Hessian-vector product by any route at hand.
 
     Attributes:
-        obstacle: the operation that blocks it, and the way round.
+        blocker: the operation that blocks it, and the way round.
 
     >>> print(CurvatureUnavailable(Blocker("FooBackward", "has no derivative", "Use bar.")))
     Hg cannot be computed exactly: FooBackward has no derivative. Use bar.
     """
 
-    def __init__(self, obstacle: Blocker) -> None:
+    def __init__(self, blocker: Blocker) -> None:
         super().__init__(
-            f"Hg cannot be computed exactly: {obstacle.operation} {obstacle.reason}. {obstacle.remedy}"
+            f"Hg cannot be computed exactly: {blocker.operation} {blocker.reason}. {blocker.remedy}"
         )
-        self.obstacle = obstacle
+        self.blocker = blocker
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """Operations with one cause and one remedy; ``pattern`` is matched against `_folded` names."""
+    """Operations with one cause and one remedy; ``pattern`` is searched in small letters, without underscores."""
 
     pattern: str
     reason: str
     remedy: str
     plain: Callable[[], AbstractContextManager[Any]] | None = None
 
-    def obstacle(self, operation: str) -> Blocker:
+    def blocker(self, operation: str) -> Blocker:
         return Blocker(operation, self.reason, self.remedy, self.plain)
 
 
@@ -130,13 +131,13 @@ class GraphInfo:
     Attributes:
         leaves: the tensors whose ``.grad`` a backward pass would fill.
         functions: nodes of Python-defined ``torch.autograd.Function``.
-        obstacles: what is known to stop a second derivative, one for each operation.
+        blockers: what is known to stop a second derivative, one for each operation.
         two_formulas: whether some gradient is known to have other bits when it is to be differentiated.
     """
 
     leaves: list[Tensor] = field(default_factory=list)
     functions: list[Any] = field(default_factory=list)
-    obstacles: list[Blocker] = field(default_factory=list)
+    blockers: list[Blocker] = field(default_factory=list)
     two_formulas: bool = False
 
 
@@ -147,27 +148,30 @@ def inspect_graph(loss: Tensor) -> GraphInfo:
         loss: any tensor that requires grad.
 
     >>> weight = torch.ones(3, requires_grad=True)
-    >>> anatomy = inspect_graph((weight**2).sum())
-    >>> anatomy.leaves[0] is weight, anatomy.obstacles
+    >>> info = inspect_graph((weight**2).sum())
+    >>> info.leaves[0] is weight, info.blockers
     (True, [])
     """
-    anatomy = GraphInfo()
+    info = GraphInfo()
     names: dict[str, None] = {}
     for node in _nodes(loss):
         name = node.name()
         if name == "torch::autograd::AccumulateGrad":
             leaf = node.variable  # type: ignore[attr-defined]
             if leaf.requires_grad:  # a leaf frozen after the forward pass gets no gradient
-                anatomy.leaves.append(leaf)
+                info.leaves.append(leaf)
             continue
         names.setdefault(name)
         if isinstance(node, BackwardCFunction):
-            anatomy.functions.append(node)
-    anatomy.obstacles = [kind.obstacle(name) for name in names if (kind := _kind_of(name)) is not None]
-    anatomy.two_formulas = any(_TWO_FORMULAS.search(_folded(name)) for name in names)
-    marked = dict.fromkeys(node.name() for node in anatomy.functions if _is_once_differentiable(node))
-    anatomy.obstacles += [_ONCE.obstacle(name) for name in marked]
-    return anatomy
+            info.functions.append(node)
+    for name in names:
+        kind, two_formulas = _known_of(name)
+        info.two_formulas |= two_formulas
+        if kind is not None:
+            info.blockers.append(kind.blocker(name))
+    marked = dict.fromkeys(node.name() for node in info.functions if _is_once_differentiable(node))
+    info.blockers += [_ONCE.blocker(name) for name in marked]
+    return info
 
 
 def coarsest_epsilon(loss: Tensor) -> float:
@@ -185,14 +189,14 @@ def explained(error: RuntimeError) -> CurvatureUnavailable:
     """The error that a double backward raised, as one that names the operation and the way round it.
 
     >>> error = RuntimeError("derivative for aten::_ctc_loss_backward is not implemented")
-    >>> explained(error).obstacle.operation
+    >>> explained(error).blocker.operation
     'aten::_ctc_loss_backward'
     """
     text = str(error).strip()
     named = re.search(r"derivative for '?([\w:]+)'? is not implemented", text)
     if named is not None:
-        kind = _kind_of(named[1].removeprefix("aten::")) or _OTHER
-        return CurvatureUnavailable(kind.obstacle(named[1]))
+        kind = _known_of(named[1].removeprefix("aten::"))[0] or _OTHER
+        return CurvatureUnavailable(kind.blocker(named[1]))
     return CurvatureUnavailable(Blocker("the double backward", f'failed with "{text}"', _OTHER.remedy))
 
 
@@ -211,37 +215,38 @@ def severed_functions(functions: Sequence[Any]) -> Iterator[list[Blocker]]:
             if any(g is not None and g.requires_grad for g in given) and any(
                 r is not None and not r.requires_grad and bool(r.any()) for r in returned
             ):
-                found[node.name()] = _SEVERED.obstacle(node.name())
-                obstacles[:] = found.values()
+                found[node.name()] = _SEVERED.blocker(node.name())
+                blockers[:] = found.values()
 
         return look
 
-    obstacles: list[Blocker] = []
+    blockers: list[Blocker] = []
     with ExitStack() as stack:
         for node in functions:
             stack.callback(node.register_hook(watch(node)).remove)
-        yield obstacles
+        yield blockers
 
 
-def _nodes(loss: Tensor) -> Iterator[Node]:
+def _nodes(loss: Tensor) -> list[Node]:
     root = get_gradient_edge(loss).node
-    seen, pending = {root}, [root]
+    seen, pending, found = {root}, [root], []
     while pending:
         node = pending.pop()
-        yield node
+        found.append(node)
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
                 pending.append(following)
+    return found
 
 
-def _kind_of(name: str) -> _Kind | None:
-    return next((kind for kind in _KINDS if re.search(kind.pattern, _folded(name))), None)
-
-
-def _folded(name: str) -> str:
-    """One spelling for ScaledDotProductAttentionBackward0 and _scaled_dot_product_attention_backward."""
-    return name.replace("_", "").lower()
+@functools.lru_cache(maxsize=4096)  # each step's graph has the same names
+def _known_of(name: str) -> tuple[_Kind | None, bool]:
+    """What is known to block an operation's second derivative, and whether its gradient has two formulas."""
+    # One spelling for ScaledDotProductAttentionBackward0 and _scaled_dot_product_attention_backward.
+    folded = name.replace("_", "").lower()
+    kind = next((kind for kind in _KINDS if re.search(kind.pattern, folded)), None)
+    return kind, _TWO_FORMULAS.search(folded) is not None
 
 
 def _is_once_differentiable(node: Any) -> bool:
@@ -255,4 +260,5 @@ def _is_once_differentiable(node: Any) -> bool:
     return False
 
 
+# What the decorator puts around any function has one code object, by which the mark is known again.
 _ONCE_CODE = once_differentiable(lambda ctx: None).__code__

@@ -18,6 +18,7 @@ from torch import distributed as dist
 from geomprobe.distributed.dtensor import like_local, local, local_gradient
 from geomprobe.distributed.layout import Layout, fsdp_modules
 from geomprobe.measure.curvature.autograd_graph import Blocker
+from geomprobe.reproducibility.isolation import keep_gradients
 
 Closure = Callable[[], Tensor]
 
@@ -33,7 +34,7 @@ class SingleProcess:
 
     Attributes:
         later: whether the graph of a loss's gradients is only made where products are taken of it.
-        obstacle: what stops all of it, if anything does.
+        blocker: what stops all of it, if anything does.
 
     >>> w = torch.ones(1)
     >>> with SingleProcess([w]).tensors() as tensors:
@@ -42,7 +43,7 @@ class SingleProcess:
     """
 
     later = False
-    obstacle: Blocker | None = None
+    blocker: Blocker | None = None
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = list(parameters)
@@ -72,7 +73,7 @@ class DataParallel(SingleProcess):
         super().__init__(parameters)
         self._layout = layout
         if any(getattr(replica, "mixed_precision", None) is not None for replica in layout.replicas):
-            self.obstacle = _MIXED_PRECISION
+            self.blocker = _MIXED_PRECISION
 
     def mean(self, products: Sequence[Tensor]) -> list[Tensor]:
         return _mean(products, self._layout.world_size)
@@ -101,18 +102,12 @@ class FullySharded(SingleProcess):
 
     @contextmanager
     def tensors(self) -> Iterator[list[Tensor]]:
-        gradients = [parameter.grad for parameter in self.parameters]
         with ExitStack() as stack:
             for module in self._modules:
                 stack.enter_context(_gathered(module))
-            for parameter in self.parameters:
-                parameter.grad = None
-            try:
-                gathered = [owner._parameters[name] for owner, name in self._slots]
-                yield [tensor for tensor in gathered if tensor is not None]
-            finally:
-                for parameter, gradient in zip(self.parameters, gradients, strict=True):
-                    parameter.grad = gradient
+            stack.enter_context(keep_gradients(self.parameters))
+            gathered = [owner._parameters[name] for owner, name in self._slots]
+            yield [tensor for tensor in gathered if tensor is not None]
 
     def vectors(self, values: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> list[Tensor | None]:
         rows = zip(values, self.parameters, tensors, strict=True)
@@ -236,6 +231,8 @@ def _without_reducer(replica: Any) -> Iterator[None]:
             )
         return replica.module(*inputs, **options)
 
+    # Set on the instance, which hides the class's forward: DDP's own sets up the reducer for the next backward pass.
+    # The hooks of the module's call still run.
     before = replica.__dict__.get("forward")
     replica.__dict__["forward"] = forward
     try:

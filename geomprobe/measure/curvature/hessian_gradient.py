@@ -33,32 +33,18 @@ from geomprobe.measure.curvature.double_backward import (
     compared_backward,
     graph_of,
     hessian_vector_product,
-    untouched,
 )
 from geomprobe.measure.curvature.global_loss import global_loss
 from geomprobe.measure.curvature.reduction_factor import Reduction
 from geomprobe.measure.curvature.side_evaluation import (
     Closure,
-    ClosureMismatch,
     FiniteStep,
     finite_step,
     loss_tolerance,
     side_graph,
-    side_product,
 )
-from geomprobe.reproducibility.environment import RNGState
-
-__all__ = [
-    "ClosureMismatch",
-    "Curvature",
-    "CurvatureUnavailable",
-    "FiniteStep",
-    "Graph",
-    "backward_with_graph",
-    "finite_step",
-    "hessian_vector_product",
-    "side_product",
-]
+from geomprobe.reproducibility.isolation import keep_state
+from geomprobe.reproducibility.rng import RNGState
 
 
 @dataclass
@@ -72,7 +58,7 @@ class _Part:
     closure: Closure | None
     rng: RNGState | None
     scale: Tensor | None
-    obstacles: list[Blocker]
+    blockers: list[Blocker]
     tolerance: float = 0.0
     graph: Graph | None = None
     live: Tensor | None = None
@@ -111,9 +97,11 @@ class Curvature:
         self._module = module
         self._parts: list[_Part] = []
 
-    def obstacle(self, loss: Tensor, closure: Closure | None) -> Blocker | None:
-        """What is known beforehand to stop the product of ``loss``; see `backward`."""
-        return self._obstacle(inspect_graph(loss), closure)
+    def blocker(self, graph: GraphInfo, closure: Closure | None) -> Blocker | None:
+        """What is known beforehand to stop the product of a loss with this graph; see `backward`."""
+        if self._loss.blocker is not None or closure is not None:
+            return self._loss.blocker
+        return graph.blockers[0] if graph.blockers else None
 
     def backward(
         self,
@@ -122,6 +110,7 @@ class Curvature:
         closure: Closure | None = None,
         rng: RNGState | None = None,
         scale: Tensor | None = None,
+        graph: GraphInfo | None = None,
     ) -> None:
         """``loss.backward()``, to the bit, remembering what the step's `product` needs.
 
@@ -133,21 +122,25 @@ class Curvature:
             closure: evaluates the same loss again, unscaled: the second route.
             rng: the RNG streams before this micro-batch's forward pass, for ``closure``.
             scale: the GradScaler's factor. ``H`` is of the unscaled loss.
+            graph: what `inspect_graph` finds of ``loss``, where that is known.
 
         Raises:
             CurvatureUnavailable: the graph holds an operation without a second derivative, and there is no
                 ``closure``.
         """
-        anatomy = inspect_graph(loss)
-        if (obstacle := self._obstacle(anatomy, closure)) is not None:
-            raise CurvatureUnavailable(obstacle)
+        graph = inspect_graph(loss) if graph is None else graph
+        if (blocker := self.blocker(graph, closure)) is not None:
+            raise CurvatureUnavailable(blocker)
         value = loss.detach() if scale is None else loss.detach() / scale
-        part = _Part(value, closure, rng, scale, anatomy.obstacles)
+        part = _Part(value, closure, rng, scale, graph.blockers)
         if closure is not None:
             part.tolerance = loss_tolerance(coarsest_epsilon(loss))
         self._parts.append(part)
-        with self._reduction.watching(anatomy.leaves):
-            self._backward(loss, part)
+        if self._reduction.factor is not None:
+            self._backward(loss, part, graph)
+            return
+        with self._reduction.watching(graph.leaves):
+            self._backward(loss, part, graph)
 
     def product(self, vectors: Sequence[Tensor | None], *, keep: bool = False) -> list[Tensor]:
         """``H v`` of the summed losses since the last `product` or `discard`.
@@ -187,7 +180,7 @@ class Curvature:
         def product(vectors: Sequence[Tensor | None], tensors: list[Tensor]) -> list[Tensor]:
             whole = self._loss.vectors(vectors, tensors)
             if not graphs:
-                with untouched(self._module), torch.enable_grad():
+                with keep_state(self._module), torch.enable_grad():
                     loss = self._loss.beside(closure)()
                     graphs.append(graph_of(loss, tensors, module=self._module))
             return hessian_vector_product(graphs, tensors, whole, module=self._module, keep_graphs=True)
@@ -228,17 +221,14 @@ class Curvature:
 
     def discard(self) -> None:
         """Forget the losses so far and free their graphs: the gradients they left were thrown away."""
+        if not self._parts:
+            return
         self._parts.clear()
         self._reduction.discard()
 
     @property
     def _device(self) -> torch.device:
         return self._loss.parameters[0].device
-
-    def _obstacle(self, anatomy: GraphInfo, closure: Closure | None) -> Blocker | None:
-        if self._loss.obstacle is not None or closure is not None:
-            return self._loss.obstacle
-        return next(iter(anatomy.obstacles), None)
 
     def _globally(
         self, compute: Callable[[list[Tensor]], list[Tensor]], *, scaled: bool = True
@@ -256,28 +246,26 @@ class Curvature:
             mean = self._loss.mean(found)
         return mean if factor == 1.0 else [factor * tensor for tensor in mean]
 
-    def _backward(self, loss: Tensor, part: _Part) -> None:
-        if part.obstacles or self.route == "closure":
+    def _backward(self, loss: Tensor, part: _Part, info: GraphInfo) -> None:
+        if part.blockers or self.route == "closure":
             self.route = "closure"
             loss.backward()
-        elif self._loss.later:
+            return
+        if self._loss.later:
             self.route = "graph, apart"
             loss.backward(retain_graph=True)
             part.live = loss
-        else:
-            try:
-                part.graph = self._backward_with_graph(loss)
-            except CurvatureUnavailable as blocked:  # found on the way; the gradients are complete
-                self._fall_back(blocked)
-
-    def _backward_with_graph(self, loss: Tensor) -> Graph:
-        parameters = self._loss.parameters
-        if self.route is None:
-            graph, equal = compared_backward(loss, parameters, module=self._module)
-            self.route = "graph" if equal else "graph, apart"
-            return graph
-        apart = self.route == "graph, apart"
-        return backward_with_graph(loss, parameters, apart=apart, module=self._module)
+            return
+        parameters, module = self._loss.parameters, self._module
+        try:
+            if self.route is None:
+                part.graph, equal = compared_backward(loss, parameters, module=module, info=info)
+                self.route = "graph" if equal else "graph, apart"
+            else:
+                apart = self.route == "graph, apart"
+                part.graph = backward_with_graph(loss, parameters, apart=apart, module=module, info=info)
+        except CurvatureUnavailable as blocked:  # found on the way; the gradients are complete
+            self._fall_back(blocked)
 
     def _summed(
         self, tensors: Sequence[Tensor], vectors: Sequence[Tensor | None], keep: bool
@@ -313,7 +301,7 @@ class Curvature:
     ) -> list[Tensor]:
         assert part.closure is not None
         with ExitStack() as plain_kernels:
-            for plain in {obstacle.plain for obstacle in part.obstacles if obstacle.plain is not None}:
+            for plain in {blocker.plain for blocker in part.blockers if blocker.plain is not None}:
                 plain_kernels.enter_context(plain())
             graph = side_graph(
                 self._loss.beside(part.closure),
@@ -353,4 +341,4 @@ class Curvature:
         self.route = "closure"
         for part in self._parts:
             part.graph = part.live = None
-            part.obstacles.append(blocked.obstacle)
+            part.blockers.append(blocked.blocker)
