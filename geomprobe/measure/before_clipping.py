@@ -13,7 +13,7 @@ from geomprobe.errors import UsageError
 from geomprobe.measure.inner_products import InnerProducts
 from geomprobe.measure.options import MeasureOptions
 from geomprobe.measure.quantity import Combine, Part, Quantity, Recorded, Step, Training
-from geomprobe.trace.schema import FINAL, UNCLIPPED
+from geomprobe.trace.schema import UNCLIPPED
 
 PRODUCTS = ("g.g", "w.g", "g.d", "d.d")
 
@@ -25,6 +25,8 @@ class BeforeClipping(Quantity):
     """
 
     name = UNCLIPPED
+    option = "before_clipping"
+    columns = tuple(f"{UNCLIPPED}/inner_products/{product}" for product in PRODUCTS)
 
     def __init__(self, training: Training) -> None:
         super().__init__(training)
@@ -32,15 +34,9 @@ class BeforeClipping(Quantity):
         self._kept: tuple[list[Tensor | None], Tensor | None] | None = None
         self._measured: Tensor | None = None
 
-    @staticmethod
-    def asked(options: MeasureOptions) -> bool:
-        return options.before_clipping
-
     def open(self, recorded: Recorded) -> None:
-        final = {FINAL: list(recorded.references[FINAL].values())}
-        self._products = InnerProducts(self.training.parameters, final, owned=self.training.layout.owned)
-        self._chosen = [self._products.names.index(name) for name in PRODUCTS]
-        self.columns = tuple(f"{UNCLIPPED}/inner_products/{product}" for product in PRODUCTS)
+        owned = self.training.layout.owned
+        self._products = InnerProducts(self.training.parameters, recorded.final, owned=owned, only=PRODUCTS)
 
     @torch.no_grad()
     def clipping(self, factor: Tensor | None) -> None:
@@ -77,7 +73,7 @@ class BeforeClipping(Quantity):
 
     def _sums(self, gradients: Sequence[Tensor | None], factor: Tensor | None) -> Tensor:
         assert self._products is not None
-        return self._products.measure(gradients, factor)[self._chosen]
+        return self._products.measure(gradients, factor)
 
 
 def require_clipped(measure: MeasureOptions, recorded: Mapping[str, Any]) -> None:

@@ -8,25 +8,15 @@ import torch
 from torch import Tensor
 
 from geomprobe.measure.inner_products import dots
-from geomprobe.measure.options import MeasureOptions
-from geomprobe.measure.quantity import Combine, Part, Quantity, Recorded, Step
+from geomprobe.measure.quantity import Combine, Part, Quantity, Step
 
 
 class FiniteStep(Quantity):
     """``secant_residual`` and ``linear_decrease_gap``; see `finite_step` in `measure.curvature.side_evaluation`."""
 
     name = "finite_step"
-
-    @staticmethod
-    def asked(options: MeasureOptions) -> bool:
-        return options.finite_step
-
-    def open(self, recorded: Recorded) -> None:
-        self.columns = ("steps/secant_residual", "steps/linear_decrease_gap")
-
-    def due(self, step: int) -> bool:
-        options = self.training.options
-        return not step % options.every and not step % options.curvature_every
+    option, cadence = "finite_step", "curvature_every"
+    columns = ("steps/secant_residual", "steps/linear_decrease_gap")
 
     def local(self, step: Step) -> dict[str, Part] | None:
         lr = float(self.training.probe.optimizer.param_groups[0].get("lr", 0.0))

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from geomprobe.errors import UsageError
-from geomprobe.measure.options import MeasureOptions
 from geomprobe.measure.side_gradient import LossPart, SideGradient, batch_size, loss_of_samples
 
 
@@ -19,10 +18,6 @@ class FullGradient(SideGradient):
     """Of all samples of the loader's data set, in order, in minibatches, each with its share of them."""
 
     name, call, option = "full_gradient", "probe.full_gradient_of", "full_gradient_every"
-
-    @staticmethod
-    def asked(options: MeasureOptions) -> bool:
-        return options.full_gradient_every > 0
 
     def steps(self, epochs: NDArray[np.float64]) -> Sequence[int]:
         if np.isnan(epochs).any():

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from geomprobe.measure.options import MeasureOptions
 from geomprobe.measure.side_gradient import LossPart, SideGradient, batch_size, loss_of_samples
 
 
@@ -19,10 +18,6 @@ class HeldOutGradient(SideGradient):
     """Of a minibatch drawn from the loader's data set, without replacement, by torch's own generator."""
 
     name, call, option = "held_out", "probe.held_out", "held_out_every"
-
-    @staticmethod
-    def asked(options: MeasureOptions) -> bool:
-        return options.held_out_every > 0
 
     def steps(self, epochs: NDArray[np.float64]) -> Sequence[int]:
         return range(0, len(epochs), self.training.options.held_out_every)

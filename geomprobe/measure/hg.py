@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from geomprobe.measure.inner_products import dots
-from geomprobe.measure.options import MeasureOptions
 from geomprobe.measure.quantity import Combine, Part, Quantity, Recorded, Step
 from geomprobe.trace.schema import parameter_column, product_column
 
@@ -19,10 +18,7 @@ class HessianGradient(Quantity):
     """``g.Hg`` and ``Hg.Hg``; of each parameter tensor too, if asked for."""
 
     name = "hg"
-
-    @staticmethod
-    def asked(options: MeasureOptions) -> bool:
-        return options.curvature_every > 0
+    option, cadence = "curvature_every", "curvature_every"
 
     def open(self, recorded: Recorded) -> None:
         columns = [product_column(product) for product in PRODUCTS]
@@ -30,10 +26,6 @@ class HessianGradient(Quantity):
             names = self.training.probe.parameters
             columns += [parameter_column(name, product) for name in names for product in PRODUCTS]
         self.columns = tuple(columns)
-
-    def due(self, step: int) -> bool:
-        options = self.training.options
-        return not step % options.every and not step % options.curvature_every
 
     def local(self, step: Step) -> dict[str, Part] | None:
         if (curvature := self.training.curvature.ready) is None:

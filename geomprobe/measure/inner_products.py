@@ -64,6 +64,7 @@ class InnerProducts:
         per_parameter: also give the sums of each parameter tensor.
         compiled: read large tensors with a kernel that ``torch.compile`` builds here and now, for the dtypes
             of the parameters and references (some 10 s, once a process). Needs a C++ compiler; Triton on CUDA.
+        only: the names of the sums to give, of those below; all of them when None.
 
     Attributes:
         names: what the columns of a measurement are: ``("g.g", "w.g", "w.w")``; then
@@ -92,6 +93,7 @@ class InnerProducts:
         owned: Sequence[bool] | None = None,
         per_parameter: bool = False,
         compiled: bool = False,
+        only: Sequence[str] | None = None,
     ) -> None:
         require_parameters(parameters)
         self._parameters = list(parameters)
@@ -102,7 +104,9 @@ class InnerProducts:
             require_reference(name, reference, weights)
         ordered = sorted(references, key=lambda name: name != "final")
         prefixes = ["" if name == "final" else f"references/{name}/inner_products/" for name in ordered]
-        self.names = SHARED + tuple(prefix + column for prefix in prefixes for column in OF_REFERENCE)
+        names = SHARED + tuple(prefix + column for prefix in prefixes for column in OF_REFERENCE)
+        self.names = names if only is None else tuple(only)
+        self._chosen = None if only is None else [names.index(name) for name in only]
 
         device = weights[0].device
         powers = [2.0, 1.0, 0.0] + [1.0, 0.0, 0.0] * len(ordered)
@@ -160,7 +164,8 @@ class InnerProducts:
         sums = torch.stack([group.sums(weights, gradients) for group in self._groups])
         sums = torch.cat([sums.sum(0, keepdim=True), sums]) if self._per_parameter else sums[0]
         scale = grad_scale.double() if isinstance(grad_scale, Tensor) else grad_scale
-        return sums if scale is None else sums / scale**self._gradient_powers
+        sums = sums if scale is None else sums / scale**self._gradient_powers
+        return sums if self._chosen is None else sums[..., self._chosen]
 
 
 @torch.no_grad()
@@ -189,7 +194,7 @@ def dots(
     rows = {id(vector): row for row, vector in enumerate(vectors)}
     chosen = [(rows[id(a)], rows[id(b)]) for a, b in pairs]
     counted = [i for i in range(len(like)) if not owned or owned[i]]
-    scratch = _scratch(len(vectors), sum(tensor.numel() for tensor in like), like[0].device)
+    scratch = _scratch(len(vectors), sum(map(Tensor.numel, like)), like[0].device)
     missing = scratch.new_zeros(len(pairs))
     found = []
     for group in [[i] for i in range(len(like))] if per_parameter else [counted]:
@@ -292,8 +297,8 @@ class _Packing:
         self._limit, self._zero = scratch.shape[1], scratch.new_zeros(())
         self._shapes = [tensor.shape for tensor in like]
         self._orders = [_order(tensor) for tensor in like]
-        plain = not any(order for order in self._orders)
-        self._as_they_are = plain and all(shape.numel() <= self._limit for shape in self._shapes)
+        largest = max(map(torch.Size.numel, self._shapes), default=0)
+        self._as_they_are = not any(self._orders) and largest <= self._limit
         self.blocks = list(_lay_out([piece.shape for piece in self.pieces(like)], scratch))
 
     def pieces(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:

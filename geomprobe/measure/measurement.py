@@ -64,10 +64,12 @@ class Measurement:
         self._probe, self._options = probe, options
         self.layout = Layout.of(probe.model, probe.parameters) if layout is None else layout
         self._curvature = StepCurvature(probe, options, self.layout)
-        training = Training(probe, options, self.layout, self._curvature)
-        self._parameters = training.parameters
+        self._parameters: list[Tensor] = list(probe.parameters.values())
+        training = Training(probe, self._parameters, options, self.layout, self._curvature)
         self._sharded = any(is_dtensor(parameter) for parameter in self._parameters)
-        self._quantities = {of.name: of(training) for of in quantities if of.asked(options)}
+        self._quantities = {
+            of.name: of(training) for of in quantities if not of.option or getattr(options, of.option)
+        }
         self.columns: dict[str, tuple[str, ...]] = {}
         self._before_backward = self._listeners(Quantity.before_backward)
         self._after_backward = self._listeners(Quantity.after_backward)
@@ -220,25 +222,24 @@ class Measurement:
         whole: dict[str, dict[str, Tensor]] = {}
         sent: dict[Combine, list[tuple[str, str, Tensor]]] = {how: [] for how in Combine}
         for name, of_quantity in parts.items():
-            whole[name] = {key: values for key, (values, _) in of_quantity.items()}
+            whole[name] = {}
             for key, (values, how) in of_quantity.items():
+                whole[name][key] = values.unsqueeze(0) if how is Combine.GATHER else values
                 sent[how].append((name, key, values))
-        if self.layout.world_size == 1:
-            for name, key, values in sent[Combine.GATHER]:
-                whole[name][key] = values.unsqueeze(0)
-            return whole
-        flat = {how: self._flat([values for _, _, values in of_kind]) for how, of_kind in sent.items()}
         kinds = Combine.SUM, Combine.MEAN, Combine.GATHER
-        for how, result in zip(kinds, self.layout.exchange(*(flat[how] for how in kinds)), strict=True):
-            sizes = [values.numel() for _, _, values in sent[how]]
-            for (name, key, values), piece in zip(sent[how], result.split(sizes, dim=-1), strict=True):
+        if self.layout.world_size == 1:
+            return whole
+        combined = self.layout.exchange(*(self._flat(sent[how]) for how in kinds))
+        for how, result in zip(kinds, combined, strict=True):
+            pieces = result.split([values.numel() for _, _, values in sent[how]], dim=-1)
+            for (name, key, values), piece in zip(sent[how], pieces, strict=True):
                 whole[name][key] = piece if how is Combine.GATHER else piece.view(values.shape)
         return whole
 
-    def _flat(self, tensors: Sequence[Tensor]) -> Tensor:
-        if not tensors:
+    def _flat(self, sent: Sequence[tuple[str, str, Tensor]]) -> Tensor:
+        if not sent:
             return torch.empty(0, dtype=torch.float64, device=self._parameters[0].device)
-        return torch.cat([tensor.reshape(-1) for tensor in tensors])
+        return torch.cat([values.reshape(-1) for _, _, values in sent])
 
     def _listeners(self, event: Callable[..., None]) -> list[Callable[..., None]]:
         """The methods of the quantities that define an event of their own: the others cost a step no call."""

@@ -11,10 +11,8 @@ from torch import Tensor
 from geomprobe.errors import UsageError
 from geomprobe.measure.inner_products import InnerProducts
 from geomprobe.measure.local_gradients import LocalGradients
-from geomprobe.measure.options import MeasureOptions
 from geomprobe.measure.quantity import Combine, Part, Quantity, Recorded, Step, Training
 from geomprobe.probe.hooks.grad_scaler import unscaled
-from geomprobe.trace.schema import FINAL
 
 PRODUCTS = ("g.g", "w.g", "g.d")
 
@@ -27,6 +25,7 @@ class PerRankProducts(Quantity):
     """
 
     name = "per_rank"
+    option = "per_rank"
 
     def __init__(self, training: Training) -> None:
         super().__init__(training)
@@ -37,14 +36,8 @@ class PerRankProducts(Quantity):
             )
         self._own = LocalGradients()
 
-    @staticmethod
-    def asked(options: MeasureOptions) -> bool:
-        return options.per_rank
-
     def open(self, recorded: Recorded) -> None:
-        final = {FINAL: list(recorded.references[FINAL].values())}
-        self._products = InnerProducts(self.training.parameters, final)
-        self._chosen = [self._products.names.index(name) for name in PRODUCTS]
+        self._products = InnerProducts(self.training.parameters, recorded.final, only=PRODUCTS)
         ranks = range(self.training.layout.world_size)
         self.columns = tuple(f"ranks/{rank}/{product}" for rank in ranks for product in PRODUCTS)
 
@@ -60,4 +53,4 @@ class PerRankProducts(Quantity):
 
     def local(self, step: Step) -> dict[str, Part]:
         own = [self._own.of.get(parameter) for parameter in self.training.parameters]
-        return {"products": Part(self._products.measure(own)[self._chosen], Combine.GATHER)}
+        return {"products": Part(self._products.measure(own), Combine.GATHER)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
@@ -15,6 +15,7 @@ from geomprobe.distributed.layout import Layout
 from geomprobe.measure.options import MeasureOptions
 from geomprobe.probe.probe import Probe
 from geomprobe.trace.record import Record
+from geomprobe.trace.schema import FINAL
 
 if TYPE_CHECKING:
     from geomprobe.measure.curvature.step_curvature import StepCurvature
@@ -23,17 +24,12 @@ References = Mapping[str, Mapping[str, Tensor]]
 
 
 class Combine(Enum):
-    """What the all-reduce of a step makes of the processes' values.
+    """What the all-reduce of a step makes of the processes' values."""
 
-    ``SUM`` is of sums over the weights: it adds where the weights are sharded, and each process has the whole already
-    where they are not. ``MEAN`` is the mean over the processes. ``GATHER`` gives ``[processes, values]``. ``SAME`` is
-    for values that are equal on every process before: nothing is sent.
-    """
-
-    SUM = "sum"
-    MEAN = "mean"
-    GATHER = "gather"
-    SAME = "same"
+    SUM = "sum over the weights: added where these are sharded, and whole on each process where they are not"
+    MEAN = "mean over the processes"
+    GATHER = "all of them, [processes, values]"
+    SAME = "equal on every process before: nothing is sent"
 
 
 class Part(NamedTuple):
@@ -49,33 +45,30 @@ class Training:
 
     Attributes:
         probe: on the model and the optimizer.
+        parameters: the measured ones.
         options: what the replay was asked to measure.
         layout: how the training lies across processes.
         curvature: the losses of the present step, for products with their Hessian.
     """
 
     probe: Probe
+    parameters: list[Tensor]
     options: MeasureOptions
     layout: Layout
     curvature: StepCurvature
-    parameters: list[Tensor] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "parameters", list(self.probe.parameters.values()))
 
 
 class Recorded(NamedTuple):
-    """What the recording gives to measure by.
-
-    Attributes:
-        references: weights by parameter name, by the reference's name; on the parameters' device.
-        record: the recording, where there is one.
-        seed: the run's.
-    """
+    """What the recording gives to measure by: weights by the reference's and the parameter's name, and the run."""
 
     references: References
     record: Record | None
     seed: int
+
+    @property
+    def final(self) -> dict[str, list[Tensor]]:
+        """The final iterate, as `InnerProducts` takes references."""
+        return {FINAL: list(self.references[FINAL].values())}
 
 
 class Step:
@@ -110,26 +103,27 @@ class Quantity:
 
     Attributes:
         name: of the quantity among the others.
+        option: the field of `MeasureOptions` that asks for it; it is always measured where that is empty.
+        cadence: the field that says at which of the measured steps.
         columns: dataset paths in the trace, in the order of what `finish` returns; complete after `open`.
     """
 
     name: ClassVar[str]
+    option: ClassVar[str] = ""
+    cadence: ClassVar[str] = "every"
+    columns: tuple[str, ...] = ()
 
     def __init__(self, training: Training) -> None:
         self.training = training
-        self.columns: tuple[str, ...] = ()
-
-    @staticmethod
-    def asked(options: MeasureOptions) -> bool:
-        """Whether a replay with these options measures it."""
-        return True
+        self._cadences = training.options.every, getattr(training.options, self.cadence)
 
     def open(self, recorded: Recorded) -> None:
         """Make ready to measure, and name the columns."""
 
     def due(self, step: int) -> bool:
         """Whether it is measured at a step; the same on every process."""
-        return not step % self.training.options.every
+        every, cadence = self._cadences
+        return not step % every and not step % cadence
 
     def local(self, step: Step) -> dict[str, Part] | None:
         """This process's values at a step by name, or None, on every process alike, where it has none there."""

@@ -10,25 +10,15 @@ from torch import Tensor
 
 from geomprobe.distributed.dtensor import local
 from geomprobe.measure.curvature.lanczos import top_eigenvalue
-from geomprobe.measure.options import MeasureOptions
-from geomprobe.measure.quantity import Combine, Part, Quantity, Recorded, Step
+from geomprobe.measure.quantity import Combine, Part, Quantity, Step
 
 
 class Sharpness(Quantity):
     """``sharpness``, by Lanczos; see `geomprobe.measure.curvature.lanczos`."""
 
     name = "sharpness"
-
-    @staticmethod
-    def asked(options: MeasureOptions) -> bool:
-        return options.sharpness_every > 0
-
-    def open(self, recorded: Recorded) -> None:
-        self.columns = ("steps/sharpness",)
-
-    def due(self, step: int) -> bool:
-        options = self.training.options
-        return not step % options.every and not step % options.sharpness_every
+    option, cadence = "sharpness_every", "sharpness_every"
+    columns = ("steps/sharpness",)
 
     def local(self, step: Step) -> dict[str, Part] | None:
         losses = self.training.curvature

@@ -22,7 +22,7 @@ from geomprobe.measure.quantity import Combine, Part, Quantity, Recorded, Step, 
 from geomprobe.probe.probe import Oracle
 from geomprobe.reproducibility.isolation import side_computation, silence_hooks
 from geomprobe.reproducibility.seeding import seed_in_use
-from geomprobe.trace.schema import FINAL, ORACLE_PRODUCTS
+from geomprobe.trace.schema import ORACLE_PRODUCTS
 
 PRODUCTS = tuple(column.name for column in ORACLE_PRODUCTS)
 OPTIONS = ("held_out_every", "full_gradient_every")
@@ -38,14 +38,12 @@ class SideGradient(Quantity):
 
     Attributes:
         call: of the probe, which names the loss.
-        option: how often.
 
     Raises:
         UnsupportedTraining: it is asked for in a training of several processes.
     """
 
     call: ClassVar[str]
-    option: ClassVar[str]
 
     def __init__(self, training: Training) -> None:
         super().__init__(training)
@@ -80,9 +78,7 @@ class SideGradient(Quantity):
         assert recorded.record is not None
         self._seed = recorded.seed
         self._steps = frozenset(self.steps(recorded.record.steps["epoch"]))
-        final = {FINAL: list(recorded.references[FINAL].values())}
-        self._products = InnerProducts(self.training.parameters, final)
-        self._chosen = [self._products.names.index(product) for product in PRODUCTS]
+        self._products = InnerProducts(self.training.parameters, recorded.final, only=PRODUCTS)
         self.columns = (f"{self.name}/loss", *(f"{self.name}/inner_products/{name}" for name in PRODUCTS))
 
     def due(self, step: int) -> bool:
@@ -98,7 +94,7 @@ class SideGradient(Quantity):
                 loss, gradients = self._mean(iter([(1.0, oracle.loss)]))
             else:
                 loss, gradients = self._mean(self.parts(oracle.loss, oracle.loader))
-        products = self._products.measure(gradients)[self._chosen]
+        products = self._products.measure(gradients)
         return {"loss": Part(loss, Combine.SAME), "products": Part(products, Combine.SAME)}
 
     def _mean(self, parts: Iterator[LossPart]) -> tuple[Tensor, list[Tensor | None]]:

@@ -4,15 +4,6 @@ A replay runs the user's model and autograd for numbers that the training itself
 held-out minibatch. Each such computation enters the managers for what it can touch. They nest in any order, run in the
 thread that trains, and put everything back on an exception too. What happens inside is not an event of the run where it
 is also inside `geomprobe.probe.hooks.mute.muted`, which a pass enters around a step's whole measurement.
-
-| protects | manager | where it is entered |
-|---|---|---|
-| random generators | `keep_rng` | around a pass in the caller's process |
-| random generators, buffers | `keep_state` | around each pass of autograd over a kept graph |
-| all of these, `.grad`, modes | `side_computation` | around each evaluation of a loss on the side |
-| `.grad` | `keep_gradients` | around passes that fill gradients by the model's own hooks |
-| the leaves' hooks | `silence_hooks` | around each `torch.autograd.grad` by parameters |
-| the weights | `move_weights` | around a loss at other weights |
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -54,64 +54,52 @@ class CurvatureUnavailable(GeomprobeError):
         self.blocker = blocker
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """Operations with one cause and one remedy; ``pattern`` is searched in small letters, without underscores."""
-
-    pattern: str
-    reason: str
-    remedy: str
-    plain: Callable[[], AbstractContextManager[Any]] | None = None
-
-    def blocker(self, operation: str) -> Blocker:
-        return Blocker(operation, self.reason, self.remedy, self.plain)
-
-
-_KINDS = (
-    _Kind(
-        r"(scaleddotproduct|flash|efficient|cudnn)\w*attention",
+# What stops a second derivative, by a pattern of the operation's name in small letters, without underscores.
+_KINDS = {
+    r"(scaleddotproduct|flash|efficient|cudnn)\w*attention": Blocker(
+        "",
         "is a fused attention kernel, and those have no second derivative",
         f"Either {_CLOSURE} (it then runs on the side with the math attention kernel), or train under "
         "torch.nn.attention.sdpa_kernel(SDPBackend.MATH).",
         lambda: sdpa_kernel(SDPBackend.MATH),
     ),
-    _Kind(
-        r"^cudnnrnn",
+    r"^cudnnrnn": Blocker(
+        "",
         "is cuDNN's fused recurrence, which has no second derivative",
         f"Either {_CLOSURE} (it then runs on the side with cuDNN off), or train under "
         "torch.backends.cudnn.flags(enabled=False).",
         lambda: torch.backends.cudnn.flags(enabled=False),
     ),
-    _Kind(
-        r"^compiledfunction",
+    r"^compiledfunction": Blocker(
+        "",
         "comes from torch.compile, whose backward cannot be differentiated",
         f"Either {_CLOSURE} (it then runs on the side with the compiler off), or train the model that was "
         "passed to torch.compile.",
         lambda: torch.compiler.set_stance("force_eager"),
     ),
-    _Kind(
-        r"^checkpointfunction",
+    r"^checkpointfunction": Blocker(
+        "",
         "is reentrant activation checkpointing, which hides the checkpointed part of the graph",
         "Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False).",
     ),
-    _Kind(
-        r"^(syncbatchnorm|batchnormbackwardreduce|batchnormbackwardelemt)",
+    r"^(syncbatchnorm|batchnormbackwardreduce|batchnormbackwardelemt)": Blocker(
+        "",
         "is SyncBatchNorm across processes, whose backward has no derivative",
         "Train with BatchNorm, without convert_sync_batchnorm.",
     ),
-)
-_ONCE = _Kind(
+}
+_ONCE = Blocker(
     "",
     "is marked once_differentiable: its backward has no derivative",
     "Write its backward with differentiable operations and without the mark, or "
     f"{_CLOSURE} without this function.",
 )
-_SEVERED = _Kind(
+_SEVERED = Blocker(
     "",
     "returns gradients that autograd cannot follow, so terms of the Hessian would be missing",
     f"Write its backward with differentiable torch operations, or {_CLOSURE} without this function.",
 )
-_OTHER = _Kind(
+_OTHER = Blocker(
     "",
     "has a backward without a derivative",
     f"Replace it in the model, or {_CLOSURE} without it.",
@@ -168,9 +156,9 @@ def inspect_graph(loss: Tensor) -> GraphInfo:
         kind, two_formulas = _known_of(name)
         info.two_formulas |= two_formulas
         if kind is not None:
-            info.blockers.append(kind.blocker(name))
+            info.blockers.append(replace(kind, operation=name))
     marked = dict.fromkeys(node.name() for node in info.functions if _is_once_differentiable(node))
-    info.blockers += [_ONCE.blocker(name) for name in marked]
+    info.blockers += [replace(_ONCE, operation=name) for name in marked]
     return info
 
 
@@ -196,7 +184,7 @@ def explained(error: RuntimeError) -> CurvatureUnavailable:
     named = re.search(r"derivative for '?([\w:]+)'? is not implemented", text)
     if named is not None:
         kind = _known_of(named[1].removeprefix("aten::"))[0] or _OTHER
-        return CurvatureUnavailable(kind.blocker(named[1]))
+        return CurvatureUnavailable(replace(kind, operation=named[1]))
     return CurvatureUnavailable(Blocker("the double backward", f'failed with "{text}"', _OTHER.remedy))
 
 
@@ -215,7 +203,7 @@ def severed_functions(functions: Sequence[Any]) -> Iterator[list[Blocker]]:
             if any(g is not None and g.requires_grad for g in given) and any(
                 r is not None and not r.requires_grad and bool(r.any()) for r in returned
             ):
-                found[node.name()] = _SEVERED.blocker(node.name())
+                found[node.name()] = replace(_SEVERED, operation=node.name())
                 blockers[:] = found.values()
 
         return look
@@ -241,11 +229,11 @@ def _nodes(loss: Tensor) -> list[Node]:
 
 
 @functools.lru_cache(maxsize=4096)  # each step's graph has the same names
-def _known_of(name: str) -> tuple[_Kind | None, bool]:
+def _known_of(name: str) -> tuple[Blocker | None, bool]:
     """What is known to block an operation's second derivative, and whether its gradient has two formulas."""
     # One spelling for ScaledDotProductAttentionBackward0 and _scaled_dot_product_attention_backward.
     folded = name.replace("_", "").lower()
-    kind = next((kind for kind in _KINDS if re.search(kind.pattern, folded)), None)
+    kind = next((kind for pattern, kind in _KINDS.items() if re.search(pattern, folded)), None)
     return kind, _TWO_FORMULAS.search(folded) is not None
 
 

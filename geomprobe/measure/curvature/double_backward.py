@@ -88,15 +88,9 @@ def backward_with_graph(
     index = {leaf: position for position, leaf in enumerate(parameters)}
     edges: list[GradientEdge | None] = [None] * len(parameters)
 
-    def keep(leaf: Tensor) -> LeafHook:
-        def receive(gradient: Tensor) -> None:
-            if leaf in index:
-                edges[index[leaf]] = _edge(gradient)
-
-        return _plain_accumulation(leaf, receive)
-
+    hooks = [(leaf, _plain_accumulation(leaf, edges, index.get(leaf))) for leaf in info.leaves]
     with (
-        _first_hooks([(leaf, keep(leaf)) for leaf in info.leaves]),
+        _first_hooks(hooks),
         severed_functions(info.functions) as cut,
     ):
         loss.backward(_root(loss), create_graph=True)
@@ -210,7 +204,14 @@ def hessian_vector_product(
         with keep_state(module), silence_hooks(wanted), _explaining():
             found = torch.autograd.grad(edges, wanted, weights, retain_graph=keep_graphs, allow_unused=True)
         products = {p: h for p, h in zip(wanted, found, strict=True) if h is not None}
-    return [_finished(products.get(parameter), parameter, scale) for parameter in parameters]
+    result = []
+    for parameter in parameters:
+        if (product := products.get(parameter)) is None:
+            result.append(torch.zeros_like(parameter, requires_grad=False))
+        else:
+            dense = product.to_dense() if product.is_sparse else product
+            result.append(dense if scale is None else dense / scale)
+    return result
 
 
 def _clear(loss: Tensor, info: GraphInfo | None) -> GraphInfo:
@@ -234,8 +235,8 @@ def _gradients(
     return [by_parameter.get(parameter) for parameter in parameters]
 
 
-def _plain_accumulation(leaf: Tensor, receive: Callable[[Tensor], None]) -> LeafHook:
-    """A hook that lets ``receive`` see the leaf's gradient, and the leaf accumulate as in a plain pass."""
+def _plain_accumulation(leaf: Tensor, edges: list[GradientEdge | None], position: int | None) -> LeafHook:
+    """A hook that keeps the edge of the leaf's gradient, and lets the leaf accumulate as in a plain pass."""
     watched = bool(leaf._backward_hooks)
 
     def hook(gradient: Tensor | None) -> Tensor | None:
@@ -245,7 +246,8 @@ def _plain_accumulation(leaf: Tensor, receive: Callable[[Tensor], None]) -> Leaf
         torch.set_grad_enabled(False)
         if gradient is None:
             return None
-        receive(gradient)
+        if position is not None:
+            edges[position] = _edge(gradient)
         # The leaf's other hooks expect a gradient without a graph. It is a copy, since accumulation could not
         # see that two leaves share it.
         return gradient.detach().clone() if watched else None
@@ -260,13 +262,6 @@ def _root(loss: Tensor) -> Tensor:
 
 def _edge(gradient: Tensor | None) -> GradientEdge | None:
     return get_gradient_edge(gradient) if gradient is not None and gradient.requires_grad else None
-
-
-def _finished(product: Tensor | None, parameter: Tensor, scale: Tensor | float | None) -> Tensor:
-    if product is None:
-        return torch.zeros_like(parameter, requires_grad=False)
-    dense = product.to_dense() if product.is_sparse else product
-    return dense if scale is None else dense / scale
 
 
 def _same_bits(a: Tensor | None, b: Tensor | None) -> bool:
@@ -288,8 +283,9 @@ def _first_hooks(hooks: Sequence[tuple[Tensor, LeafHook]]) -> Iterator[None]:
         for leaf, hook in hooks:
             handles.append(handle := leaf.register_hook(hook))
             registered = cast("dict[int, LeafHook]", leaf._backward_hooks)
-            for key in [key for key in registered if key != handle.id]:
-                registered[key] = registered.pop(key)
+            if len(registered) > 1:
+                for key in [key for key in registered if key != handle.id]:
+                    registered[key] = registered.pop(key)
         yield
     finally:
         for handle in handles:

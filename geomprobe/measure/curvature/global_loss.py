@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from geomprobe.distributed.dtensor import like_local, local, local_gradient
-from geomprobe.distributed.layout import Layout, fsdp_modules
-from geomprobe.measure.curvature.autograd_graph import Blocker
+from geomprobe.distributed.layout import ElsewhereFailed, Layout, fsdp_modules
+from geomprobe.measure.curvature.autograd_graph import Blocker, CurvatureUnavailable
 from geomprobe.reproducibility.isolation import keep_gradients
 
 Closure = Callable[[], Tensor]
@@ -143,6 +143,34 @@ def global_loss(parameters: Sequence[Tensor], layout: Layout, module: nn.Module 
     return ReplicatedDTensors(parameters) if layout.kind == "DTensor" else SingleProcess(parameters)
 
 
+def fail_together(layout: Layout, failure: Exception | None, device: torch.device) -> None:
+    """Raise on every process if one has failed, so that none waits for another's product.
+
+    Args:
+        layout: of the processes.
+        failure: what this process failed with, if it did.
+        device: of the one number that is exchanged.
+
+    Raises:
+        CurvatureUnavailable: this or another process's loss has no exact product.
+        ElsewhereFailed: another process failed in a way that ends it.
+        Exception: ``failure``.
+
+    >>> fail_together(Layout(), None, torch.device("cpu"))
+    """
+    reasons = layout.failures(failure, device)
+    mild = failure is None or isinstance(failure, CurvatureUnavailable)
+    fatal = {rank: text for rank, (kind, text) in reasons.items() if kind != CurvatureUnavailable.__name__}
+    if mild and fatal:
+        raise ElsewhereFailed(fatal)
+    if failure is not None:
+        raise failure
+    for rank, (_, text) in reasons.items():
+        raise CurvatureUnavailable(
+            Blocker("the global loss", f'has none, says rank {rank} ("{text}")', "See there.")
+        )
+
+
 def without_gradients(parameters: Iterable[Tensor], module: nn.Module | None) -> bool:
     """Whether no backward pass has left a gradient: none in the parameters, and none that FSDP2 holds back.
 
@@ -155,9 +183,12 @@ def without_gradients(parameters: Iterable[Tensor], module: nn.Module | None) ->
     >>> without_gradients([torch.ones(1)], None)
     True
     """
-    if any(parameter.grad is not None for parameter in parameters):
-        return False
-    groups = [group for owner in fsdp_modules(module) for group in _groups(owner)]
+    for parameter in parameters:
+        if parameter.grad is not None:
+            return False
+    if not (owners := fsdp_modules(module)):
+        return True
+    groups = [group for owner in owners for group in _groups(owner)]
     members = [member for group in groups for member in group.fsdp_params]
     held = [getattr(group, "_partial_reduce_output", None) for group in groups]
     held += [member.unsharded_accumulated_grad for member in members]

@@ -26,7 +26,6 @@ from geomprobe.measure.curvature.autograd_graph import (
     coarsest_epsilon,
     inspect_graph,
 )
-from geomprobe.measure.curvature.consensus import fail_together
 from geomprobe.measure.curvature.double_backward import (
     Graph,
     backward_with_graph,
@@ -34,7 +33,7 @@ from geomprobe.measure.curvature.double_backward import (
     graph_of,
     hessian_vector_product,
 )
-from geomprobe.measure.curvature.global_loss import global_loss
+from geomprobe.measure.curvature.global_loss import fail_together, global_loss
 from geomprobe.measure.curvature.reduction_factor import Reduction
 from geomprobe.measure.curvature.side_evaluation import (
     Closure,
@@ -234,9 +233,11 @@ class Curvature:
         self, compute: Callable[[list[Tensor]], list[Tensor]], *, scaled: bool = True
     ) -> list[Tensor]:
         """What ``compute`` finds of this process's loss, made that of the global one, on every process."""
-        failure: Exception | None = None
-        found: list[Tensor] = []
         with self._loss.tensors() as tensors:
+            if self._layout.kind == "one process":
+                return self._loss.mean(compute(tensors))
+            failure: Exception | None = None
+            found: list[Tensor] = []
             try:
                 found = compute(tensors)
             except Exception as error:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from zlib import crc32
 
+import torch
 from torch import Tensor
 
 from geomprobe.distributed.layout import Layout
 from geomprobe.errors import GeomprobeError
 from geomprobe.measure.curvature.autograd_graph import CurvatureUnavailable, inspect_graph
-from geomprobe.measure.curvature.consensus import all_ready
+from geomprobe.measure.curvature.global_loss import fail_together
 from geomprobe.measure.curvature.hessian_gradient import Curvature
 from geomprobe.measure.options import MeasureOptions
 from geomprobe.probe.hooks.grad_scaler import unscaled
@@ -101,7 +103,7 @@ class StepCurvature:
         if self._layout.world_size > 1:
             used = {p: g is not None for p, g in zip(self._probe.parameters, gradients, strict=True)}
             try:
-                ready = all_ready(self._layout, ready, self._blocked, used, self._parameters[0].device)
+                ready = _all_ready(self._layout, ready, self._blocked, used, self._parameters[0].device)
             except CurvatureUnavailable as error:
                 self.give_up(error)
                 return
@@ -143,3 +145,27 @@ class StepCurvature:
             self.give_up(error)
         else:
             self._blocked = error  # the others learn of it in `settle`: now they are in their backward pass
+
+
+def _all_ready(
+    layout: Layout,
+    whole: bool,
+    blocked: CurvatureUnavailable | None,
+    used: Mapping[str, bool],
+    device: torch.device,
+) -> bool:
+    """Whether every process has caught a step's losses: ``whole`` here, and never where it is ``blocked``.
+
+    Raises:
+        CurvatureUnavailable: one of them is blocked.
+        UnsupportedTraining: they used different parameters, and the optimizer has what comes of it.
+    """
+    # Ready, partly caught, blocked: the largest over all processes holds.
+    state = 2 if blocked is not None else 0 if whole else 1
+    mark = crc32(bytes(used.values()))
+    state, largest, smallest = layout.largest([state, mark, -mark], device)
+    if largest != -smallest:
+        layout.require_same_use(used, device)
+    if state == 2:
+        fail_together(layout, blocked, device)
+    return state == 0
