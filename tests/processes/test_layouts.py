@@ -57,7 +57,7 @@ def test_uneven_inputs_are_refused_by_name(found: list[dict[str, Any]]) -> None:
 def test_gradients_of_each_rank_are_refused_where_no_rank_has_one() -> None:
     probe: Any = SimpleNamespace(model=None, parameters={"weight": torch.ones(1)})
     with pytest.raises(UsageError, match="laid out as FSDP2: only under DDP"):
-        Measurement(probe, MeasureOptions(per_rank=True), Layout("FSDP2", world_size=2))
+        Measurement(probe, MeasureOptions(per_rank=True, curvature_every=0), Layout("FSDP2", world_size=2))
 
 
 def test_the_layout_is_found_also_from_the_module_inside_its_wrapper(found: list[dict[str, Any]]) -> None:

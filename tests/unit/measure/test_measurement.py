@@ -1,0 +1,134 @@
+"""A step's quantities come by name, each with its columns; a new one is one class and one entry in a list."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from geomprobe.measure.measurement import QUANTITIES, Measurement
+from geomprobe.measure.options import MeasureOptions
+from geomprobe.measure.quantity import Combine, Part, Quantity, Step
+
+
+class GradientL1(Quantity):
+    """The sum of the gradient's magnitudes."""
+
+    name = "grad_l1"
+    columns = ("steps/grad_l1",)
+
+    def local(self, step: Step) -> dict[str, Part]:
+        counted = zip(step.vectors, self.training.layout.owned, strict=True)
+        sums = [g.abs().sum(dtype=torch.float64) for g, counts in counted if g is not None and counts]
+        return {"l1": Part(torch.stack(sums).sum(), Combine.SUM)}
+
+
+class Heard(Quantity):
+    """Every event, in order; each value in another way of combining."""
+
+    name = "heard"
+    option, cadence = "sharpness_every", "sharpness_every"
+    columns = ("a", "b", "c")
+
+    def __init__(self, training: Any) -> None:
+        super().__init__(training)
+        self.events: list[str] = []
+
+    def before_backward(self, loss: Tensor) -> None:
+        self.events.append(f"before {loss.item():g}")
+
+    def after_backward(self) -> None:
+        self.events.append("after")
+
+    def clipping(self, factor: Tensor | None) -> None:
+        self.events.append("clipping")
+
+    def dropped(self) -> None:
+        self.events.append("dropped")
+
+    def local(self, step: Step) -> dict[str, Part] | None:
+        if step.number == 2:
+            return None
+        one = torch.ones(1, dtype=torch.float64)
+        kinds = {"mean": Combine.MEAN, "gather": Combine.GATHER, "same": Combine.SAME}
+        return {name: Part(i * one, how) for i, (name, how) in enumerate(kinds.items())}
+
+    def finish(self, whole: Any) -> Tensor:
+        assert {name: tuple(values.shape) for name, values in whole.items()} == {
+            "mean": (1,),
+            "gather": (1, 1),
+            "same": (1,),
+        }
+        return super().finish(whole)
+
+
+def measured(options: MeasureOptions, *more: type[Quantity]) -> tuple[Measurement, Any]:
+    model = nn.Linear(2, 1, bias=False).double()
+    model.weight.data = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    probe: Any = SimpleNamespace(
+        model=model, optimizer=optimizer, parameters=dict(model.named_parameters()), step=0
+    )
+    measurement = Measurement(probe, options, quantities=(*QUANTITIES, *more))
+    measurement.open({"final": {"weight": torch.zeros(1, 2, dtype=torch.float64)}})
+    return measurement, probe
+
+
+def backward(measurement: Measurement, probe: Any) -> None:
+    loss = probe.model.weight.square().sum()
+    measurement.backward(loss, None, loss.backward, True)
+
+
+def row(measurement: Measurement, probe: Any, **means: Tensor) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return measurement.row([p.grad for p in probe.parameters.values()], None, means)
+
+
+def test_a_new_quantity_is_one_class_and_one_entry() -> None:
+    measurement, probe = measured(MeasureOptions(), GradientL1)
+    backward(measurement, probe)
+    found = row(measurement, probe, loss=torch.tensor([5.0], dtype=torch.float64))
+    assert found["grad_l1"].tolist() == [2.0 + 4.0]
+    assert found["loss"].tolist() == [5.0]
+    assert measurement.columns["grad_l1"] == ("steps/grad_l1",)
+
+
+def test_every_column_has_a_value_and_each_quantity_its_own_name() -> None:
+    measurement, probe = measured(MeasureOptions(before_clipping=True, per_parameter=True, sharpness_every=1))
+    backward(measurement, probe)
+    found = row(measurement, probe)
+    assert list(found) == list(measurement.columns) == ["inner_products", "unclipped", "sharpness", "hg"]
+    for name, columns in measurement.columns.items():
+        assert found[name].shape == (len(columns),)
+        assert found[name].isfinite().all()
+    values = dict(zip(measurement.columns["hg"], found["hg"].tolist(), strict=True))
+    assert values["inner_products/g.Hg"] == values["parameters/weight/g.Hg"] == 40.0  # H = 2, g = (2, -4)
+    assert found["sharpness"].item() == pytest.approx(2.0)
+
+
+def test_what_is_not_due_or_not_to_be_had_is_nan() -> None:
+    measurement, probe = measured(MeasureOptions(every=2, sharpness_every=2, curvature_every=4), Heard)
+    finite = []
+    for probe.step in range(5):
+        probe.optimizer.zero_grad()
+        backward(measurement, probe)
+        finite.append({name for name, values in row(measurement, probe).items() if values.isfinite().all()})
+    everything = {"inner_products", "sharpness", "hg", "heard"}
+    assert finite == [everything, set(), {"inner_products", "sharpness"}, set(), everything]
+
+
+def test_a_quantity_hears_the_events_that_it_defines() -> None:
+    measurement, probe = measured(MeasureOptions(sharpness_every=1), Heard)
+    heard = measurement._quantities["heard"]
+    backward(measurement, probe)
+    measurement.clipping(None)
+    measurement.skipped()
+    row(measurement, probe)
+    assert heard.events == ["before 5", "after", "clipping", "dropped"]  # type: ignore[attr-defined]
+    loss = probe.model.weight.sum() * float("nan")
+    with pytest.raises(ZeroDivisionError):
+        measurement.backward(loss, None, lambda: 1 // 0, plain=False)  # type: ignore[arg-type,return-value]
+    assert heard.events[-1] == "after"  # type: ignore[attr-defined]
