@@ -54,7 +54,7 @@ class InnerProducts:
 
     Args:
         parameters: the weights w, dense, of any real dtype, shape and memory layout, all on one device.
-            They are read anew at each measurement. Tied weights must appear once. Of DTensors the local values
+            Their values are read at each measurement. Tied weights must appear once. Of DTensors the local values
             count, and so do those of references and gradients: see :class:`geomprobe.distributed.layout.Layout`, whose
             ``sum`` makes the whole of every process's part.
         references: the points w* by name, each with one tensor a parameter, of its shape and on its device,

@@ -111,7 +111,7 @@ def compared_backward(
     Where they were, ``apart=False`` saves a pass from then on.
 
     Args:
-        loss, parameters, module, info: as for `backward_with_graph`, which says what is raised too.
+        loss, parameters, module, info: as for `backward_with_graph`, which names what is raised.
 
     >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> graph, equal = compared_backward(torch.tanh(w).sum(), [w])
@@ -146,7 +146,7 @@ def graph_of(
     """The graph of the gradients of ``loss``, leaving every ``.grad`` alone.
 
     Args:
-        loss, parameters, info, module: as for `backward_with_graph`, which says what is raised too.
+        loss, parameters, info, module: as for `backward_with_graph`, which names what is raised.
 
     >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> graph = graph_of((w**3).sum(), [w])
@@ -240,7 +240,7 @@ def _plain_accumulation(leaf: Tensor, edges: list[GradientEdge | None], position
     watched = bool(leaf._backward_hooks)
 
     def hook(gradient: Tensor | None) -> Tensor | None:
-        # torch sets the gradient mode anew for each node it runs, so this holds for the accumulation into this
+        # torch sets the gradient mode again for each node that it runs, so this holds for the accumulation into this
         # leaf only: it takes the memory over, copies it or adds in place, just as without a graph. With the
         # mode on, create_graph would replace leaf.grad by a tensor that refers to its own graph, which leaks.
         torch.set_grad_enabled(False)

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -209,7 +210,7 @@ class Curvature:
             along = self._loss.vectors(direction, tensors)
             total = [torch.zeros_like(t, requires_grad=False) for t in tensors]
             for part in self._parts:
-                step = self._over_part(part, tensors, along, lr)
+                step = finite_step(parameters=tensors, direction=along, lr=lr, **self._again(part))
                 total = [a + b for a, b in zip(total, step.turned, strict=True)]
                 gap.add_(step.gap)
             return total
@@ -271,68 +272,48 @@ class Curvature:
     def _summed(
         self, tensors: Sequence[Tensor], vectors: Sequence[Tensor | None], keep: bool
     ) -> list[Tensor]:
-        whole = self._loss.vectors(vectors, tensors)
+        whole, module = self._loss.vectors(vectors, tensors), self._module
         try:
-            total = self._through_graphs(tensors, whole, keep)
+            for part in self._parts:
+                if part.live is not None:
+                    part.graph, part.live = graph_of(part.live, tensors, module=module), None
+            graphs = [part.graph for part in self._parts if part.graph is not None]
+            scale = self._parts[0].scale
+            total = hessian_vector_product(
+                graphs, tensors, whole, scale=scale, module=module, keep_graphs=keep
+            )
         except CurvatureUnavailable as blocked:
             self._fall_back(blocked)
             total = [torch.zeros_like(t, requires_grad=False) for t in tensors]
         for part in self._parts:
             if part.graph is None:
-                total = [a + b for a, b in zip(total, self._aside(part, tensors, whole, keep), strict=True)]
+                product = self._on_the_side(part, tensors, whole, keep)
+                total = [a + b for a, b in zip(total, product, strict=True)]
         return total
 
-    def _through_graphs(
-        self, tensors: Sequence[Tensor], vectors: Sequence[Tensor | None], keep: bool
-    ) -> list[Tensor]:
-        for part in self._parts:
-            if part.live is not None:
-                part.graph, part.live = graph_of(part.live, tensors, module=self._module), None
-        return hessian_vector_product(
-            [part.graph for part in self._parts if part.graph is not None],
-            tensors,
-            vectors,
-            scale=self._parts[0].scale,
-            module=self._module,
-            keep_graphs=keep,
-        )
-
-    def _aside(
+    def _on_the_side(
         self, part: _Part, tensors: Sequence[Tensor], vectors: Sequence[Tensor | None], keep: bool
     ) -> list[Tensor]:
-        assert part.closure is not None
         with ExitStack() as plain_kernels:
             for plain in {blocker.plain for blocker in part.blockers if blocker.plain is not None}:
                 plain_kernels.enter_context(plain())
-            graph = side_graph(
-                self._loss.beside(part.closure),
-                tensors,
-                loss=part.loss,
-                rng=part.rng,
-                module=self._module,
-                tolerance=part.tolerance,
-                scale=part.scale,
-            )
+            graph = side_graph(parameters=tensors, scale=part.scale, **self._again(part))
             product = hessian_vector_product(
                 [graph], tensors, vectors, scale=part.scale, module=self._module, keep_graphs=keep
             )
         part.graph = graph if keep else None
         return product
 
-    def _over_part(
-        self, part: _Part, tensors: Sequence[Tensor], along: Sequence[Tensor | None], lr: float
-    ) -> FiniteStep:
+    def _again(self, part: _Part) -> dict[str, Any]:
+        """What evaluates a micro-batch's loss again, for `side_graph` and `finite_step`."""
         assert part.closure is not None
-        return finite_step(
-            self._loss.beside(part.closure),
-            tensors,
-            along,
-            lr,
-            loss=part.loss,
-            rng=part.rng,
-            module=self._module,
-            tolerance=part.tolerance,
-        )
+        return {
+            "closure": self._loss.beside(part.closure),
+            "loss": part.loss,
+            "rng": part.rng,
+            "module": self._module,
+            "tolerance": part.tolerance,
+        }
 
     def _fall_back(self, blocked: CurvatureUnavailable) -> None:
         """Take the second route for every part of this step and from then on, or say why there is none."""

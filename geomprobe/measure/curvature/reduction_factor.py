@@ -76,7 +76,7 @@ class Reduction:
         products = dots([(reduced, reduced), (reduced, mean), (mean, mean)], self._layout.owned)
         of_reduced, between, of_mean = self._layout.sum(products).tolist()
         if not of_mean or not math.isfinite(of_mean + of_reduced):
-            return 1.0  # no gradient, or none that is finite: the next step's may tell
+            return 1.0  # no gradient, or none that is finite: the next step's may do
         factor, skew = between / of_mean, 1 - between**2 / (of_mean * (of_reduced or 1.0))
         if not skew < _SKEW**2:
             used = {f"parameter {i}": tensor in self._own.of for i, tensor in enumerate(tensors)}

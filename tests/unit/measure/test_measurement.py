@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -32,10 +32,7 @@ class Heard(Quantity):
     name = "heard"
     option, cadence = "sharpness_every", "sharpness_every"
     columns = ("a", "b", "c")
-
-    def __init__(self, training: Any) -> None:
-        super().__init__(training)
-        self.events: list[str] = []
+    events: ClassVar[list[str]] = []
 
     def before_backward(self, loss: Tensor) -> None:
         self.events.append(f"before {loss.item():g}")
@@ -122,13 +119,13 @@ def test_what_is_not_due_or_not_to_be_had_is_nan() -> None:
 
 def test_a_quantity_hears_the_events_that_it_defines() -> None:
     measurement, probe = measured(MeasureOptions(sharpness_every=1), Heard)
-    heard = measurement._quantities["heard"]
+    Heard.events.clear()
     backward(measurement, probe)
     measurement.clipping(None)
     measurement.skipped()
     row(measurement, probe)
-    assert heard.events == ["before 5", "after", "clipping", "dropped"]  # type: ignore[attr-defined]
+    assert Heard.events == ["before 5", "after", "clipping", "dropped"]
     loss = probe.model.weight.sum() * float("nan")
     with pytest.raises(ZeroDivisionError):
         measurement.backward(loss, None, lambda: 1 // 0, plain=False)  # type: ignore[arg-type,return-value]
-    assert heard.events[-1] == "after"  # type: ignore[attr-defined]
+    assert Heard.events[-1] == "after"
