@@ -45,7 +45,7 @@ class Measurement:
     Args:
         probe: whose parameters are measured.
         options: what to measure.
-        layout: how the training lies across processes; found in the probe's model when None. All of them must
+        layout: how the training is spread over processes; found in the probe's model when None. All of them must
             then call `row` at each step.
         quantities: what there is to measure, as far as the options ask for it.
 

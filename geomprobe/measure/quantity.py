@@ -47,7 +47,7 @@ class Training:
         probe: on the model and the optimizer.
         parameters: the measured ones.
         options: what the replay was asked to measure.
-        layout: how the training lies across processes.
+        layout: how the training is spread over processes.
         curvature: the losses of the present step, for products with their Hessian.
     """
 

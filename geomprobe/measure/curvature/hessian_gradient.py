@@ -72,7 +72,7 @@ class Curvature:
     Args:
         parameters: the tensors to differentiate by.
         module: its buffers are kept as they are by everything but the training's own passes.
-        layout: how the training lies across processes. Then vectors and products are local values, and every
+        layout: how the training is spread over processes. Then vectors and products are local values, and every
             process must take the products at once.
 
     Attributes:

@@ -28,7 +28,7 @@ class StepCurvature:
     Args:
         probe: whose parameters and model.
         options: which steps' Hessian is wanted.
-        layout: how the training lies across processes.
+        layout: how the training is spread over processes.
 
     Attributes:
         curvature: takes the products; None where no Hessian is wanted, or none can be had.

@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from geomprobe.distributed.layout import Layout
 from geomprobe.measure.measurement import QUANTITIES, Measurement
 from geomprobe.measure.options import MeasureOptions
 from geomprobe.measure.quantity import Combine, Part, Quantity, Step
@@ -62,14 +64,29 @@ class Heard(Quantity):
         return super().finish(whole)
 
 
-def measured(options: MeasureOptions, *more: type[Quantity]) -> tuple[Measurement, Any]:
+class Opaque(torch.autograd.Function):
+    """Doubles its input; its backward cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * gradient
+
+
+def measured(
+    options: MeasureOptions, *more: type[Quantity], layout: Layout | None = None
+) -> tuple[Measurement, Any]:
     model = nn.Linear(2, 1, bias=False).double()
     model.weight.data = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     probe: Any = SimpleNamespace(
         model=model, optimizer=optimizer, parameters=dict(model.named_parameters()), step=0
     )
-    measurement = Measurement(probe, options, quantities=(*QUANTITIES, *more))
+    measurement = Measurement(probe, options, layout, quantities=(*QUANTITIES, *more))
     measurement.open({"final": {"weight": torch.zeros(1, 2, dtype=torch.float64)}})
     return measurement, probe
 
@@ -129,3 +146,19 @@ def test_a_quantity_hears_the_events_that_it_defines() -> None:
     with pytest.raises(ZeroDivisionError):
         measurement.backward(loss, None, lambda: 1 // 0, plain=False)  # type: ignore[arg-type,return-value]
     assert Heard.events[-1] == "after"
+
+
+def test_giving_hg_up_in_a_step_takes_nothing_from_its_other_quantities(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    layout = Layout("DDP", owned=(True,))
+    measurement, probe = measured(MeasureOptions(per_rank=True), layout=layout)
+    weight = probe.model.weight
+    backward(measurement, probe)  # g = (2, -4)
+    blocked = Opaque.apply(weight).sum()  # (2, 2) more, and no second derivative
+    measurement.backward(blocked, None, blocked.backward, True)
+    found = row(measurement, probe)
+    assert found["per_rank"].tolist() == [16.0 + 4.0, 4.0 + 4.0, 4.0 + 4.0]
+    assert found["hg"].isnan().all()
+    assert "OpaqueBackward" in measurement.curvature_found()["missing"]
+    assert "from step 0 on, Hg is left out" in capsys.readouterr().err
