@@ -29,6 +29,7 @@ from geomprobe.passes.session import Closure, Session
 from geomprobe.probe.loops import Position
 from geomprobe.probe.probe import Probe
 from geomprobe.reproducibility.comparison import Comparison
+from geomprobe.reproducibility.digest import same_bits
 from geomprobe.reproducibility.environment_check import FIRST_STEP_SECTIONS, require_same
 from geomprobe.trace.record import Record
 from geomprobe.trace.run_folder import RunFolder
@@ -340,9 +341,4 @@ class Replaying(Session):
 
     def _weights_equal_final(self) -> bool:
         assert self.probe is not None
-        return all(_same_bits(local(p), self._final[name]) for name, p in self.probe.parameters.items())
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    raw = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return torch.equal(a.detach().contiguous().view(raw), b.contiguous().view(raw))
+        return all(same_bits(local(p), self._final[name]) for name, p in self.probe.parameters.items())

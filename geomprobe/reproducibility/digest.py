@@ -143,6 +143,17 @@ def _mix(slots: Tensor, multipliers: Tensor, starts: Tensor, ends: Tensor) -> Te
     return running[ends] - running[starts]
 
 
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two dense tensors of one type and shape have the same bits: a NaN equals itself, and -0.0 is not 0.0.
+
+    >>> nan, zero = torch.full((1,), torch.nan), torch.zeros(1)
+    >>> same_bits(nan, nan.clone()), same_bits(zero, -zero)
+    (True, False)
+    """
+    integers = _INTEGERS[a.element_size()]
+    return torch.equal(a.detach().contiguous().view(integers), b.detach().contiguous().view(integers))
+
+
 def host_digest(*parts: bytes) -> int:
     """A 64-bit digest of bytes, signed, as the int64 columns hold it.
 

@@ -10,7 +10,6 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -24,25 +23,14 @@ from geomprobe.measure.curvature.autograd_graph import (
     inspect_graph,
     severed_functions,
 )
+from geomprobe.reproducibility.digest import same_bits
 from geomprobe.reproducibility.isolation import keep_state, silence_hooks
 
 LeafHook = Callable[[Tensor | None], Tensor | None]
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-@dataclass
-class Graph:
-    """The graph of one loss's gradients, from which `hessian_vector_product` differentiates again.
-
-    It keeps that graph, and through it the activations, alive; no gradient's values.
-
-    Attributes:
-        edges: where each parameter's gradient comes out of the graph; None for a parameter that the loss does
-            not depend on.
-    """
-
-    edges: list[GradientEdge | None]
+# Where each parameter's gradient comes out of the graph of one loss's gradients; None for a parameter that the loss
+# does not depend on. It keeps that graph, and through it the activations, alive; no gradient's values.
+Graph = list[GradientEdge | None]
 
 
 def backward_with_graph(
@@ -86,17 +74,13 @@ def backward_with_graph(
         return graph_of(loss, parameters, info, module)
     _spend_cycle_warning()
     index = {leaf: position for position, leaf in enumerate(parameters)}
-    edges: list[GradientEdge | None] = [None] * len(parameters)
-
+    edges: Graph = [None] * len(parameters)
     hooks = [(leaf, _plain_accumulation(leaf, edges, index.get(leaf))) for leaf in info.leaves]
-    with (
-        _first_hooks(hooks),
-        severed_functions(info.functions) as cut,
-    ):
+    with _first_hooks(hooks), severed_functions(info.functions) as cut:
         loss.backward(_root(loss), create_graph=True)
     if cut:
         raise CurvatureUnavailable(cut[0])
-    return Graph(edges)
+    return edges
 
 
 def compared_backward(
@@ -131,10 +115,10 @@ def compared_backward(
         loss.backward(retain_graph=True)
     gradients = _gradients(loss, info.leaves, info, module)
     equal = not info.two_formulas and all(
-        _same_bits(plain.get(leaf), g) for leaf, g in zip(info.leaves, gradients, strict=True)
+        _same_memory(plain.get(leaf), g) for leaf, g in zip(info.leaves, gradients, strict=True)
     )
     by_leaf = dict(zip(info.leaves, gradients, strict=True))
-    return Graph([_edge(by_leaf.get(parameter)) for parameter in parameters]), equal
+    return [_edge(by_leaf.get(parameter)) for parameter in parameters], equal
 
 
 def graph_of(
@@ -153,8 +137,7 @@ def graph_of(
     >>> hessian_vector_product([graph], [w], [torch.ones(2)]), w.grad
     ([tensor([ 6., 12.])], None)
     """
-    gradients = _gradients(loss, parameters, _clear(loss, info), module)
-    return Graph([_edge(gradient) for gradient in gradients])
+    return [_edge(gradient) for gradient in _gradients(loss, parameters, _clear(loss, info), module)]
 
 
 def hessian_vector_product(
@@ -194,7 +177,7 @@ def hessian_vector_product(
     pairs = [
         (edge, vector)
         for graph in graphs
-        for edge, vector in zip(graph.edges, vectors, strict=True)
+        for edge, vector in zip(graph, vectors, strict=True)
         if edge is not None and vector is not None
     ]
     wanted = [parameter for parameter in parameters if parameter.requires_grad]
@@ -235,7 +218,7 @@ def _gradients(
     return [by_parameter.get(parameter) for parameter in parameters]
 
 
-def _plain_accumulation(leaf: Tensor, edges: list[GradientEdge | None], position: int | None) -> LeafHook:
+def _plain_accumulation(leaf: Tensor, edges: Graph, position: int | None) -> LeafHook:
     """A hook that keeps the edge of the leaf's gradient, and lets the leaf accumulate as in a plain pass."""
     watched = bool(leaf._backward_hooks)
 
@@ -264,13 +247,12 @@ def _edge(gradient: Tensor | None) -> GradientEdge | None:
     return get_gradient_edge(gradient) if gradient is not None and gradient.requires_grad else None
 
 
-def _same_bits(a: Tensor | None, b: Tensor | None) -> bool:
+def _same_memory(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
     if a.layout != torch.strided or b.layout != torch.strided or a.stride() != b.stride():
         return False
-    as_bits = _BITS[a.element_size()]
-    return torch.equal(a.detach().view(as_bits), b.detach().view(as_bits))
+    return same_bits(a, b)
 
 
 @contextmanager
