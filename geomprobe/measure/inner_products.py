@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain, islice, repeat
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ from geomprobe.measure.input_checks import require_gradients, require_parameters
 
 SHARED = ("g.g", "w.g", "w.w")
 OF_REFERENCE = ("g.d", "w.d", "d.d")
+
+Vectors = Sequence[Tensor | None]
 
 # Large enough that launching ten operations a block is a small share of their time, small enough for the
 # last-level cache, where they find the block again.
@@ -52,7 +54,7 @@ class InnerProducts:
 
     Args:
         parameters: the weights w, dense, of any real dtype, shape and memory layout, all on one device.
-            They are read anew at each measurement. Tied weights must appear once. Of DTensors the local values
+            Their values are read at each measurement. Tied weights must appear once. Of DTensors the local values
             count, and so do those of references and gradients: see :class:`geomprobe.distributed.layout.Layout`, whose
             ``sum`` makes the whole of every process's part.
         references: the points w* by name, each with one tensor a parameter, of its shape and on its device,
@@ -62,6 +64,7 @@ class InnerProducts:
         per_parameter: also give the sums of each parameter tensor.
         compiled: read large tensors with a kernel that ``torch.compile`` builds here and now, for the dtypes
             of the parameters and references (some 10 s, once a process). Needs a C++ compiler; Triton on CUDA.
+        only: the names of the sums to give, of those below; all of them when None.
 
     Attributes:
         names: what the columns of a measurement are: ``("g.g", "w.g", "w.w")``; then
@@ -90,29 +93,35 @@ class InnerProducts:
         owned: Sequence[bool] | None = None,
         per_parameter: bool = False,
         compiled: bool = False,
+        only: Sequence[str] | None = None,
     ) -> None:
         require_parameters(parameters)
+        self._parameters = list(parameters)
         self._distributed = any(is_dtensor(parameter) for parameter in parameters)
+        weights = [local(parameter) for parameter in parameters]
         references = {name: [local(tensor) for tensor in reference] for name, reference in references.items()}
         for name, reference in references.items():
-            require_reference(name, reference, [local(parameter) for parameter in parameters])
+            require_reference(name, reference, weights)
         ordered = sorted(references, key=lambda name: name != "final")
         prefixes = ["" if name == "final" else f"references/{name}/inner_products/" for name in ordered]
-        self.names = SHARED + tuple(prefix + column for prefix in prefixes for column in OF_REFERENCE)
+        names = SHARED + tuple(prefix + column for prefix in prefixes for column in OF_REFERENCE)
+        self.names = names if only is None else tuple(only)
+        self._chosen = None if only is None else [names.index(name) for name in only]
 
-        device = parameters[0].device
+        device = weights[0].device
         powers = [2.0, 1.0, 0.0] + [1.0, 0.0, 0.0] * len(ordered)
         self._gradient_powers = torch.tensor(powers, dtype=torch.float64, device=device)
-        points = zip(parameters, *(references[name] for name in ordered), strict=True)
-        self._weights = [_Weight(index, w, stars, compiled) for index, (w, *stars) in enumerate(points)]
-        packed = sum(weight.w.numel() for weight in self._weights if not weight.fused)
-        block = CPU_BLOCK if device.type == "cpu" else DEVICE_BLOCK
-        self._scratch = torch.empty(3, min(block, packed), dtype=torch.float64, device=device)
+        self._shapes = [w.shape for w in weights]
+        stars = list(zip(*(references[name] for name in ordered), strict=True)) or [()] * len(weights)
+        fused = [compiled and _can_fuse(w, *of_w) for w, of_w in zip(weights, stars, strict=True)]
+        packed = sum(w.numel() for w, in_place in zip(weights, fused, strict=True) if not in_place)
+        self._scratch = _scratch(3, packed, device)
         self._per_parameter = per_parameter
-        counted = [[w] if here else [] for w, here in zip(self._weights, owned or repeat(True), strict=False)]
-        groups = counted if per_parameter else [list(chain.from_iterable(counted))]
-        self._groups = [_Group(weights, self._scratch, self._gradient_powers > 0) for weights in groups]
-        _build_kernel([weight for weight in self._weights if weight.fused], device)
+        counted = [[i] if not owned or owned[i] else [] for i in range(len(weights))]
+        members = counted if per_parameter else [list(chain.from_iterable(counted))]
+        of_gradient = self._gradient_powers > 0
+        self._groups = [_Group(group, weights, stars, fused, self._scratch, of_gradient) for group in members]
+        _build_kernel([(weights[i], *stars[i]) for i, in_place in enumerate(fused) if in_place], device)
 
     @property
     def scratch_bytes(self) -> int:
@@ -146,120 +155,187 @@ class InnerProducts:
                 [8., 4., 2.],
                 [0., 0., 3.]], dtype=torch.float64)
         """
+        weights: Sequence[Tensor] = self._parameters
         if self._distributed:
-            pairs = zip(gradients, self._weights, strict=True)
-            gradients = [local_gradient(gradient, weight.parameter) for gradient, weight in pairs]
-        require_gradients([w.w for w in self._weights], [w.shape for w in self._weights], gradients)
-        sums = torch.stack([group.sums(gradients) for group in self._groups])
+            pairs = zip(gradients, self._parameters, strict=True)
+            gradients = [local_gradient(gradient, parameter) for gradient, parameter in pairs]
+            weights = [local(parameter) for parameter in self._parameters]
+        require_gradients(weights, self._shapes, gradients)
+        sums = torch.stack([group.sums(weights, gradients) for group in self._groups])
         sums = torch.cat([sums.sum(0, keepdim=True), sums]) if self._per_parameter else sums[0]
         scale = grad_scale.double() if isinstance(grad_scale, Tensor) else grad_scale
-        return sums if scale is None else sums / scale**self._gradient_powers
+        sums = sums if scale is None else sums / scale**self._gradient_powers
+        return sums if self._chosen is None else sums[..., self._chosen]
 
 
-class _Weight:
-    """A parameter and its references. Tensors of its shape are read in the order of its memory."""
+@torch.no_grad()
+def dots(
+    pairs: Sequence[tuple[Vectors, Vectors]], owned: Sequence[bool] = (), *, per_parameter: bool = False
+) -> Tensor:
+    """This process's part of ``a . b`` of each of some pairs of vectors, float64, in one read of each vector.
 
-    def __init__(self, index: int, parameter: Tensor, references: Sequence[Tensor], compiled: bool) -> None:
-        self.index, self.parameter, self.references = index, parameter, references
-        self._distributed = is_dtensor(parameter)
-        w = self.w
-        self.shape, order = w.shape, w.dim_order()
-        self._order = None if order == tuple(range(w.dim())) else order
-        flat = (self.in_order(tensor).is_contiguous() for tensor in (w, *references))
-        self.fused = compiled and w.numel() >= FUSED_MINIMUM and all(flat)
+    A vector is a list of dense tensors, one a parameter; None stands for zero. The second vector of
+    the last pair has no None: all are read in the order of its memory.
 
-    @property
-    def w(self) -> Tensor:
-        return local(self.parameter) if self._distributed else self.parameter
+    Args:
+        pairs: the vectors ``(a, b)``.
+        owned: for each parameter, whether its values count here; all of them by default.
+        per_parameter: also give the products of each parameter's tensors.
 
-    def in_order(self, tensor: Tensor) -> Tensor:
-        return tensor if self._order is None else tensor.permute(self._order)
+    Returns:
+        ``[pairs]``, or with ``per_parameter`` ``[1 + parameters, pairs]``, whose row 0 is the total.
 
-    def flat(self, tensor: Tensor) -> Tensor:
-        # Detached: of a view, torch.compile would build a kernel for each shape of its base.
-        return self.in_order(tensor).reshape(-1).detach()
+    >>> g, hg = [torch.tensor([1.0, 2.0]), None], [torch.tensor([3.0, 4.0]), torch.ones(1)]
+    >>> dots([(g, hg), (hg, hg)])
+    tensor([11., 26.], dtype=torch.float64)
+    """
+    like: list[Tensor] = [tensor for tensor in pairs[-1][1] if tensor is not None]
+    vectors = list({id(vector): vector for pair in pairs for vector in pair}.values())
+    rows = {id(vector): row for row, vector in enumerate(vectors)}
+    chosen = [(rows[id(a)], rows[id(b)]) for a, b in pairs]
+    counted = [i for i in range(len(like)) if not owned or owned[i]]
+    scratch = _scratch(len(vectors), sum(map(Tensor.numel, like)), like[0].device)
+    missing = scratch.new_zeros(len(pairs))
+    found = []
+    for group in [[i] for i in range(len(like))] if per_parameter else [counted]:
+        members = [i for i in group if i in counted]
+        if not members:
+            found.append(missing)
+            continue
+        packing = _Packing([like[i] for i in members], scratch)
+        pieces = [packing.pieces([vector[i] for i in members]) for vector in vectors]
+        sums: list[Tensor] = []
+        for block in packing.blocks:
+            for row, of_vector in enumerate(pieces):
+                block.fill(row, of_vector)
+            sums += [torch.dot(block.rows[a], block.rows[b]) for a, b in chosen]
+        found.append(torch.stack(sums).view(-1, len(pairs)).sum(0))
+    products = torch.stack(found)
+    return torch.cat([products.sum(0, keepdim=True), products]) if per_parameter else products[0]
 
 
 class _Group:
-    """Weights that are summed together, each in the way that suits it."""
+    """Weights that are summed together: small ones packed, large ones where they lie where that is compiled."""
 
-    def __init__(self, weights: Sequence[_Weight], scratch: Tensor, of_gradient: Tensor) -> None:
-        self._weights, self._of_gradient = weights, of_gradient
-        packed = [weight for weight in weights if not weight.fused]
-        fused = (_Fused(weight, of_gradient) for weight in weights if weight.fused)
+    def __init__(
+        self,
+        members: Sequence[int],
+        weights: Sequence[Tensor],
+        references: Sequence[Sequence[Tensor]],
+        fused: Sequence[bool],
+        scratch: Tensor,
+        of_gradient: Tensor,
+    ) -> None:
+        self._members, self._references, self._of_gradient = members, references, of_gradient
+        self._packed = [i for i in members if not fused[i]]
+        self._fused = [i for i in members if fused[i]]
+        self._flat = {i: [_flat(star, weights[i]) for star in references[i]] for i in self._fused}
+        if self._packed:
+            self._packing = _Packing([weights[i] for i in self._packed], scratch)
+            stars = zip(*(references[i] for i in self._packed), strict=True)
+            self._stars = [self._packing.pieces(of_all) for of_all in stars]
+
+    def sums(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:
         # Packing first: the large tensors sweep all that it needs out of the caches.
-        self._ways: list[_Fused | _Packed] = [*([_Packed(packed, scratch)] if packed else []), *fused]
-
-    def sums(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        terms = [way.sums(gradients) for way in self._ways]
-        for weight in self._weights:
-            gradient = gradients[weight.index]
+        terms = [self._packed_sums(weights, gradients)] if self._packed else []
+        terms += [self._fused_sums(i, weights[i], gradients[i]) for i in self._fused]
+        for i in self._members:
+            gradient = gradients[i]
             if gradient is not None and gradient.is_sparse:
-                terms.append(torch.where(self._of_gradient, _stored_sums(weight, gradient.coalesce()), 0.0))
-        return (
-            torch.stack(terms).sum(0) if terms else torch.zeros_like(self._of_gradient, dtype=torch.float64)
-        )
+                stored = _stored_sums(weights[i], gradient.coalesce(), self._references[i])
+                terms.append(torch.where(self._of_gradient, stored, 0.0))
+        if not terms:
+            return torch.zeros_like(self._of_gradient, dtype=torch.float64)
+        return torch.stack(terms).sum(0)
 
+    def _packed_sums(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:
+        dense = [None if (g := gradients[i]) is None or g.is_sparse else g for i in self._packed]
+        g_pieces = self._packing.pieces(dense)
+        w_pieces = self._packing.pieces([weights[i] for i in self._packed])
+        sums: list[Tensor] = []
+        for block in self._packing.blocks:
+            g, w, d = block.rows
+            block.fill(0, g_pieces)
+            block.fill(1, w_pieces)
+            sums += (torch.dot(g, g), torch.dot(w, g), torch.dot(w, w))
+            for star_pieces in self._stars:
+                block.fill(2, star_pieces)
+                torch.sub(w, d, out=d)
+                sums += (torch.dot(g, d), torch.dot(w, d), torch.dot(d, d))
+        return torch.stack(sums).view(len(self._packing.blocks), -1).sum(0)
 
-class _Fused:
-    """One large weight, read where it lies by the compiled kernel."""
-
-    def __init__(self, weight: _Weight, of_gradient: Tensor) -> None:
-        self._weight, self._of_gradient = weight, of_gradient
-        self._references = [weight.flat(reference) for reference in weight.references]
-
-    def sums(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        weight, gradient = self._weight, gradients[self._weight.index]
-        w = weight.flat(weight.w)
+    def _fused_sums(self, index: int, weight: Tensor, gradient: Tensor | None) -> Tensor:
+        w = _flat(weight, weight)
         if gradient is not None and not gradient.is_sparse:
-            return _kernel()(weight.flat(gradient), w, *self._references)
-        # Any gradient will do for the sums that have none in them.
-        return torch.where(self._of_gradient, 0.0, _kernel()(weight.flat(weight.w), w, *self._references))
+            return _kernel()(_flat(gradient, weight), w, *self._flat[index])
+        # Any gradient will do for the sums that have none in them: w again, as another tensor, since torch.compile
+        # would build a further kernel for two arguments that are the same one.
+        return torch.where(self._of_gradient, 0.0, _kernel()(_flat(weight, weight), w, *self._flat[index]))
 
 
 @dataclass(frozen=True)
-class _Row:
-    """A row of the scratch, as far as it is filled, and the places in it for the pieces that fill it."""
+class _Block:
+    """As many pieces as fit into the scratch at once: its rows as far as they are filled, and each piece's place."""
 
-    flat: Tensor
-    places: list[Tensor]
+    pieces: slice
+    rows: list[Tensor]
+    places: list[list[Tensor]]
 
-    def fill(self, pieces: Iterator[Tensor]) -> None:
-        torch._foreach_copy_(self.places, list(islice(pieces, len(self.places))))
+    def fill(self, row: int, pieces: list[Tensor]) -> None:
+        torch._foreach_copy_(self.places[row], pieces[self.pieces])
 
 
-class _Packed:
-    """Several weights, in pieces, block by block through the scratch."""
+class _Packing:
+    """Where tensors, in pieces, lie in the rows of a scratch: block after block, each in the order of its memory.
 
-    def __init__(self, weights: Sequence[_Weight], scratch: Tensor) -> None:
-        self._weights = weights
-        self._limit = scratch.shape[1]
-        self._zero = scratch.new_zeros(())
-        shapes = [piece.shape for piece in self._pieces(weight.w for weight in weights)]
-        self._blocks = list(_lay_out(shapes, scratch))
+    Args:
+        like: tensors of the shapes and memory layouts that are packed.
+        scratch: the rows, float64.
+    """
 
-    def sums(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        g_pieces = self._pieces(self._dense(gradients[weight.index], weight) for weight in self._weights)
-        w_pieces = self._pieces(weight.w for weight in self._weights)
-        stars = zip(*(weight.references for weight in self._weights), strict=True)
-        star_pieces = [self._pieces(reference) for reference in stars]
-        sums: list[Tensor] = []
-        for g, w, d in self._blocks:
-            g.fill(g_pieces)
-            w.fill(w_pieces)
-            sums += (torch.dot(g.flat, g.flat), torch.dot(w.flat, g.flat), torch.dot(w.flat, w.flat))
-            for pieces in star_pieces:
-                d.fill(pieces)
-                torch.sub(w.flat, d.flat, out=d.flat)
-                sums += (torch.dot(g.flat, d.flat), torch.dot(w.flat, d.flat), torch.dot(d.flat, d.flat))
-        return torch.stack(sums).view(len(self._blocks), -1).sum(0)
+    def __init__(self, like: Sequence[Tensor], scratch: Tensor) -> None:
+        self._limit, self._zero = scratch.shape[1], scratch.new_zeros(())
+        self._shapes = [tensor.shape for tensor in like]
+        self._orders = [_order(tensor) for tensor in like]
+        largest = max(map(torch.Size.numel, self._shapes), default=0)
+        self._as_they_are = not any(self._orders) and largest <= self._limit
+        self.blocks = list(_lay_out([piece.shape for piece in self.pieces(like)], scratch))
 
-    def _dense(self, gradient: Tensor | None, weight: _Weight) -> Tensor:
-        return self._zero.expand(weight.shape) if gradient is None or gradient.is_sparse else gradient
+    def pieces(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        """Views of the tensors, of which each fits into the scratch; of zeros for None."""
+        whole = [
+            self._zero.expand(shape) if tensor is None else tensor
+            for tensor, shape in zip(tensors, self._shapes, strict=True)
+        ]
+        if self._as_they_are:
+            return whole
+        ordered = (t.permute(order) if order else t for t, order in zip(whole, self._orders, strict=True))
+        return [piece for tensor in ordered for piece in _split(tensor, self._limit)]
 
-    def _pieces(self, tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-        for weight, tensor in zip(self._weights, tensors, strict=True):
-            yield from _split(weight.in_order(tensor), self._limit)
+
+def _scratch(rows: int, elements: int, device: torch.device) -> Tensor:
+    block = CPU_BLOCK if device.type == "cpu" else DEVICE_BLOCK
+    return torch.empty(rows, min(block, elements), dtype=torch.float64, device=device)
+
+
+def _order(tensor: Tensor) -> tuple[int, ...] | None:
+    """The dimensions from the slowest in memory to the fastest, None where that is their own order."""
+    order = tuple(tensor.dim_order())
+    return None if order == tuple(range(tensor.dim())) else order
+
+
+def _flat(tensor: Tensor, like: Tensor) -> Tensor:
+    """The elements in the memory order of ``like``, without a copy where ``tensor`` lies alike."""
+    order = _order(like)
+    # Detached: of a view, torch.compile would build a kernel for each shape of its base.
+    return (tensor.permute(order) if order else tensor).reshape(-1).detach()
+
+
+def _can_fuse(weight: Tensor, *references: Tensor) -> bool:
+    if weight.numel() < FUSED_MINIMUM:
+        return False
+    order = _order(weight)
+    return all((t.permute(order) if order else t).is_contiguous() for t in (weight, *references))
 
 
 def _split(tensor: Tensor, limit: int) -> Iterable[Tensor]:
@@ -272,19 +348,20 @@ def _split(tensor: Tensor, limit: int) -> Iterable[Tensor]:
     return (piece for row in tensor.unbind() for piece in _split(row, limit))
 
 
-def _lay_out(shapes: list[torch.Size], scratch: Tensor) -> Iterator[list[_Row]]:
-    """The scratch's rows g, w, d with places for as many pieces as fit, in order; again until all had one."""
+def _lay_out(shapes: list[torch.Size], scratch: Tensor) -> Iterator[_Block]:
+    """Blocks of as many pieces as fit, in order, each from the beginning of the scratch."""
     start = used = 0
     for end in range(1, len(shapes) + 1):
         used += shapes[end - 1].numel()
         if end == len(shapes) or used + shapes[end].numel() > scratch.shape[1]:
-            yield [_row(row[:used], shapes[start:end]) for row in scratch]
+            rows = [row[:used] for row in scratch]
+            sizes = [shape.numel() for shape in shapes[start:end]]
+            flat = [row.split(sizes) for row in rows]
+            places = [
+                [part.view(s) for part, s in zip(of_row, shapes[start:end], strict=True)] for of_row in flat
+            ]
+            yield _Block(slice(start, end), rows, places)
             start, used = end, 0
-
-
-def _row(flat: Tensor, shapes: list[torch.Size]) -> _Row:
-    parts = flat.split([shape.numel() for shape in shapes])
-    return _Row(flat, [part.view(shape) for part, shape in zip(parts, shapes, strict=True)])
 
 
 def _inner_products(g: Tensor, w: Tensor, *references: Tensor) -> Tensor:
@@ -296,14 +373,14 @@ def _inner_products(g: Tensor, w: Tensor, *references: Tensor) -> Tensor:
     return torch.stack(sums)
 
 
-def _stored_sums(weight: _Weight, gradient: Tensor) -> Tensor:
+def _stored_sums(weight: Tensor, gradient: Tensor, references: Sequence[Tensor]) -> Tensor:
     """The sums over the elements that a coalesced sparse gradient stores."""
     positions, values = gradient.indices(), gradient.values()
     rows = max(1, CPU_BLOCK * values.shape[0] // max(1, values.numel()))
     terms = []
     for position, value in zip(positions.split(rows, 1), values.split(rows), strict=True):
         at = tuple(position)
-        terms.append(_inner_products(value, weight.w[at], *(star[at] for star in weight.references)))
+        terms.append(_inner_products(value, weight[at], *(star[at] for star in references)))
     return torch.stack(terms).sum(0)
 
 
@@ -312,10 +389,10 @@ def _kernel() -> Callable[..., Tensor]:
     return torch.compile(_inner_products, dynamic=True, fullgraph=True)
 
 
-def _build_kernel(weights: Iterable[_Weight], device: torch.device) -> None:
-    """Compile for gradients of the weights' dtype now, not within a training step."""
+def _build_kernel(points: Iterable[Sequence[Tensor]], device: torch.device) -> None:
+    """Compile now, not within a training step, for gradients of the weights' dtype: each of ``points`` is w, w*, ..."""
     try:
-        for dtypes in {(weight.w.dtype, *(star.dtype for star in weight.references)) for weight in weights}:
+        for dtypes in {tuple(tensor.dtype for tensor in of_weight) for of_weight in points}:
             w, *references = (torch.zeros(FUSED_MINIMUM, dtype=dtype, device=device) for dtype in dtypes)
             with torch.no_grad():
                 _kernel()(torch.zeros_like(w), w, *references)

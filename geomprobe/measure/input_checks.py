@@ -14,7 +14,7 @@ LAYOUTS = (torch.strided, torch.sparse_coo)
 
 
 def require_parameters(parameters: Sequence[Tensor]) -> None:
-    """Hold the parameters to what can be measured.
+    """Refuse parameters that cannot be measured.
 
     Raises:
         UsageError: there are none.
@@ -38,7 +38,7 @@ def require_parameters(parameters: Sequence[Tensor]) -> None:
 
 
 def require_reference(name: str, reference: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
-    """Hold a reference to the shapes and the device of the parameters.
+    """Refuse a reference that has not the shapes and the device of the parameters.
 
     Raises:
         UsageError: it does not match them.
@@ -57,7 +57,7 @@ def require_reference(name: str, reference: Sequence[Tensor], parameters: Sequen
 def require_gradients(
     parameters: Sequence[Tensor], shapes: Sequence[torch.Size], gradients: Sequence[Tensor | None]
 ) -> None:
-    """Hold parameters and gradients to the shapes that the parameters had.
+    """Refuse parameters and gradients that have not the shapes that the parameters had.
 
     Raises:
         UnsupportedTraining: a parameter changed its shape, or a gradient does not match its parameter.

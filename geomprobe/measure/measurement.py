@@ -1,128 +1,125 @@
-"""What a replay measures at a step: one row of inner products on the device, Hg's among them.
-
-Across processes the row is of the whole training, and the same on every process.
-"""
+"""What a replay measures at a step: a list of quantities, and one all-reduce over the processes for all of them."""
 
 from __future__ import annotations
 
-import functools
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from geomprobe.distributed.dtensor import local, local_gradient
+from geomprobe.distributed.dtensor import is_dtensor, local_gradient
 from geomprobe.distributed.layout import Layout
-from geomprobe.errors import GeomprobeError
-from geomprobe.measure.before_clipping import PRODUCTS, BeforeClipping
-from geomprobe.measure.curvature.consensus import all_ready
-from geomprobe.measure.curvature.hessian_gradient import Curvature, CurvatureUnavailable
-from geomprobe.measure.curvature.lanczos import top_eigenvalue
-from geomprobe.measure.inner_products import InnerProducts
+from geomprobe.measure.before_clipping import BeforeClipping
+from geomprobe.measure.curvature.autograd_graph import CurvatureUnavailable
+from geomprobe.measure.curvature.step_curvature import StepCurvature
+from geomprobe.measure.finite_step import FiniteStep
+from geomprobe.measure.full_gradient import FullGradient
+from geomprobe.measure.held_out import HeldOutGradient
+from geomprobe.measure.hg import HessianGradient
 from geomprobe.measure.options import MeasureOptions
 from geomprobe.measure.per_rank import PerRankProducts
-from geomprobe.probe.hooks.grad_scaler import unscaled
+from geomprobe.measure.quantity import Combine, Part, Quantity, Recorded, References, Step, Training
+from geomprobe.measure.reference_products import ReferenceProducts
+from geomprobe.measure.sharpness import Sharpness
+from geomprobe.probe.hooks.mute import muted
 from geomprobe.probe.probe import Probe
-from geomprobe.reproducibility.environment import RNGState, capture_rng
-from geomprobe.trace.schema import FINAL, UNCLIPPED, parameter_column, product_column
+from geomprobe.trace.record import Record
 
-CURVATURE_PRODUCTS = ("g.Hg", "Hg.Hg")
+QUANTITIES: tuple[type[Quantity], ...] = (
+    ReferenceProducts,
+    BeforeClipping,
+    FiniteStep,
+    Sharpness,
+    HessianGradient,  # after the two others: its product frees the graphs that they use
+    PerRankProducts,
+    HeldOutGradient,
+    FullGradient,
+)
+"""All that a replay can measure, in the order in which a step measures it."""
 
 
 class Measurement:
-    """The measurements of one replay.
+    """The quantities that one replay measures. A pass owns it and calls everything from the thread that trains.
 
     Args:
         probe: whose parameters are measured.
-        measure: what to measure.
-        layout: how the training lies across processes; found in the probe's model when None. All of them must
+        options: what to measure.
+        layout: how the training is spread over processes; found in the probe's model when None. All of them must
             then call `row` at each step.
+        quantities: what there is to measure, as far as the options ask for it.
 
     Attributes:
         layout: the same.
-        curvature_missing: why Hg is left out, None where it is not.
+        columns: dataset paths by the quantity's name, once it is open.
     """
 
-    def __init__(self, probe: Probe, measure: MeasureOptions, layout: Layout | None = None) -> None:
-        self._probe, self._measure = probe, measure
+    def __init__(
+        self,
+        probe: Probe,
+        options: MeasureOptions,
+        layout: Layout | None = None,
+        quantities: Sequence[type[Quantity]] = QUANTITIES,
+    ) -> None:
+        self._probe, self._options = probe, options
         self.layout = Layout.of(probe.model, probe.parameters) if layout is None else layout
-        self._parameters = list(probe.parameters.values())
-        self._curvature_every = measure.curvature_interval
-        second = self._curvature_every or measure.sharpness_every
-        self._curvature = Curvature(self._parameters, probe.model, self.layout) if second else None
-        self._of_ranks = PerRankProducts(self._parameters, self.layout) if measure.per_rank else None
-        self._unclipped = BeforeClipping(self._parameters, self.layout) if measure.before_clipping else None
-        self._fixed_loss: Callable[[], Tensor] | None = None
-        self._complete = True
-        self._parts = 0
-        self._asked = False  # the other processes, at least once
-        self._blocked: CurvatureUnavailable | None = None
-        self._rng: RNGState | None = None
-        self.curvature_missing: str | None = None
+        self._curvature = StepCurvature(probe, options, self.layout)
+        self._parameters: list[Tensor] = list(probe.parameters.values())
+        training = Training(probe, self._parameters, options, self.layout, self._curvature)
+        self._sharded = any(is_dtensor(parameter) for parameter in self._parameters)
+        self._quantities = {
+            of.name: of(training) for of in quantities if not of.option or getattr(options, of.option)
+        }
+        self.columns: dict[str, tuple[str, ...]] = {}
+        self._before_backward = self._listeners(Quantity.before_backward)
+        self._after_backward = self._listeners(Quantity.after_backward)
+        self._clipping = self._listeners(Quantity.clipping)
+        self._clipping_missed = self._listeners(Quantity.clipping_missed)
+        self._skipped = self._listeners(Quantity.skipped)
+        self._dropped = self._listeners(Quantity.dropped)
 
-    def open(self, references: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Make ready to measure against ``references``: weights by parameter name, on their device.
+    def open(self, references: References, *, record: Record | None = None, seed: int = 0) -> None:
+        """Make ready to measure; called once, before the first update.
 
-        Of DTensor parameters the references may be DTensors or this process's local values.
+        Args:
+            references: weights by parameter name, on their device, by the reference's name. Of DTensor parameters
+                they may be DTensors or this process's local values.
+            record: the recording, which knows when epochs began.
+            seed: the run's.
         """
-        measure = self._measure
-        self._products = InnerProducts(
-            self._parameters,
-            {name: list(weights.values()) for name, weights in references.items()},
-            owned=self.layout.owned,
-            per_parameter=measure.per_parameter,
-            compiled=measure.compiled,
-        )
-        names = self._products.names
-        self._own = [i for i, name in enumerate(names) if "/" not in name]
-        own = [names[i] for i in self._own]
-        curvature = list(CURVATURE_PRODUCTS) if self._curvature_every else []
-        self.columns = [*(product_column(*_product(name)) for name in names), *map(product_column, curvature)]
-        if measure.per_parameter:
-            for products in (own, curvature):
-                self.columns += [
-                    parameter_column(p, name) for p in self._probe.parameters for name in products
-                ]
-        self._asked_for = ["secant_residual", "linear_decrease_gap"] if measure.finite_step else []
-        self._asked_for += ["sharpness"] if measure.sharpness_every else []
-        self.columns += [f"steps/{name}" for name in self._asked_for]
-        if self._of_ranks is not None:
-            self._of_ranks.open(list(references[FINAL].values()))
-            self.columns += [f"ranks/{rank}/{product}" for rank, product in self._of_ranks.columns]
-        if self._unclipped is not None:
-            self._unclipped.open(list(references[FINAL].values()))
-            self.columns += [f"{UNCLIPPED}/inner_products/{product}" for product in PRODUCTS]
-        self._unmeasured = local(self._parameters[0]).new_full(
-            (len(self.columns),), torch.nan, dtype=torch.float64, requires_grad=False
-        )
+        for quantity in self._quantities.values():
+            quantity.open(Recorded(references, record, seed))
+        self.columns = {name: quantity.columns for name, quantity in self._quantities.items()}
+        device = self._parameters[0].device
+        self._unmeasured = {
+            name: torch.full((len(columns),), torch.nan, dtype=torch.float64, device=device)
+            for name, columns in self.columns.items()
+        }
 
     def curvature_found(self) -> dict[str, Any]:
         """For the manifest: how often Hg was taken and by which route, or why it was not."""
-        if self.curvature_missing is not None:
-            return {"every": 0, "missing": self.curvature_missing}
-        route = self._curvature.route if self._curvature is not None else None
-        return {"every": self._curvature_every, "route": route}
+        if self._curvature.missing is not None:
+            return {"every": 0, "missing": self._curvature.missing}
+        curvature = self._curvature.curvature
+        return {
+            "every": self._options.curvature_interval,
+            "route": None if curvature is None else curvature.route,
+        }
 
-    def sharpness_of(self, closure: Callable[[], Tensor]) -> None:
-        """Take the sharpness of the loss that ``closure`` evaluates, instead of the minibatch's."""
-        self._fixed_loss = closure
+    # Events
 
     def fetched(self) -> None:
-        """A batch has come: a forward pass before it that led to no backward pass does not count."""
-        self._rng = None
+        """A batch has come."""
+        self._curvature.fetched()
 
     def entered(self) -> None:
-        """The model is about to run: a closure will need the RNG streams as they are now."""
-        if self._wants_graph() and self._rng is None:
-            self._rng = capture_rng()
+        """The model is about to run."""
+        self._curvature.entered()
 
     def backward(
         self, loss: Tensor, closure: Callable[[], Tensor] | None, run: Callable[[], None], plain: bool
     ) -> None:
-        """Run ``backward`` on a loss, keeping what Hg needs.
+        """Run ``backward`` on a loss, to the same bits, keeping what the quantities need of it.
 
         Args:
             loss: what it is called on.
@@ -134,210 +131,117 @@ class Measurement:
             CurvatureUnavailable: Hg was required and has no exact route.
             ClosureMismatch: the closure evaluates another loss.
         """
-        if self._unclipped is not None:
-            self._unclipped.backward()
-        with ExitStack() as stack:
-            if self._of_ranks is not None and not self._probe.step % self._measure.every:
-                stack.enter_context(self._of_ranks.watching(unscaled(loss)[1]))
-            self._backward(loss, closure, run, plain)
-
-    def _backward(
-        self, loss: Tensor, closure: Callable[[], Tensor] | None, run: Callable[[], None], plain: bool
-    ) -> None:
-        if not self._wants_graph() or not plain or loss.numel() != 1 or self._blocked is not None:
-            self._complete = self._complete and not self._wants_graph()
-            run()
-            return
-        assert self._curvature is not None
-        if (obstacle := self._curvature.obstacle(loss, closure)) is not None:
-            self._blocked_by(CurvatureUnavailable(obstacle))
-            run()
-            return
-        rng, self._rng = self._rng, None
-        self._parts += 1
         try:
-            self._curvature.backward(loss, closure=closure, rng=rng, scale=unscaled(loss)[1])
-        except CurvatureUnavailable as error:  # found on the way: the gradients are complete
-            self._blocked_by(error)
+            for before in self._before_backward:
+                before(loss)
+            self._curvature.backward(loss, closure, run, plain)
+        finally:
+            for after in self._after_backward:
+                after()
 
     def clipping(self, factor: Tensor | None) -> None:
         """The gradients, which are multiplied by ``factor``, are about to be clipped."""
-        if self._unclipped is not None and not self._probe.step % self._measure.every:
-            self._unclipped.clipping(factor)
+        for clipping in self._clipping:
+            clipping(factor)
 
     def clipping_missed(self) -> None:
         """The gradients have been clipped, before anything was there to measure them."""
-        if self._unclipped is not None:
-            self._unclipped.miss()
+        for missed in self._clipping_missed:
+            missed()
 
     def skipped(self) -> None:
         """A step was attempted, and its gradients have overflowed."""
-        if self._unclipped is not None:
-            self._unclipped.discard()
+        for skipped in self._skipped:
+            skipped()
 
     def dropped(self) -> None:
         """The gradients so far were thrown away."""
-        self._complete, self._parts = True, 0
-        if self._of_ranks is not None:
-            self._of_ranks.discard()
-        self.skipped()
-        if self._curvature is not None:
-            self._curvature.discard()
+        self._curvature.dropped()
+        for dropped in self._dropped:
+            dropped()
+
+    def sharpness_of(self, closure: Callable[[], Tensor]) -> None:
+        """Take the sharpness of the loss that ``closure`` evaluates, instead of the minibatch's."""
+        self._curvature.fixed_loss = closure
+
+    # The row of a step
 
     def row(
         self,
         gradients: Sequence[Tensor | None],
         grad_scale: Tensor | None,
-        averaged: Tensor | None = None,
-    ) -> Tensor:
-        """The step's values, in the order of ``columns``; NaN where nothing is measured at this step.
+        means: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """The step's values; nothing of it is an event of the run, and the run stays as it is.
 
         Args:
             gradients: one a parameter, as the optimizer has them.
             grad_scale: what they are multiplied by, under a GradScaler with a fused optimizer.
-            averaged: further numbers of this process, such as its loss, float64. The row then begins with their
-                means over the processes. They are exchanged with the sums over the weights, in one all-reduce.
+            means: further numbers of this process by name, such as its loss, float64 of one dimension.
+
+        Returns:
+            float64 of one dimension, on the parameters' device: for each of ``means`` the mean over the processes, and
+            by the name of each quantity its values in the order of `columns`, NaN where it is not measured.
         """
-        own = self._unmeasured[:0] if averaged is None else averaged
-        if self._probe.step % self._measure.every:
+        number = self._probe.step
+        with muted():
+            parts = self._parts(number, gradients, grad_scale)
             self.dropped()
-            return torch.cat([self.layout.exchange(self._unmeasured[:0], own)[1], self._unmeasured])
-        pairs = zip(gradients, self._parameters, strict=True)
-        here = [local_gradient(gradient, parameter) for gradient, parameter in pairs]
-        products = self._products.measure(here, grad_scale)
-        vectors = [_unscaled_gradient(gradient, grad_scale) for gradient in here]
-        unclipped = self._unmeasured[:0]
-        if self._unclipped is not None:
-            unclipped = self._unclipped.measure(here, grad_scale)
-        ready = self._ready(here)
-        asked_for, secant = self._asked_for_values(vectors, ready)
-        curvature = self._curvature_products(vectors, ready)
-        of_rank = self._of_ranks.measure() if self._of_ranks is not None else self._unmeasured[:0]
-        self.dropped()
-        parts = [products, curvature, secant, unclipped]
-        flat = torch.cat([part.reshape(-1) for part in parts])
-        sums, means, of_ranks = self.layout.exchange(flat, own, of_rank)
-        pieces = sums.split([part.numel() for part in parts])
-        whole = (p.view(part.shape) for p, part in zip(pieces, parts, strict=True))
-        products, curvature, secant, unclipped = whole
-        if secant.numel():
-            asked_for["secant_residual"] = (secant[1] / secant[0]).sqrt()
-        if self._measure.per_parameter:
-            of_each = [products[1:, self._own].reshape(-1), curvature[1:].reshape(-1)]
-            products, curvature = products[0], torch.cat([curvature[0], *of_each])
-        rest = [asked_for[name].reshape(1) for name in self._asked_for]
-        return torch.cat([means, products, curvature, *rest, of_ranks.reshape(-1), unclipped])
+            for name, values in (means or {}).items():
+                parts[name] = {name: Part(values, Combine.MEAN)}
+            whole = self._combined(parts)
+        row = {name: whole[name][name] for name in means or ()}
+        for name, quantity in self._quantities.items():
+            row[name] = quantity.finish(whole[name]) if name in whole else self._unmeasured[name]
+        return row
 
-    def _due(self, every: int) -> bool:
-        step = self._probe.step
-        return (
-            self._curvature is not None and every > 0 and not step % every and not step % self._measure.every
-        )
+    def _parts(
+        self, number: int, gradients: Sequence[Tensor | None], grad_scale: Tensor | None
+    ) -> dict[str, dict[str, Part]]:
+        """This process's values by quantity, of those that are measured at this step."""
+        due = {name: quantity for name, quantity in self._quantities.items() if quantity.due(number)}
+        if not due:
+            return {}
+        if self._sharded:
+            pairs = zip(gradients, self._parameters, strict=True)
+            gradients = [local_gradient(gradient, parameter) for gradient, parameter in pairs]
+        if not number % self._options.every:
+            self._curvature.settle(gradients)
+        step = Step(number, gradients, grad_scale)
+        parts = {}
+        for name, quantity in due.items():
+            try:
+                if (found := quantity.local(step)) is not None:
+                    parts[name] = found
+            except CurvatureUnavailable as error:  # on every process alike: they failed together
+                self._curvature.give_up(error)
+        return parts
 
-    def _wants_curvature(self) -> bool:
-        return self._due(self._curvature_every)
-
-    def _wants_graph(self) -> bool:
-        return self._wants_curvature() or (
-            self._due(self._measure.sharpness_every) and self._fixed_loss is None
-        )
-
-    def _asked_for_values(
-        self, vectors: Sequence[Tensor | None], ready: bool
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """What was asked for beside the inner products, and the squares of g and of its turn over a step."""
-        missing = self._unmeasured.new_full((), torch.nan)
-        found, squares = dict.fromkeys(self._asked_for, missing), self._unmeasured[:0]
-        lr = float(self._probe.optimizer.param_groups[0].get("lr", 0.0))
-        try:
-            if self._measure.finite_step and self._wants_curvature() and ready and lr:
-                assert self._curvature is not None
-                step = self._curvature.over_step(vectors, lr)
-                if step is not None:
-                    squares = self._products_with(step.turned, vectors, "g.g", "w.w")
-                    found["linear_decrease_gap"] = step.gap
-            if self._due(self._measure.sharpness_every) and (self._fixed_loss or ready):
-                found["sharpness"] = missing.new_tensor(self._sharpness())
-        except CurvatureUnavailable as error:
-            self._do_without(error)
-        return found, squares
-
-    def _sharpness(self) -> float:
-        assert self._curvature is not None
-        curvature = self._curvature
-        if self._fixed_loss is None:
-            product: Callable[[list[Tensor]], list[Tensor]] = functools.partial(curvature.product, keep=True)
-        else:
-            product = curvature.products_of(self._fixed_loss)
-        like = [local(parameter) for parameter in self._parameters]
-        return top_eigenvalue(product, like, total=self.layout.total).value
-
-    def _ready(self, gradients: Sequence[Tensor | None]) -> bool:
-        """Whether every micro-batch of this step went through the curvature's own backward, on each process."""
-        first, self._asked = not self._asked, True
-        if not self._wants_graph() and not first:
-            return False
-        used = {p: g is not None for p, g in zip(self._probe.parameters, gradients, strict=True)}
-        whole = self._complete and self._parts > 0
-        try:
-            ready = all_ready(self.layout, whole, self._blocked, used, self._unmeasured.device)
-        except CurvatureUnavailable as error:
-            self._do_without(error)
-            return False
-        return ready and self._wants_graph()
-
-    def _curvature_products(self, vectors: Sequence[Tensor | None], ready: bool) -> Tensor:
-        """This process's part of ``g.Hg`` and ``Hg.Hg``, with a row for each parameter if asked for."""
-        rows = (1 + len(self._parameters),) if self._measure.per_parameter else ()
-        missing = self._unmeasured.new_full((*rows, 2), torch.nan)
-        if not self._curvature_every:
-            return missing[..., :0]
-        if not ready or not self._wants_curvature():
-            return missing
-        assert self._curvature is not None
-        try:
-            product = self._curvature.product(vectors)
-        except CurvatureUnavailable as error:
-            self._do_without(error)
-            return missing
-        per_parameter = self._measure.per_parameter
-        return self._products_with(product, vectors, "w.g", "w.w", per_parameter=per_parameter)
-
-    def _products_with(
-        self,
-        tensors: Sequence[Tensor],
-        vectors: Sequence[Tensor | None],
-        *names: str,
-        per_parameter: bool = False,
-    ) -> Tensor:
-        """This process's part of some inner products of ``tensors``, which are w there, and ``vectors``, g."""
-        sums = InnerProducts(tensors, {}, owned=self.layout.owned, per_parameter=per_parameter)
-        return sums.measure(vectors)[..., [sums.names.index(name) for name in names]]
-
-    def _blocked_by(self, error: CurvatureUnavailable) -> None:
+    def _combined(self, parts: Mapping[str, Mapping[str, Part]]) -> dict[str, dict[str, Tensor]]:
+        """What one all-reduce makes of all processes' values, under the same names."""
+        whole: dict[str, dict[str, Tensor]] = {}
+        sent: dict[Combine, list[tuple[str, str, Tensor]]] = {how: [] for how in Combine}
+        for name, of_quantity in parts.items():
+            whole[name] = {}
+            for key, (values, how) in of_quantity.items():
+                whole[name][key] = values.unsqueeze(0) if how is Combine.GATHER else values
+                sent[how].append((name, key, values))
+        kinds = Combine.SUM, Combine.MEAN, Combine.GATHER
         if self.layout.world_size == 1:
-            self._do_without(error)
-        else:
-            self._blocked = error  # the others must hear of it, and at this moment they are in their backward
+            return whole
+        combined = self.layout.exchange(*(self._flat(sent[how]) for how in kinds))
+        for how, result in zip(kinds, combined, strict=True):
+            pieces = result.split([values.numel() for _, _, values in sent[how]], dim=-1)
+            for (name, key, values), piece in zip(sent[how], pieces, strict=True):
+                whole[name][key] = piece if how is Combine.GATHER else piece.view(values.shape)
+        return whole
 
-    def _do_without(self, error: GeomprobeError) -> None:
-        self.dropped()
-        self._curvature = self._blocked = None
-        self.curvature_missing = str(error)
-        if self._measure.curvature_required:
-            raise error
-        if self.layout.rank == 0:
-            print(f"geomprobe: from step {self._probe.step} on, Hg is left out: {error}", file=sys.stderr)
+    def _flat(self, sent: Sequence[tuple[str, str, Tensor]]) -> Tensor:
+        if not sent:
+            return torch.empty(0, dtype=torch.float64, device=self._parameters[0].device)
+        return torch.cat([values.reshape(-1) for _, _, values in sent])
 
-
-def _unscaled_gradient(gradient: Tensor | None, scale: Tensor | None) -> Tensor | None:
-    if gradient is None:
-        return None
-    dense = gradient.to_dense() if gradient.is_sparse else gradient
-    return dense if scale is None else dense / scale
-
-
-def _product(name: str) -> tuple[str, str]:
-    """``g.d`` or ``references/best/inner_products/g.d`` as product and reference."""
-    *path, product = name.split("/")
-    return product, path[1] if path else FINAL
+    def _listeners(self, event: Callable[..., None]) -> list[Callable[..., None]]:
+        """The methods of the quantities that define an event of their own: the others cost a step no call."""
+        name = event.__name__
+        return [getattr(q, name) for q in self._quantities.values() if getattr(type(q), name) is not event]

@@ -31,15 +31,10 @@ from geomprobe.passes.replaying import Replaying, SegmentEnded
 from geomprobe.passes.sigterm import stopping_when_asked
 from geomprobe.probe.hooks.global_hooks import listening
 from geomprobe.probe.probe import observe, observing
-from geomprobe.reproducibility.environment import (
-    draw_seed,
-    function_script,
-    seed_everything,
-    start_manifest,
-    strict_mode,
-    untouched_rng,
-)
+from geomprobe.reproducibility.environment import function_script, start_manifest
 from geomprobe.reproducibility.environment_check import require_same_start
+from geomprobe.reproducibility.isolation import keep_rng
+from geomprobe.reproducibility.seeding import draw_seed, seed_everything, strict_mode
 from geomprobe.trace.reader import Trace, open_trace
 from geomprobe.trace.record import Record, open_record
 from geomprobe.trace.run_folder import RunFolder
@@ -251,7 +246,7 @@ def two_pass(
 @contextlib.contextmanager
 def _running(seed: int, strict: bool) -> Iterator[None]:
     _require_startable(seed)
-    with untouched_rng(), strict_mode(strict):
+    with keep_rng(), strict_mode(strict):
         seed_everything(seed)
         yield
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from geomprobe.distributed.dtensor import local
 from geomprobe.distributed.ranks import Ranks
 from geomprobe.errors import EnvironmentMismatch, ReplayDiverged, RunError, Stopped
-from geomprobe.measure.held_out import HeldOutGradients
 from geomprobe.measure.measurement import Measurement
 from geomprobe.measure.options import MeasureOptions
 from geomprobe.passes import finalize as sealing
@@ -26,10 +25,10 @@ from geomprobe.passes.param_groups import group_columns, group_values
 from geomprobe.passes.references.loaded import References
 from geomprobe.passes.row_buffer import Block, RowBuffer
 from geomprobe.passes.session import Closure, Session
-from geomprobe.probe.hooks.mute import muted
 from geomprobe.probe.loops import Position
 from geomprobe.probe.probe import Probe
 from geomprobe.reproducibility.comparison import Comparison
+from geomprobe.reproducibility.digest import same_bits
 from geomprobe.reproducibility.environment_check import FIRST_STEP_SECTIONS, require_same
 from geomprobe.trace.atomic_file import write_json
 from geomprobe.trace.record import Record
@@ -91,7 +90,6 @@ class Replaying(Session):
         self.updates.when_skipped = self._measurement.skipped
         if self.updates.clipped_by:
             self._measurement.clipping_missed()
-        self._oracles = HeldOutGradients(probe, self._measure, self.layout)
 
     def boundary(self, position: Position) -> None:
         if self.steps == self._stop < self._record.num_steps and position == self._end["position"]:
@@ -133,10 +131,13 @@ class Replaying(Session):
         references = self._references.beside(self.probe.parameters)
         self._final = references[FINAL]
         assert self._measurement is not None
-        self._measurement.open(references)
-        self._oracles.open(self._final, self._record, self.manifest["seed"])
+        self._measurement.open(references, record=self._record, seed=self.manifest["seed"])
         host_groups, device_groups = group_columns(self.probe.optimizer)
-        device = ["steps/loss", *device_groups, *self._measurement.columns, *self._oracles.columns]
+        device = [
+            "steps/loss",
+            *device_groups,
+            *(path for paths in self._measurement.columns.values() for path in paths),
+        ]
         attempt = ["steps/attempt"] if self._counts_attempts else []
         columns = ["steps/epoch", *attempt, *host_groups, *device]
         columns += ["steps/same"] if self._uncertified else []
@@ -158,9 +159,7 @@ class Replaying(Session):
             self._stop_if_failed()
             self._diverge(step, "length", "steps")
             self._stop_if_failed()
-        with muted():
-            row = self._measurement.row(gradients, grad_scale, self.evidence.loss.reshape(1))
-            row = torch.cat([row, self._oracles.row().to(row.device)])
+        row = self._measurement.row(gradients, grad_scale, {"loss": self.evidence.loss.reshape(1)})
         attempt = [float(step + self.updates.skipped)] if self._counts_attempts else []
         self._row = row, [self.epoch, *attempt], *self.evidence.take()
 
@@ -169,7 +168,9 @@ class Replaying(Session):
         assert self._rows is not None
         row, counts, digests, host = self._row
         host_groups, device_groups = group_values(self.probe.optimizer)
-        floats = torch.cat([row[:1], *device_groups, row[1:]])
+        floats = torch.cat(
+            [row["loss"], *device_groups, *(values for name, values in row.items() if name != "loss")]
+        )
         self._rows.append(floats, digests, [*counts, *host_groups], host)
         self._stop_if_failed()
         # The script may load other weights when training is over: only now are they the final iterate.
@@ -335,9 +336,4 @@ class Replaying(Session):
 
     def _weights_equal_final(self) -> bool:
         assert self.probe is not None
-        return all(_same_bits(local(p), self._final[name]) for name, p in self.probe.parameters.items())
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    raw = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return torch.equal(a.detach().contiguous().view(raw), b.contiguous().view(raw))
+        return all(same_bits(local(p), self._final[name]) for name, p in self.probe.parameters.items())

@@ -110,7 +110,7 @@ class Session(ABC):
                 self.boundary(position)
             elif position == self.goal:
                 assert self.probe is not None
-                rest = self.restart.put_back(self.probe, self.evidence, self.layout, self._ignoring_backward)
+                rest = self.restart.put_back(self.probe, self.evidence, self.layout)
                 self._begun_steps = self.probe.step
                 self.updates.load_state_dict(rest["updates"])
                 self.restored(rest)

@@ -35,7 +35,7 @@ def _positions(count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
 def _in_memory_order(tensor: Tensor) -> Tensor:
     """The elements as one flat tensor, without a copy wherever the layout has no holes."""
     tensor = tensor.detach()
-    if tensor.is_sparse or tensor.layout != torch.strided:
+    if tensor.layout != torch.strided:
         tensor = tensor.to_dense()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
@@ -45,21 +45,18 @@ def _in_memory_order(tensor: Tensor) -> Tensor:
     return tensor.permute(order).contiguous().view(-1)
 
 
-def _integers(flat: Tensor) -> Tensor:
-    """The bits of each element as an integer of the same size."""
-    return flat.view(_INTEGERS[flat.element_size()]) if flat.dtype != torch.bool else flat.view(torch.uint8)
-
-
-def _split(flat: Tensor) -> tuple[Tensor | None, Tensor]:
-    """A matrix of 64-bit words, where the tensor is large enough for one, and the elements left over."""
+def _split(tensor: Tensor) -> tuple[Tensor | None, Tensor]:
+    """A matrix of 64-bit words, where the tensor is large enough for one, and the bits of the elements left over."""
+    flat = _in_memory_order(tensor)
+    integers = torch.uint8 if flat.dtype == torch.bool else _INTEGERS[flat.element_size()]
     per_row = 8 * _WIDTH // flat.element_size()
     rows = flat.numel() // per_row // _TILE * _TILE
     if not rows:
-        return None, _integers(flat)
+        return None, flat.view(integers)
     head = flat[: rows * per_row]
     if (head.storage_offset() * head.element_size()) % 8:
         head = head.clone()  # a 64-bit view needs alignment
-    return head.view(torch.int64).view(rows, _WIDTH), _integers(flat[rows * per_row :])
+    return head.view(torch.int64).view(rows, _WIDTH), flat[rows * per_row :].view(integers)
 
 
 class TensorDigests:
@@ -86,6 +83,8 @@ class TensorDigests:
     @torch.no_grad()
     def __call__(self, groups: Sequence[Sequence[Tensor]]) -> Tensor:
         devices = {tensor.device for group in groups for tensor in group} or {self._device}
+        if devices == {self._device}:
+            return self._on_device(groups, self._device)
         total = torch.zeros(len(groups), dtype=torch.int64, device=self._device)
         for device in sorted(devices, key=str):
             part = self._on_device([[t for t in group if t.device == device] for group in groups], device)
@@ -93,14 +92,17 @@ class TensorDigests:
         return total
 
     def _on_device(self, groups: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
-        pieces = [[_split(_in_memory_order(tensor)) for tensor in group] for group in groups]
-        sizes = tuple(
-            sum((0 if words is None else words.shape[0] + _WIDTH) + rest.shape[0] for words, rest in group)
-            for group in pieces
-        )
-        slots, multipliers, starts, ends = self._buffers(device, sizes)
+        pieces, sizes = [], []
+        for group in groups:
+            size = 0
+            for tensor in group:
+                words, rest = piece = _split(tensor)
+                pieces.append(piece)
+                size += rest.shape[0] if words is None else words.shape[0] + _WIDTH + rest.shape[0]
+            sizes.append(size)
+        slots, multipliers, starts, ends = self._buffers(device, tuple(sizes))
         targets, sources, offset = [], [], 0
-        for words, rest in (piece for group in pieces for piece in group):
+        for words, rest in pieces:
             if words is not None:
                 rows = words.shape[0]
                 torch.sum(words, 1, out=slots[offset : offset + rows])
@@ -139,6 +141,17 @@ def _mix(slots: Tensor, multipliers: Tensor, starts: Tensor, ends: Tensor) -> Te
     running = torch.zeros(len(slots) + 1, dtype=torch.int64, device=slots.device)
     torch.cumsum(mixed, 0, out=running[1:])
     return running[ends] - running[starts]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two dense tensors of one type and shape have the same bits: a NaN equals itself, and -0.0 is not 0.0.
+
+    >>> nan, zero = torch.full((1,), torch.nan), torch.zeros(1)
+    >>> same_bits(nan, nan.clone()), same_bits(zero, -zero)
+    (True, False)
+    """
+    integers = _INTEGERS[a.element_size()]
+    return torch.equal(a.detach().contiguous().view(integers), b.detach().contiguous().view(integers))
 
 
 def host_digest(*parts: bytes) -> int:

@@ -1,17 +1,14 @@
-"""Seeds, strict flags, RNG states, and the manifest of everything in the environment that moves bits."""
+"""The manifest of everything in the environment that moves bits: software, hardware, flags, sources, training."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import inspect
 import os
 import platform
-import random
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,111 +52,6 @@ BIT_CHANGING_VARIABLES = (
 )
 
 
-def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's global generators (all devices).
-
-    Args:
-        seed: 0 to 2**32 - 1, the range that NumPy accepts.
-
-    Raises:
-        ValueError: for a seed outside that range.
-
-    >>> seed_everything(3); first = torch.rand(1)
-    >>> seed_everything(3); bool(first == torch.rand(1))
-    True
-    """
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed {seed} is outside 0 .. 4294967295, the range that NumPy accepts")
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def draw_seed() -> int:
-    """A fresh seed from the operating system, for a run that names none.
-
-    >>> 0 <= draw_seed() < 2**32
-    True
-    """
-    return int.from_bytes(os.urandom(4), "little")
-
-
-@contextlib.contextmanager
-def strict_mode(enabled: bool) -> Iterator[None]:
-    """Deterministic algorithms while inside, and the caller's own settings afterwards.
-
-    Filling uninitialized memory, which torch switches on with it, is left off: it costs a write per
-    allocation, and a run that reads uninitialized memory is caught by the replay's comparison.
-
-    >>> with strict_mode(True):
-    ...     torch.are_deterministic_algorithms_enabled()
-    True
-    """
-    if not enabled:
-        yield
-        return
-    memory: Any = torch.utils.deterministic
-    fill = memory.fill_uninitialized_memory
-    before = torch.get_deterministic_debug_mode()
-    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
-    torch.use_deterministic_algorithms(True)
-    memory.fill_uninitialized_memory = False
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    try:
-        yield
-    finally:
-        torch.set_deterministic_debug_mode(before)
-        memory.fill_uninitialized_memory = fill
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
-
-
-@dataclass(frozen=True)
-class RNGState:
-    """The global generators' states: Python, NumPy, torch's CPU and, where initialized, each CUDA device."""
-
-    python: Any
-    numpy: Any
-    torch: Tensor
-    cuda: tuple[Tensor, ...]
-
-
-def capture_rng() -> RNGState:
-    """The state of every global generator, drawing nothing from any.
-
-    >>> state = capture_rng(); first = random.random()
-    >>> restore_rng(state); first == random.random()
-    True
-    """
-    cuda = tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else ()
-    return RNGState(random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state(), cuda)
-
-
-def restore_rng(state: RNGState) -> None:
-    """Set every global generator back to ``state``; see :func:`capture_rng`."""
-    random.setstate(state.python)
-    np.random.set_state(state.numpy)
-    torch.set_rng_state(state.torch)
-    if state.cuda:
-        torch.cuda.set_rng_state_all(list(state.cuda))
-
-
-@contextlib.contextmanager
-def untouched_rng() -> Iterator[None]:
-    """Put every global generator back on leaving.
-
-    >>> before = capture_rng().torch
-    >>> with untouched_rng():
-    ...     _ = torch.rand(3)
-    >>> torch.equal(before, capture_rng().torch)
-    True
-    """
-    state = capture_rng()
-    try:
-        yield
-    finally:
-        restore_rng(state)
-
-
 def file_digest(path: Path) -> str | None:
     """SHA-256 of a file, None where it cannot be read."""
     try:
@@ -192,8 +84,8 @@ def source_digests(root: Path) -> dict[str, str]:
 def function_script(train: Callable[[], Any]) -> dict[str, Any]:
     """Describe a function as what is run; its source counts where Python can find it.
 
-    >>> function_script(draw_seed)["path"]
-    'draw_seed'
+    >>> function_script(flags)["path"]
+    'flags'
     """
     try:
         digest = hashlib.sha256(inspect.getsource(train).encode()).hexdigest()

@@ -29,9 +29,9 @@ from geomprobe.passes.references.loaded import References
 from geomprobe.passes.replaying import Replaying
 from geomprobe.probe.hooks.global_hooks import listening
 from geomprobe.probe.probe import observe
-from geomprobe.reproducibility.environment import seed_everything as seed_everything
 from geomprobe.reproducibility.environment import start_manifest
-from geomprobe.reproducibility.environment import strict_mode as strict_mode
+from geomprobe.reproducibility.seeding import seed_everything as seed_everything
+from geomprobe.reproducibility.seeding import strict_mode as strict_mode
 from geomprobe.trace.run_folder import RunFolder
 
 SCRIPTS = Path(__file__).resolve().parents[1]

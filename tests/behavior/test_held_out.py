@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, T
 
 import geomprobe
 from geomprobe import Trace
+from geomprobe.distributed.layout import Layout
 from geomprobe.errors import UnsupportedTraining, UsageError
-from geomprobe.measure.held_out import HeldOutGradients
+from geomprobe.measure.held_out import HeldOutGradient
 from geomprobe.measure.options import MeasureOptions
 
 SAMPLES, BATCH, EPOCHS = 24, 4, 3
@@ -362,11 +363,12 @@ def test_a_cadence_below_zero_is_refused(tmp_path: Path) -> None:
 
 
 def test_several_processes_are_refused_by_name() -> None:
-    class Layout:
-        kind = "DDP"
+    class Training:
+        layout = Layout("DDP")
+        options = MeasureOptions(held_out_every=2)
 
     with pytest.raises(UnsupportedTraining, match=r"held_out_every: .* one process only, and .* as DDP"):
-        HeldOutGradients(object(), MeasureOptions(held_out_every=2), Layout())  # type: ignore[arg-type]
+        HeldOutGradient(Training())  # type: ignore[arg-type]
 
 
 def test_an_inert_probe_does_nothing() -> None:

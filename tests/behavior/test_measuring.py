@@ -14,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import geomprobe
 from geomprobe.errors import UsageError
-from geomprobe.measure.curvature.hessian_gradient import ClosureMismatch, CurvatureUnavailable
+from geomprobe.measure.curvature.autograd_graph import CurvatureUnavailable
+from geomprobe.measure.curvature.side_evaluation import ClosureMismatch
 
 STEPS = 5
 

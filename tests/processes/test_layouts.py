@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from support.spread_cases import every_job
 
 from geomprobe.distributed.layout import Layout
 from geomprobe.errors import UnsupportedTraining, UsageError
-from geomprobe.measure.per_rank import PerRankProducts
+from geomprobe.measure.measurement import Measurement
+from geomprobe.measure.options import MeasureOptions
 
 SAYS = {
     "unwrapped": "3 processes train, and neither DDP nor fully_shard averages the gradient of weight over them",
@@ -53,8 +55,9 @@ def test_uneven_inputs_are_refused_by_name(found: list[dict[str, Any]]) -> None:
 
 
 def test_gradients_of_each_rank_are_refused_where_no_rank_has_one() -> None:
+    probe: Any = SimpleNamespace(model=None, parameters={"weight": torch.ones(1)})
     with pytest.raises(UsageError, match="laid out as FSDP2: only under DDP"):
-        PerRankProducts([torch.ones(1)], Layout("FSDP2", world_size=2))
+        Measurement(probe, MeasureOptions(per_rank=True, curvature_every=0), Layout("FSDP2", world_size=2))
 
 
 def test_the_layout_is_found_also_from_the_module_inside_its_wrapper(found: list[dict[str, Any]]) -> None:

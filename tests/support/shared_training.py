@@ -182,7 +182,8 @@ def train(case: Case, references: dict[str, Any] | None = None) -> tuple[Path, d
     if references is not None:
         measurement = Measurement(probe, case.measure)
         measurement.open(references)
-    path = Path(torch.empty(0), measurement.columns if measurement else [], [], [], None, [], [])
+    columns = [path for paths in measurement.columns.values() for path in paths] if measurement else []
+    path = Path(torch.empty(0), columns, [], [], None, [], [])
     for x, y in batches(case.dtype):
         optimizer.zero_grad()
         xs, ys = (t.chunk(world)[rank] for t in (x, y))
@@ -198,9 +199,9 @@ def train(case: Case, references: dict[str, Any] | None = None) -> tuple[Path, d
             with torch.no_grad(), listening() as sent:
                 gradients = [p.grad for p in parameters.values()]
                 scale = torch.tensor(case.scale, dtype=case.dtype) if case.scale != 1 else None
-                row = measurement.row(gradients, scale, total.reshape(1))
-            path.rows.append(row[1:].tolist())
-            path.losses.append(float(row[0]))
+                row = measurement.row(gradients, scale, {"loss": total.reshape(1)})
+            path.rows.append(torch.cat([row[name] for name in measurement.columns]).tolist())
+            path.losses.append(float(row["loss"]))
             path.sent.append(sent)
         for parameter in parameters.values():
             if parameter.grad is not None and case.scale != 1:
@@ -208,8 +209,8 @@ def train(case: Case, references: dict[str, Any] | None = None) -> tuple[Path, d
         optimizer.step()
         probe.step += 1
     if measurement is not None:
-        path.route = measurement.curvature_found()["route"] if measurement._curvature else None
-        path.missing = measurement.curvature_missing
+        found = measurement.curvature_found()
+        path.route, path.missing = found.get("route"), found.get("missing")
     path.final = flat(map(full, parameters.values()))
     return path, {name: p.detach().clone() for name, p in parameters.items()}
 

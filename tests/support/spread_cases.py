@@ -165,10 +165,11 @@ def _run_halting(wrap: Any, operation: str, measured: bool) -> tuple[Tensor, lis
             measurement.backward(loss, None, loss.backward, True)
             with torch.no_grad():
                 row = measurement.row([p.grad for p in parameters.values()], None)
-            rows.append(bool(row.isfinite().all()))
+            rows.append(all(bool(values.isfinite().all()) for values in row.values()))
         optimizer.step()
         probe.step += 1
-    return flat(map(full, parameters.values())), rows, measurement and measurement.curvature_missing
+    missing = measurement.curvature_found().get("missing") if measurement is not None else None
+    return flat(map(full, parameters.values())), rows, missing
 
 
 def wrong_closure() -> tuple[str, str]:
@@ -246,7 +247,7 @@ def half_seen() -> list[bool]:
         measurement.backward(loss, None, loss.backward, plain)
         with torch.no_grad():
             row = measurement.row([p.grad for p in wrapped.parameters()], None)
-        found.append(bool(row.isfinite().all()))
+        found.append(all(bool(values.isfinite().all()) for values in row.values()))
     return found
 
 
@@ -268,8 +269,7 @@ def fixed_loss() -> dict[str, tuple[float, float]]:
         measurement.sharpness_of(lambda w=wrapped, x=mine: w(x).square().mean())
         with torch.no_grad():
             row = measurement.row([None] * len(probe.parameters), None)
-        column = measurement.columns.index("steps/sharpness")
-        found[name] = float(row[column]), _top(twin, batch)
+        found[name] = float(row["sharpness"]), _top(twin, batch)
     return found
 
 

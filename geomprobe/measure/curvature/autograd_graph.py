@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,77 +41,65 @@ class CurvatureUnavailable(GeomprobeError):
     """The loss has no exact Hessian-vector product by any route at hand.
 
     Attributes:
-        obstacle: the operation that blocks it, and the way round.
+        blocker: the operation that blocks it, and the way round.
 
     >>> print(CurvatureUnavailable(Blocker("FooBackward", "has no derivative", "Use bar.")))
     Hg cannot be computed exactly: FooBackward has no derivative. Use bar.
     """
 
-    def __init__(self, obstacle: Blocker) -> None:
+    def __init__(self, blocker: Blocker) -> None:
         super().__init__(
-            f"Hg cannot be computed exactly: {obstacle.operation} {obstacle.reason}. {obstacle.remedy}"
+            f"Hg cannot be computed exactly: {blocker.operation} {blocker.reason}. {blocker.remedy}"
         )
-        self.obstacle = obstacle
+        self.blocker = blocker
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """Operations with one cause and one remedy; ``pattern`` is matched against `_folded` names."""
-
-    pattern: str
-    reason: str
-    remedy: str
-    plain: Callable[[], AbstractContextManager[Any]] | None = None
-
-    def obstacle(self, operation: str) -> Blocker:
-        return Blocker(operation, self.reason, self.remedy, self.plain)
-
-
-_KINDS = (
-    _Kind(
-        r"(scaleddotproduct|flash|efficient|cudnn)\w*attention",
+# What stops a second derivative, by a pattern of the operation's name in small letters, without underscores.
+_KINDS = {
+    r"(scaleddotproduct|flash|efficient|cudnn)\w*attention": Blocker(
+        "",
         "is a fused attention kernel, and those have no second derivative",
         f"Either {_CLOSURE} (it then runs on the side with the math attention kernel), or train under "
         "torch.nn.attention.sdpa_kernel(SDPBackend.MATH).",
         lambda: sdpa_kernel(SDPBackend.MATH),
     ),
-    _Kind(
-        r"^cudnnrnn",
+    r"^cudnnrnn": Blocker(
+        "",
         "is cuDNN's fused recurrence, which has no second derivative",
         f"Either {_CLOSURE} (it then runs on the side with cuDNN off), or train under "
         "torch.backends.cudnn.flags(enabled=False).",
         lambda: torch.backends.cudnn.flags(enabled=False),
     ),
-    _Kind(
-        r"^compiledfunction",
+    r"^compiledfunction": Blocker(
+        "",
         "comes from torch.compile, whose backward cannot be differentiated",
         f"Either {_CLOSURE} (it then runs on the side with the compiler off), or train the model that was "
         "passed to torch.compile.",
         lambda: torch.compiler.set_stance("force_eager"),
     ),
-    _Kind(
-        r"^checkpointfunction",
+    r"^checkpointfunction": Blocker(
+        "",
         "is reentrant activation checkpointing, which hides the checkpointed part of the graph",
         "Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False).",
     ),
-    _Kind(
-        r"^(syncbatchnorm|batchnormbackwardreduce|batchnormbackwardelemt)",
+    r"^(syncbatchnorm|batchnormbackwardreduce|batchnormbackwardelemt)": Blocker(
+        "",
         "is SyncBatchNorm across processes, whose backward has no derivative",
         "Train with BatchNorm, without convert_sync_batchnorm.",
     ),
-)
-_ONCE = _Kind(
+}
+_ONCE = Blocker(
     "",
     "is marked once_differentiable: its backward has no derivative",
     "Write its backward with differentiable operations and without the mark, or "
     f"{_CLOSURE} without this function.",
 )
-_SEVERED = _Kind(
+_SEVERED = Blocker(
     "",
     "returns gradients that autograd cannot follow, so terms of the Hessian would be missing",
     f"Write its backward with differentiable torch operations, or {_CLOSURE} without this function.",
 )
-_OTHER = _Kind(
+_OTHER = Blocker(
     "",
     "has a backward without a derivative",
     f"Replace it in the model, or {_CLOSURE} without it.",
@@ -130,13 +119,13 @@ class GraphInfo:
     Attributes:
         leaves: the tensors whose ``.grad`` a backward pass would fill.
         functions: nodes of Python-defined ``torch.autograd.Function``.
-        obstacles: what is known to stop a second derivative, one for each operation.
+        blockers: what is known to stop a second derivative, one for each operation.
         two_formulas: whether some gradient is known to have other bits when it is to be differentiated.
     """
 
     leaves: list[Tensor] = field(default_factory=list)
     functions: list[Any] = field(default_factory=list)
-    obstacles: list[Blocker] = field(default_factory=list)
+    blockers: list[Blocker] = field(default_factory=list)
     two_formulas: bool = False
 
 
@@ -147,27 +136,30 @@ def inspect_graph(loss: Tensor) -> GraphInfo:
         loss: any tensor that requires grad.
 
     >>> weight = torch.ones(3, requires_grad=True)
-    >>> anatomy = inspect_graph((weight**2).sum())
-    >>> anatomy.leaves[0] is weight, anatomy.obstacles
+    >>> info = inspect_graph((weight**2).sum())
+    >>> info.leaves[0] is weight, info.blockers
     (True, [])
     """
-    anatomy = GraphInfo()
+    info = GraphInfo()
     names: dict[str, None] = {}
     for node in _nodes(loss):
         name = node.name()
         if name == "torch::autograd::AccumulateGrad":
             leaf = node.variable  # type: ignore[attr-defined]
             if leaf.requires_grad:  # a leaf frozen after the forward pass gets no gradient
-                anatomy.leaves.append(leaf)
+                info.leaves.append(leaf)
             continue
         names.setdefault(name)
         if isinstance(node, BackwardCFunction):
-            anatomy.functions.append(node)
-    anatomy.obstacles = [kind.obstacle(name) for name in names if (kind := _kind_of(name)) is not None]
-    anatomy.two_formulas = any(_TWO_FORMULAS.search(_folded(name)) for name in names)
-    marked = dict.fromkeys(node.name() for node in anatomy.functions if _is_once_differentiable(node))
-    anatomy.obstacles += [_ONCE.obstacle(name) for name in marked]
-    return anatomy
+            info.functions.append(node)
+    for name in names:
+        kind, two_formulas = _known_of(name)
+        info.two_formulas |= two_formulas
+        if kind is not None:
+            info.blockers.append(replace(kind, operation=name))
+    marked = dict.fromkeys(node.name() for node in info.functions if _is_once_differentiable(node))
+    info.blockers += [replace(_ONCE, operation=name) for name in marked]
+    return info
 
 
 def coarsest_epsilon(loss: Tensor) -> float:
@@ -185,14 +177,14 @@ def explained(error: RuntimeError) -> CurvatureUnavailable:
     """The error that a double backward raised, as one that names the operation and the way round it.
 
     >>> error = RuntimeError("derivative for aten::_ctc_loss_backward is not implemented")
-    >>> explained(error).obstacle.operation
+    >>> explained(error).blocker.operation
     'aten::_ctc_loss_backward'
     """
     text = str(error).strip()
     named = re.search(r"derivative for '?([\w:]+)'? is not implemented", text)
     if named is not None:
-        kind = _kind_of(named[1].removeprefix("aten::")) or _OTHER
-        return CurvatureUnavailable(kind.obstacle(named[1]))
+        kind = _known_of(named[1].removeprefix("aten::"))[0] or _OTHER
+        return CurvatureUnavailable(replace(kind, operation=named[1]))
     return CurvatureUnavailable(Blocker("the double backward", f'failed with "{text}"', _OTHER.remedy))
 
 
@@ -211,37 +203,38 @@ def severed_functions(functions: Sequence[Any]) -> Iterator[list[Blocker]]:
             if any(g is not None and g.requires_grad for g in given) and any(
                 r is not None and not r.requires_grad and bool(r.any()) for r in returned
             ):
-                found[node.name()] = _SEVERED.obstacle(node.name())
-                obstacles[:] = found.values()
+                found[node.name()] = replace(_SEVERED, operation=node.name())
+                blockers[:] = found.values()
 
         return look
 
-    obstacles: list[Blocker] = []
+    blockers: list[Blocker] = []
     with ExitStack() as stack:
         for node in functions:
             stack.callback(node.register_hook(watch(node)).remove)
-        yield obstacles
+        yield blockers
 
 
-def _nodes(loss: Tensor) -> Iterator[Node]:
+def _nodes(loss: Tensor) -> list[Node]:
     root = get_gradient_edge(loss).node
-    seen, pending = {root}, [root]
+    seen, pending, found = {root}, [root], []
     while pending:
         node = pending.pop()
-        yield node
+        found.append(node)
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
                 pending.append(following)
+    return found
 
 
-def _kind_of(name: str) -> _Kind | None:
-    return next((kind for kind in _KINDS if re.search(kind.pattern, _folded(name))), None)
-
-
-def _folded(name: str) -> str:
-    """One spelling for ScaledDotProductAttentionBackward0 and _scaled_dot_product_attention_backward."""
-    return name.replace("_", "").lower()
+@functools.lru_cache(maxsize=4096)  # each step's graph has the same names
+def _known_of(name: str) -> tuple[Blocker | None, bool]:
+    """What is known to block an operation's second derivative, and whether its gradient has two formulas."""
+    # One spelling for ScaledDotProductAttentionBackward0 and _scaled_dot_product_attention_backward.
+    folded = name.replace("_", "").lower()
+    kind = next((kind for pattern, kind in _KINDS.items() if re.search(pattern, folded)), None)
+    return kind, _TWO_FORMULAS.search(folded) is not None
 
 
 def _is_once_differentiable(node: Any) -> bool:
@@ -255,4 +248,5 @@ def _is_once_differentiable(node: Any) -> bool:
     return False
 
 
+# What the decorator puts around any function has one code object, by which the mark is known again.
 _ONCE_CODE = once_differentiable(lambda ctx: None).__code__

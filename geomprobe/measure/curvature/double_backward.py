@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -24,29 +23,23 @@ from geomprobe.measure.curvature.autograd_graph import (
     inspect_graph,
     severed_functions,
 )
-from geomprobe.reproducibility.environment import untouched_rng
+from geomprobe.reproducibility.digest import same_bits
+from geomprobe.reproducibility.isolation import keep_state, silence_hooks
 
 LeafHook = Callable[[Tensor | None], Tensor | None]
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-@dataclass
-class Graph:
-    """The graph of one loss's gradients, from which `hessian_vector_product` differentiates again.
-
-    It keeps that graph, and through it the activations, alive; no gradient's values.
-
-    Attributes:
-        edges: where each parameter's gradient comes out of the graph; None for a parameter that the loss does
-            not depend on.
-    """
-
-    edges: list[GradientEdge | None]
+# Where each parameter's gradient comes out of the graph of one loss's gradients; None for a parameter that the loss
+# does not depend on. It keeps that graph, and through it the activations, alive; no gradient's values.
+Graph = list[GradientEdge | None]
 
 
 def backward_with_graph(
-    loss: Tensor, parameters: Sequence[Tensor], *, apart: bool = False, module: nn.Module | None = None
+    loss: Tensor,
+    parameters: Sequence[Tensor],
+    *,
+    apart: bool = False,
+    module: nn.Module | None = None,
+    info: GraphInfo | None = None,
 ) -> Graph:
     """``loss.backward()``, keeping the graph of the gradients.
 
@@ -61,6 +54,7 @@ def backward_with_graph(
             where torch is known to have another formula then (SiLU, Mish, GroupNorm, LSTM and others);
             `compared_backward` finds out about the rest.
         module: its buffers are kept as they are in the second pass.
+        info: of ``loss``, where it is known.
 
     Raises:
         CurvatureUnavailable: where the graph holds an operation without a second derivative. For an operation
@@ -74,47 +68,41 @@ def backward_with_graph(
     >>> hessian_vector_product([graph], [w], [w.grad])
     [tensor([ 18., 144.])]
     """
-    anatomy = _clear(loss)
-    if apart or anatomy.two_formulas:
+    info = _clear(loss, info)
+    if apart or info.two_formulas:
         loss.backward(retain_graph=True)
-        return graph_of(loss, parameters, anatomy, module)
+        return graph_of(loss, parameters, info, module)
     _spend_cycle_warning()
     index = {leaf: position for position, leaf in enumerate(parameters)}
-    edges: list[GradientEdge | None] = [None] * len(parameters)
-
-    def keep(leaf: Tensor) -> LeafHook:
-        def receive(gradient: Tensor) -> None:
-            if leaf in index:
-                edges[index[leaf]] = _edge(gradient)
-
-        return _plain_accumulation(leaf, receive)
-
-    with (
-        _first_hooks((leaf, keep(leaf)) for leaf in anatomy.leaves),
-        severed_functions(anatomy.functions) as cut,
-    ):
+    edges: Graph = [None] * len(parameters)
+    hooks = [(leaf, _plain_accumulation(leaf, edges, index.get(leaf))) for leaf in info.leaves]
+    with _first_hooks(hooks), severed_functions(info.functions) as cut:
         loss.backward(_root(loss), create_graph=True)
     if cut:
         raise CurvatureUnavailable(cut[0])
-    return Graph(edges)
+    return edges
 
 
 def compared_backward(
-    loss: Tensor, parameters: Sequence[Tensor], *, module: nn.Module | None = None
+    loss: Tensor,
+    parameters: Sequence[Tensor],
+    *,
+    module: nn.Module | None = None,
+    info: GraphInfo | None = None,
 ) -> tuple[Graph, bool]:
     """`backward_with_graph` with ``apart=True``, and whether the two passes' gradients were bitwise equal.
 
     Where they were, ``apart=False`` saves a pass from then on.
 
     Args:
-        loss, parameters, module: as for `backward_with_graph`, which says what is raised too.
+        loss, parameters, module, info: as for `backward_with_graph`, which names what is raised.
 
     >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> graph, equal = compared_backward(torch.tanh(w).sum(), [w])
     >>> equal
     True
     """
-    anatomy = _clear(loss)
+    info = _clear(loss, info)
     plain: dict[Tensor, Tensor | None] = {}
 
     def keep(leaf: Tensor) -> LeafHook:
@@ -123,35 +111,33 @@ def compared_backward(
 
         return hook
 
-    with _first_hooks((leaf, keep(leaf)) for leaf in anatomy.leaves):
+    with _first_hooks([(leaf, keep(leaf)) for leaf in info.leaves]):
         loss.backward(retain_graph=True)
-    gradients = _gradients(loss, anatomy.leaves, anatomy, module)
-    equal = not anatomy.two_formulas and all(
-        _same_bits(plain.get(leaf), g) for leaf, g in zip(anatomy.leaves, gradients, strict=True)
+    gradients = _gradients(loss, info.leaves, info, module)
+    equal = not info.two_formulas and all(
+        _same_memory(plain.get(leaf), g) for leaf, g in zip(info.leaves, gradients, strict=True)
     )
-    by_leaf = dict(zip(anatomy.leaves, gradients, strict=True))
-    return Graph([_edge(by_leaf.get(parameter)) for parameter in parameters]), equal
+    by_leaf = dict(zip(info.leaves, gradients, strict=True))
+    return [_edge(by_leaf.get(parameter)) for parameter in parameters], equal
 
 
 def graph_of(
     loss: Tensor,
     parameters: Sequence[Tensor],
-    anatomy: GraphInfo | None = None,
+    info: GraphInfo | None = None,
     module: nn.Module | None = None,
 ) -> Graph:
     """The graph of the gradients of ``loss``, leaving every ``.grad`` alone.
 
     Args:
-        loss, parameters, module: as for `backward_with_graph`, which says what is raised too.
-        anatomy: of ``loss``, where it is known.
+        loss, parameters, info, module: as for `backward_with_graph`, which names what is raised.
 
     >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> graph = graph_of((w**3).sum(), [w])
     >>> hessian_vector_product([graph], [w], [torch.ones(2)]), w.grad
     ([tensor([ 6., 12.])], None)
     """
-    gradients = _gradients(loss, parameters, anatomy or _clear(loss), module)
-    return Graph([_edge(gradient) for gradient in gradients])
+    return [_edge(gradient) for gradient in _gradients(loss, parameters, _clear(loss, info), module)]
 
 
 def hessian_vector_product(
@@ -191,58 +177,40 @@ def hessian_vector_product(
     pairs = [
         (edge, vector)
         for graph in graphs
-        for edge, vector in zip(graph.edges, vectors, strict=True)
+        for edge, vector in zip(graph, vectors, strict=True)
         if edge is not None and vector is not None
     ]
     wanted = [parameter for parameter in parameters if parameter.requires_grad]
     products: dict[Tensor, Tensor] = {}
     if pairs and wanted:
         edges, weights = zip(*pairs, strict=True)
-        with untouched(module), silent(wanted), _explaining():
+        with keep_state(module), silence_hooks(wanted), _explaining():
             found = torch.autograd.grad(edges, wanted, weights, retain_graph=keep_graphs, allow_unused=True)
         products = {p: h for p, h in zip(wanted, found, strict=True) if h is not None}
-    return [_finished(products.get(parameter), parameter, scale) for parameter in parameters]
+    result = []
+    for parameter in parameters:
+        if (product := products.get(parameter)) is None:
+            result.append(torch.zeros_like(parameter, requires_grad=False))
+        else:
+            dense = product.to_dense() if product.is_sparse else product
+            result.append(dense if scale is None else dense / scale)
+    return result
 
 
-@contextmanager
-def untouched(module: nn.Module | None) -> Iterator[None]:
-    """Put every RNG stream and every buffer of ``module`` back on leaving, bit for bit.
-
-    >>> norm = nn.BatchNorm1d(2)
-    >>> with untouched(norm):
-    ...     _ = norm(torch.rand(8, 2))
-    >>> norm.running_mean, norm.num_batches_tracked
-    (tensor([0., 0.]), tensor(0))
-    """
-    owners = list(module.modules()) if module is not None else []
-    slots = [(owner._buffers, name, b) for owner in owners for name, b in owner._buffers.items()]
-    buffers = {id(buffer): buffer for _, _, buffer in slots if buffer is not None}
-    copies = {key: buffer.detach().clone() for key, buffer in buffers.items()}
-    with untouched_rng():
-        try:
-            yield
-        finally:
-            for slot, name, buffer in slots:
-                slot[name] = buffer
-            for key, buffer in buffers.items():
-                buffer.data.copy_(
-                    copies[key]
-                )  # .data: a graph that saved the buffer must not see a new version
-
-
-def _clear(loss: Tensor) -> GraphInfo:
-    """The anatomy of a loss in whose way nothing known stands."""
-    anatomy = inspect_graph(loss)
-    if anatomy.obstacles:
-        raise CurvatureUnavailable(anatomy.obstacles[0])
-    return anatomy
+def _clear(loss: Tensor, info: GraphInfo | None) -> GraphInfo:
+    """What is known of the graph of a loss, if nothing in it is known to stop a second derivative."""
+    info = inspect_graph(loss) if info is None else info
+    if info.blockers:
+        raise CurvatureUnavailable(info.blockers[0])
+    return info
 
 
 def _gradients(
-    loss: Tensor, parameters: Sequence[Tensor], anatomy: GraphInfo, module: nn.Module | None
+    loss: Tensor, parameters: Sequence[Tensor], info: GraphInfo, module: nn.Module | None
 ) -> list[Tensor | None]:
     wanted = [parameter for parameter in parameters if parameter.requires_grad]
-    with untouched(module), silent(wanted), severed_functions(anatomy.functions) as cut, _explaining():
+    severed = severed_functions(info.functions)
+    with keep_state(module), silence_hooks(wanted), severed as cut, _explaining():
         found = torch.autograd.grad(loss, wanted, _root(loss), create_graph=True, allow_unused=True)
     if cut:
         raise CurvatureUnavailable(cut[0])
@@ -250,18 +218,19 @@ def _gradients(
     return [by_parameter.get(parameter) for parameter in parameters]
 
 
-def _plain_accumulation(leaf: Tensor, receive: Callable[[Tensor], None]) -> LeafHook:
-    """A hook that lets ``receive`` see the leaf's gradient, and the leaf accumulate as in a plain pass."""
+def _plain_accumulation(leaf: Tensor, edges: Graph, position: int | None) -> LeafHook:
+    """A hook that keeps the edge of the leaf's gradient, and lets the leaf accumulate as in a plain pass."""
     watched = bool(leaf._backward_hooks)
 
     def hook(gradient: Tensor | None) -> Tensor | None:
-        # torch sets the gradient mode anew for each node it runs, so this holds for the accumulation into this
+        # torch sets the gradient mode again for each node that it runs, so this holds for the accumulation into this
         # leaf only: it takes the memory over, copies it or adds in place, just as without a graph. With the
         # mode on, create_graph would replace leaf.grad by a tensor that refers to its own graph, which leaks.
         torch.set_grad_enabled(False)
         if gradient is None:
             return None
-        receive(gradient)
+        if position is not None:
+            edges[position] = _edge(gradient)
         # The leaf's other hooks expect a gradient without a graph. It is a copy, since accumulation could not
         # see that two leaves share it.
         return gradient.detach().clone() if watched else None
@@ -278,57 +247,31 @@ def _edge(gradient: Tensor | None) -> GradientEdge | None:
     return get_gradient_edge(gradient) if gradient is not None and gradient.requires_grad else None
 
 
-def _finished(product: Tensor | None, parameter: Tensor, scale: Tensor | float | None) -> Tensor:
-    if product is None:
-        return torch.zeros_like(parameter, requires_grad=False)
-    dense = product.to_dense() if product.is_sparse else product
-    return dense if scale is None else dense / scale
-
-
-def _same_bits(a: Tensor | None, b: Tensor | None) -> bool:
+def _same_memory(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
     if a.layout != torch.strided or b.layout != torch.strided or a.stride() != b.stride():
         return False
-    as_bits = _BITS[a.element_size()]
-    return torch.equal(a.detach().view(as_bits), b.detach().view(as_bits))
+    return same_bits(a, b)
 
 
 @contextmanager
-def _first_hooks(hooks: Iterable[tuple[Tensor, LeafHook]]) -> Iterator[None]:
+def _first_hooks(hooks: Sequence[tuple[Tensor, LeafHook]]) -> Iterator[None]:
     """Put each hook before those that its leaf has already."""
+    # torch has a public way to add a hook last only. Hooks run in the order of this dict, so each older one is taken
+    # out and put in again behind the new one.
     handles = []
     try:
         for leaf, hook in hooks:
             handles.append(handle := leaf.register_hook(hook))
             registered = cast("dict[int, LeafHook]", leaf._backward_hooks)
-            for key in [key for key in registered if key != handle.id]:
-                registered[key] = registered.pop(key)
+            if len(registered) > 1:
+                for key in [key for key in registered if key != handle.id]:
+                    registered[key] = registered.pop(key)
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def silent(leaves: Sequence[Tensor]) -> Iterator[None]:
-    """Keep the leaves' own hooks from running: a hook that clips gradients would clip Hg as well.
-
-    >>> w = torch.ones(1, requires_grad=True)
-    >>> _ = w.register_hook(lambda g: 0 * g)
-    >>> with silent([w]):
-    ...     torch.autograd.grad(3 * w, w)
-    (tensor([3.]),)
-    """
-    hooks = [leaf._backward_hooks for leaf in leaves if leaf._backward_hooks]
-    kept = [dict(registered) for registered in hooks]
-    for registered in hooks:
-        registered.clear()
-    try:
-        yield
-    finally:
-        for registered, before in zip(hooks, kept, strict=True):
-            registered.update(before)
 
 
 @contextmanager

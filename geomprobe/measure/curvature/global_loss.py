@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from geomprobe.distributed.dtensor import like_local, local, local_gradient
-from geomprobe.distributed.layout import Layout, fsdp_modules
-from geomprobe.measure.curvature.autograd_graph import Blocker
+from geomprobe.distributed.layout import ElsewhereFailed, Layout, fsdp_modules
+from geomprobe.measure.curvature.autograd_graph import Blocker, CurvatureUnavailable
+from geomprobe.reproducibility.isolation import keep_gradients
 
 Closure = Callable[[], Tensor]
 
@@ -33,7 +34,7 @@ class SingleProcess:
 
     Attributes:
         later: whether the graph of a loss's gradients is only made where products are taken of it.
-        obstacle: what stops all of it, if anything does.
+        blocker: what stops all of it, if anything does.
 
     >>> w = torch.ones(1)
     >>> with SingleProcess([w]).tensors() as tensors:
@@ -42,7 +43,7 @@ class SingleProcess:
     """
 
     later = False
-    obstacle: Blocker | None = None
+    blocker: Blocker | None = None
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = list(parameters)
@@ -72,7 +73,7 @@ class DataParallel(SingleProcess):
         super().__init__(parameters)
         self._layout = layout
         if any(getattr(replica, "mixed_precision", None) is not None for replica in layout.replicas):
-            self.obstacle = _MIXED_PRECISION
+            self.blocker = _MIXED_PRECISION
 
     def mean(self, products: Sequence[Tensor]) -> list[Tensor]:
         return _mean(products, self._layout.world_size)
@@ -101,18 +102,12 @@ class FullySharded(SingleProcess):
 
     @contextmanager
     def tensors(self) -> Iterator[list[Tensor]]:
-        gradients = [parameter.grad for parameter in self.parameters]
         with ExitStack() as stack:
             for module in self._modules:
                 stack.enter_context(_gathered(module))
-            for parameter in self.parameters:
-                parameter.grad = None
-            try:
-                gathered = [owner._parameters[name] for owner, name in self._slots]
-                yield [tensor for tensor in gathered if tensor is not None]
-            finally:
-                for parameter, gradient in zip(self.parameters, gradients, strict=True):
-                    parameter.grad = gradient
+            stack.enter_context(keep_gradients(self.parameters))
+            gathered = [owner._parameters[name] for owner, name in self._slots]
+            yield [tensor for tensor in gathered if tensor is not None]
 
     def vectors(self, values: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> list[Tensor | None]:
         rows = zip(values, self.parameters, tensors, strict=True)
@@ -148,6 +143,34 @@ def global_loss(parameters: Sequence[Tensor], layout: Layout, module: nn.Module 
     return ReplicatedDTensors(parameters) if layout.kind == "DTensor" else SingleProcess(parameters)
 
 
+def fail_together(layout: Layout, failure: Exception | None, device: torch.device) -> None:
+    """Raise on every process if one has failed, so that none waits for another's product.
+
+    Args:
+        layout: of the processes.
+        failure: what this process failed with, if it did.
+        device: of the one number that is exchanged.
+
+    Raises:
+        CurvatureUnavailable: this or another process's loss has no exact product.
+        ElsewhereFailed: another process failed in a way that ends it.
+        Exception: ``failure``.
+
+    >>> fail_together(Layout(), None, torch.device("cpu"))
+    """
+    reasons = layout.failures(failure, device)
+    mild = failure is None or isinstance(failure, CurvatureUnavailable)
+    fatal = {rank: text for rank, (kind, text) in reasons.items() if kind != CurvatureUnavailable.__name__}
+    if mild and fatal:
+        raise ElsewhereFailed(fatal)
+    if failure is not None:
+        raise failure
+    for rank, (_, text) in reasons.items():
+        raise CurvatureUnavailable(
+            Blocker("the global loss", f'has none, says rank {rank} ("{text}")', "See there.")
+        )
+
+
 def without_gradients(parameters: Iterable[Tensor], module: nn.Module | None) -> bool:
     """Whether no backward pass has left a gradient: none in the parameters, and none that FSDP2 holds back.
 
@@ -160,9 +183,12 @@ def without_gradients(parameters: Iterable[Tensor], module: nn.Module | None) ->
     >>> without_gradients([torch.ones(1)], None)
     True
     """
-    if any(parameter.grad is not None for parameter in parameters):
-        return False
-    groups = [group for owner in fsdp_modules(module) for group in _groups(owner)]
+    for parameter in parameters:
+        if parameter.grad is not None:
+            return False
+    if not (owners := fsdp_modules(module)):
+        return True
+    groups = [group for owner in owners for group in _groups(owner)]
     members = [member for group in groups for member in group.fsdp_params]
     held = [getattr(group, "_partial_reduce_output", None) for group in groups]
     held += [member.unsharded_accumulated_grad for member in members]
@@ -236,6 +262,8 @@ def _without_reducer(replica: Any) -> Iterator[None]:
             )
         return replica.module(*inputs, **options)
 
+    # Set on the instance, which hides the class's forward: DDP's own sets up the reducer for the next backward pass.
+    # The hooks of the module's call still run.
     before = replica.__dict__.get("forward")
     replica.__dict__["forward"] = forward
     try:

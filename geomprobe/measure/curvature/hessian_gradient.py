@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,39 +27,24 @@ from geomprobe.measure.curvature.autograd_graph import (
     coarsest_epsilon,
     inspect_graph,
 )
-from geomprobe.measure.curvature.consensus import fail_together
 from geomprobe.measure.curvature.double_backward import (
     Graph,
     backward_with_graph,
     compared_backward,
     graph_of,
     hessian_vector_product,
-    untouched,
 )
-from geomprobe.measure.curvature.global_loss import global_loss
+from geomprobe.measure.curvature.global_loss import fail_together, global_loss
 from geomprobe.measure.curvature.reduction_factor import Reduction
 from geomprobe.measure.curvature.side_evaluation import (
     Closure,
-    ClosureMismatch,
     FiniteStep,
     finite_step,
     loss_tolerance,
     side_graph,
-    side_product,
 )
-from geomprobe.reproducibility.environment import RNGState
-
-__all__ = [
-    "ClosureMismatch",
-    "Curvature",
-    "CurvatureUnavailable",
-    "FiniteStep",
-    "Graph",
-    "backward_with_graph",
-    "finite_step",
-    "hessian_vector_product",
-    "side_product",
-]
+from geomprobe.reproducibility.isolation import keep_state
+from geomprobe.reproducibility.rng import RNGState
 
 
 @dataclass
@@ -72,7 +58,7 @@ class _Part:
     closure: Closure | None
     rng: RNGState | None
     scale: Tensor | None
-    obstacles: list[Blocker]
+    blockers: list[Blocker]
     tolerance: float = 0.0
     graph: Graph | None = None
     live: Tensor | None = None
@@ -86,7 +72,7 @@ class Curvature:
     Args:
         parameters: the tensors to differentiate by.
         module: its buffers are kept as they are by everything but the training's own passes.
-        layout: how the training lies across processes. Then vectors and products are local values, and every
+        layout: how the training is spread over processes. Then vectors and products are local values, and every
             process must take the products at once.
 
     Attributes:
@@ -111,9 +97,11 @@ class Curvature:
         self._module = module
         self._parts: list[_Part] = []
 
-    def obstacle(self, loss: Tensor, closure: Closure | None) -> Blocker | None:
-        """What is known beforehand to stop the product of ``loss``; see `backward`."""
-        return self._obstacle(inspect_graph(loss), closure)
+    def blocker(self, graph: GraphInfo, closure: Closure | None) -> Blocker | None:
+        """What is known beforehand to stop the product of a loss with this graph; see `backward`."""
+        if self._loss.blocker is not None or closure is not None:
+            return self._loss.blocker
+        return graph.blockers[0] if graph.blockers else None
 
     def backward(
         self,
@@ -122,6 +110,7 @@ class Curvature:
         closure: Closure | None = None,
         rng: RNGState | None = None,
         scale: Tensor | None = None,
+        graph: GraphInfo | None = None,
     ) -> None:
         """``loss.backward()``, to the bit, remembering what the step's `product` needs.
 
@@ -133,21 +122,25 @@ class Curvature:
             closure: evaluates the same loss again, unscaled: the second route.
             rng: the RNG streams before this micro-batch's forward pass, for ``closure``.
             scale: the GradScaler's factor. ``H`` is of the unscaled loss.
+            graph: what `inspect_graph` finds of ``loss``, where that is known.
 
         Raises:
             CurvatureUnavailable: the graph holds an operation without a second derivative, and there is no
                 ``closure``.
         """
-        anatomy = inspect_graph(loss)
-        if (obstacle := self._obstacle(anatomy, closure)) is not None:
-            raise CurvatureUnavailable(obstacle)
+        graph = inspect_graph(loss) if graph is None else graph
+        if (blocker := self.blocker(graph, closure)) is not None:
+            raise CurvatureUnavailable(blocker)
         value = loss.detach() if scale is None else loss.detach() / scale
-        part = _Part(value, closure, rng, scale, anatomy.obstacles)
+        part = _Part(value, closure, rng, scale, graph.blockers)
         if closure is not None:
             part.tolerance = loss_tolerance(coarsest_epsilon(loss))
         self._parts.append(part)
-        with self._reduction.watching(anatomy.leaves):
-            self._backward(loss, part)
+        if self._reduction.factor is not None:
+            self._backward(loss, part, graph)
+            return
+        with self._reduction.watching(graph.leaves):
+            self._backward(loss, part, graph)
 
     def product(self, vectors: Sequence[Tensor | None], *, keep: bool = False) -> list[Tensor]:
         """``H v`` of the summed losses since the last `product` or `discard`.
@@ -187,7 +180,7 @@ class Curvature:
         def product(vectors: Sequence[Tensor | None], tensors: list[Tensor]) -> list[Tensor]:
             whole = self._loss.vectors(vectors, tensors)
             if not graphs:
-                with untouched(self._module), torch.enable_grad():
+                with keep_state(self._module), torch.enable_grad():
                     loss = self._loss.beside(closure)()
                     graphs.append(graph_of(loss, tensors, module=self._module))
             return hessian_vector_product(graphs, tensors, whole, module=self._module, keep_graphs=True)
@@ -217,7 +210,7 @@ class Curvature:
             along = self._loss.vectors(direction, tensors)
             total = [torch.zeros_like(t, requires_grad=False) for t in tensors]
             for part in self._parts:
-                step = self._over_part(part, tensors, along, lr)
+                step = finite_step(parameters=tensors, direction=along, lr=lr, **self._again(part))
                 total = [a + b for a, b in zip(total, step.turned, strict=True)]
                 gap.add_(step.gap)
             return total
@@ -228,6 +221,8 @@ class Curvature:
 
     def discard(self) -> None:
         """Forget the losses so far and free their graphs: the gradients they left were thrown away."""
+        if not self._parts:
+            return
         self._parts.clear()
         self._reduction.discard()
 
@@ -235,18 +230,15 @@ class Curvature:
     def _device(self) -> torch.device:
         return self._loss.parameters[0].device
 
-    def _obstacle(self, anatomy: GraphInfo, closure: Closure | None) -> Blocker | None:
-        if self._loss.obstacle is not None or closure is not None:
-            return self._loss.obstacle
-        return next(iter(anatomy.obstacles), None)
-
     def _globally(
         self, compute: Callable[[list[Tensor]], list[Tensor]], *, scaled: bool = True
     ) -> list[Tensor]:
         """What ``compute`` finds of this process's loss, made that of the global one, on every process."""
-        failure: Exception | None = None
-        found: list[Tensor] = []
         with self._loss.tensors() as tensors:
+            if self._layout.kind == "one process":
+                return self._loss.mean(compute(tensors))
+            failure: Exception | None = None
+            found: list[Tensor] = []
             try:
                 found = compute(tensors)
             except Exception as error:
@@ -256,94 +248,72 @@ class Curvature:
             mean = self._loss.mean(found)
         return mean if factor == 1.0 else [factor * tensor for tensor in mean]
 
-    def _backward(self, loss: Tensor, part: _Part) -> None:
-        if part.obstacles or self.route == "closure":
+    def _backward(self, loss: Tensor, part: _Part, info: GraphInfo) -> None:
+        if part.blockers or self.route == "closure":
             self.route = "closure"
             loss.backward()
-        elif self._loss.later:
+            return
+        if self._loss.later:
             self.route = "graph, apart"
             loss.backward(retain_graph=True)
             part.live = loss
-        else:
-            try:
-                part.graph = self._backward_with_graph(loss)
-            except CurvatureUnavailable as blocked:  # found on the way; the gradients are complete
-                self._fall_back(blocked)
-
-    def _backward_with_graph(self, loss: Tensor) -> Graph:
-        parameters = self._loss.parameters
-        if self.route is None:
-            graph, equal = compared_backward(loss, parameters, module=self._module)
-            self.route = "graph" if equal else "graph, apart"
-            return graph
-        apart = self.route == "graph, apart"
-        return backward_with_graph(loss, parameters, apart=apart, module=self._module)
+            return
+        parameters, module = self._loss.parameters, self._module
+        try:
+            if self.route is None:
+                part.graph, equal = compared_backward(loss, parameters, module=module, info=info)
+                self.route = "graph" if equal else "graph, apart"
+            else:
+                apart = self.route == "graph, apart"
+                part.graph = backward_with_graph(loss, parameters, apart=apart, module=module, info=info)
+        except CurvatureUnavailable as blocked:  # found on the way; the gradients are complete
+            self._fall_back(blocked)
 
     def _summed(
         self, tensors: Sequence[Tensor], vectors: Sequence[Tensor | None], keep: bool
     ) -> list[Tensor]:
-        whole = self._loss.vectors(vectors, tensors)
+        whole, module = self._loss.vectors(vectors, tensors), self._module
         try:
-            total = self._through_graphs(tensors, whole, keep)
+            for part in self._parts:
+                if part.live is not None:
+                    part.graph, part.live = graph_of(part.live, tensors, module=module), None
+            graphs = [part.graph for part in self._parts if part.graph is not None]
+            scale = self._parts[0].scale
+            total = hessian_vector_product(
+                graphs, tensors, whole, scale=scale, module=module, keep_graphs=keep
+            )
         except CurvatureUnavailable as blocked:
             self._fall_back(blocked)
             total = [torch.zeros_like(t, requires_grad=False) for t in tensors]
         for part in self._parts:
             if part.graph is None:
-                total = [a + b for a, b in zip(total, self._aside(part, tensors, whole, keep), strict=True)]
+                product = self._on_the_side(part, tensors, whole, keep)
+                total = [a + b for a, b in zip(total, product, strict=True)]
         return total
 
-    def _through_graphs(
-        self, tensors: Sequence[Tensor], vectors: Sequence[Tensor | None], keep: bool
-    ) -> list[Tensor]:
-        for part in self._parts:
-            if part.live is not None:
-                part.graph, part.live = graph_of(part.live, tensors, module=self._module), None
-        return hessian_vector_product(
-            [part.graph for part in self._parts if part.graph is not None],
-            tensors,
-            vectors,
-            scale=self._parts[0].scale,
-            module=self._module,
-            keep_graphs=keep,
-        )
-
-    def _aside(
+    def _on_the_side(
         self, part: _Part, tensors: Sequence[Tensor], vectors: Sequence[Tensor | None], keep: bool
     ) -> list[Tensor]:
-        assert part.closure is not None
         with ExitStack() as plain_kernels:
-            for plain in {obstacle.plain for obstacle in part.obstacles if obstacle.plain is not None}:
+            for plain in {blocker.plain for blocker in part.blockers if blocker.plain is not None}:
                 plain_kernels.enter_context(plain())
-            graph = side_graph(
-                self._loss.beside(part.closure),
-                tensors,
-                loss=part.loss,
-                rng=part.rng,
-                module=self._module,
-                tolerance=part.tolerance,
-                scale=part.scale,
-            )
+            graph = side_graph(parameters=tensors, scale=part.scale, **self._again(part))
             product = hessian_vector_product(
                 [graph], tensors, vectors, scale=part.scale, module=self._module, keep_graphs=keep
             )
         part.graph = graph if keep else None
         return product
 
-    def _over_part(
-        self, part: _Part, tensors: Sequence[Tensor], along: Sequence[Tensor | None], lr: float
-    ) -> FiniteStep:
+    def _again(self, part: _Part) -> dict[str, Any]:
+        """What evaluates a micro-batch's loss again, for `side_graph` and `finite_step`."""
         assert part.closure is not None
-        return finite_step(
-            self._loss.beside(part.closure),
-            tensors,
-            along,
-            lr,
-            loss=part.loss,
-            rng=part.rng,
-            module=self._module,
-            tolerance=part.tolerance,
-        )
+        return {
+            "closure": self._loss.beside(part.closure),
+            "loss": part.loss,
+            "rng": part.rng,
+            "module": self._module,
+            "tolerance": part.tolerance,
+        }
 
     def _fall_back(self, blocked: CurvatureUnavailable) -> None:
         """Take the second route for every part of this step and from then on, or say why there is none."""
@@ -353,4 +323,4 @@ class Curvature:
         self.route = "closure"
         for part in self._parts:
             part.graph = part.live = None
-            part.obstacles.append(blocked.obstacle)
+            part.blockers.append(blocked.blocker)

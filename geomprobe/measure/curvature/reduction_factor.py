@@ -17,8 +17,8 @@ from geomprobe.distributed.dtensor import local_gradient
 from geomprobe.distributed.layout import Layout
 from geomprobe.measure.curvature.autograd_graph import Blocker, CurvatureUnavailable
 from geomprobe.measure.curvature.global_loss import SingleProcess
-from geomprobe.measure.inner_products import InnerProducts
-from geomprobe.measure.per_rank import LocalGradients
+from geomprobe.measure.inner_products import dots
+from geomprobe.measure.local_gradients import LocalGradients
 
 _SKEW = 0.05  # as far as compression to 8 bits of mantissa turns a gradient, and more than any rounding
 _ROUND = 1e-3  # a factor this near to a whole number of processes is one
@@ -48,15 +48,14 @@ class Reduction:
 
     @contextmanager
     def watching(self, leaves: Sequence[Tensor]) -> Iterator[None]:
-        """Around a backward pass, while the factor is unknown: see what each leaf gets, and what comes of it."""
-        if self.factor is not None:
-            yield
-            return
+        """Around a backward pass, while the factor is unknown: note what each leaf gets, and what comes of it."""
         try:
-            with self._own.watching(leaves):
-                yield
+            self._own.watch(leaves)
+            yield
         finally:  # also of a pass that found out that it has no second derivative
-            self._see_reduced()
+            self._own.unwatch()
+            gradients = [local_gradient(p.grad, p) for p in self._loss.parameters]
+            self._reduced = [None if g is None else g.detach().to_dense().clone() for g in gradients]
 
     def find(self, tensors: Sequence[Tensor]) -> float:
         """The factor; where it is unknown, from the backward passes watched since the last `discard`.
@@ -73,16 +72,16 @@ class Reduction:
         if self.factor is not None:
             return self.factor
         own = [self._own.of.get(t, torch.zeros_like(t, requires_grad=False)) for t in tensors]
-        sums = InnerProducts(self._loss.mean(own), {}, owned=self._layout.owned)
-        measured = self._layout.sum(sums.measure(self._reduced)).tolist()
-        of = dict(zip(sums.names, measured, strict=True))  # here g is what came of it, and w the mean
-        if not of["w.w"] or not math.isfinite(of["w.w"] + of["g.g"]):
-            return 1.0  # no gradient, or none that is finite: look again at the next step
-        factor, skew = of["w.g"] / of["w.w"], 1 - of["w.g"] ** 2 / (of["w.w"] * (of["g.g"] or 1.0))
+        mean, reduced = self._loss.mean(own), self._reduced
+        products = dots([(reduced, reduced), (reduced, mean), (mean, mean)], self._layout.owned)
+        of_reduced, between, of_mean = self._layout.sum(products).tolist()
+        if not of_mean or not math.isfinite(of_mean + of_reduced):
+            return 1.0  # no gradient, or none that is finite: the next step's may do
+        factor, skew = between / of_mean, 1 - between**2 / (of_mean * (of_reduced or 1.0))
         if not skew < _SKEW**2:
             used = {f"parameter {i}": tensor in self._own.of for i, tensor in enumerate(tensors)}
             self._layout.require_same_use(used, self._loss.parameters[0].device)
-            raise CurvatureUnavailable(_obstacle(factor, skew**0.5))
+            raise CurvatureUnavailable(_skewed(factor, skew**0.5))
         counts = factor * self._layout.world_size
         near = abs(counts - round(counts)) <= _ROUND * counts
         self.factor = round(counts) / self._layout.world_size if near else factor
@@ -94,12 +93,8 @@ class Reduction:
         self._own.clear()
         self._reduced = []
 
-    def _see_reduced(self) -> None:
-        gradients = [local_gradient(p.grad, p) for p in self._loss.parameters]
-        self._reduced = [None if g is None else g.detach().clone() for g in gradients]
 
-
-def _obstacle(factor: float, skew: float) -> Blocker:
+def _skewed(factor: float, skew: float) -> Blocker:
     return Blocker(
         "the reduction of the gradients",
         f"gives no multiple of the mean of the processes' gradients (the sine of the angle between them is "

@@ -7,16 +7,16 @@ CG is "Corridor Geometry in Gradient-Based Optimization" (Dherin, Rosca).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from geomprobe.errors import GeomprobeError
-from geomprobe.measure.curvature.double_backward import Graph, graph_of, hessian_vector_product, untouched
-from geomprobe.reproducibility.environment import RNGState, restore_rng
+from geomprobe.measure.curvature.double_backward import Graph, graph_of
+from geomprobe.reproducibility.isolation import move_weights, side_computation
+from geomprobe.reproducibility.rng import RNGState, restore_rng
 
 Closure = Callable[[], Tensor]
 
@@ -54,41 +54,15 @@ def side_graph(
         ClosureMismatch: the closure returned another loss than the step's.
         CurvatureUnavailable: its graph holds an operation without a second derivative.
 
+    >>> from geomprobe.measure.curvature.double_backward import hessian_vector_product
     >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> graph = side_graph(lambda: (w**3).sum(), [w], loss=torch.tensor(9.0))
     >>> hessian_vector_product([graph], [w], [torch.ones(2)])
     [tensor([ 6., 12.])]
     """
-    with aside(module, parameters), torch.enable_grad():
+    with side_computation(module, parameters), torch.enable_grad():
         again = _evaluated(closure, parameters, loss, rng, tolerance)
         return graph_of(again if scale is None else again * scale, parameters)
-
-
-def side_product(
-    closure: Closure,
-    parameters: Sequence[Tensor],
-    vectors: Sequence[Tensor | None],
-    *,
-    loss: Tensor,
-    rng: RNGState | None = None,
-    module: nn.Module | None = None,
-    tolerance: float = 0.0,
-) -> list[Tensor]:
-    """``H v`` of the loss that ``closure`` evaluates, exactly, with the run left untouched.
-
-    Args:
-        vectors: one per parameter, of its shape and dtype; None stands for zero.
-        closure, parameters, loss, rng, module, tolerance: as for `side_graph`, which says what is raised too.
-
-    Returns:
-        One tensor per parameter, of its shape.
-
-    >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
-    >>> side_product(lambda: (w**3).sum(), [w], [torch.ones(2)], loss=torch.tensor(9.0))
-    [tensor([ 6., 12.])]
-    """
-    graph = side_graph(closure, parameters, loss=loss, rng=rng, module=module, tolerance=tolerance)
-    return hessian_vector_product([graph], parameters, vectors, module=module)
 
 
 class FiniteStep(NamedTuple):
@@ -136,10 +110,10 @@ def finite_step(
     ([tensor([2., 2.])], 0.5)
     """
     wanted = [parameter for parameter in parameters if parameter.requires_grad]
-    with aside(module, parameters), torch.enable_grad():
+    with side_computation(module, parameters), torch.enable_grad():
         before = _evaluated(closure, parameters, loss, rng, tolerance)
         here = torch.autograd.grad(before, wanted, materialize_grads=True)
-        with _moved(parameters, direction, -lr):
+        with move_weights(parameters, direction, -lr):
             _rewind(rng)
             after = closure()
             there = torch.autograd.grad(after, wanted, materialize_grads=True)
@@ -200,45 +174,3 @@ def _evaluated(
 def _rewind(rng: RNGState | None) -> None:
     if rng is not None:
         restore_rng(rng)
-
-
-@contextmanager
-def aside(module: nn.Module | None, parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Keep RNG, buffers, training modes and every ``.grad``.
-
-    Inside, the gradients are None, so a closure can zero or fill them.
-
-    >>> model = nn.Linear(1, 1)
-    >>> with aside(model, list(model.parameters())):
-    ...     model.eval()(torch.ones(1)).backward()
-    >>> model.training, model.weight.grad
-    (True, None)
-    """
-    members = {*parameters, *(module.parameters() if module is not None else ())}
-    gradients = [(member, member.grad) for member in members]
-    modes = [(part, part.training) for part in (module.modules() if module is not None else ())]
-    with untouched(module):
-        try:
-            for member, _ in gradients:
-                member.grad = None
-            yield
-        finally:
-            for member, gradient in gradients:
-                member.grad = gradient
-            for part, training in modes:
-                part.training = training
-
-
-@contextmanager
-def _moved(parameters: Sequence[Tensor], direction: Sequence[Tensor | None], step: float) -> Iterator[None]:
-    # The closure calls the user's own model, so the weights move under it. They move to other memory, and the
-    # old memory is never written: putting it back is exact, whatever happens in between.
-    kept = [parameter.data for parameter in parameters]
-    try:
-        for parameter, along in zip(parameters, direction, strict=True):
-            if along is not None:
-                parameter.data = torch.add(parameter.data, along, alpha=step)
-        yield
-    finally:
-        for parameter, values in zip(parameters, kept, strict=True):
-            parameter.data = values

@@ -7,19 +7,18 @@ processes on a sum's bits depend on its place in a bucket.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from geomprobe.errors import RunError
-from geomprobe.measure.curvature.double_backward import untouched
+from geomprobe.probe.hooks.mute import muted
 from geomprobe.reproducibility.digest import leaves
+from geomprobe.reproducibility.isolation import keep_gradients, keep_state
 
 _STEPS = 3  # after which a run's buckets stay as they are, with a static graph too, and DDP's log tells them
-
-Aside = Callable[[], contextlib.AbstractContextManager[object]]
 
 
 def buckets(replicas: Sequence[nn.Module]) -> list[str | None]:
@@ -37,11 +36,10 @@ class WarmUp:
     Args:
         replicas: the DDP modules.
         step: from which the run goes on.
-        aside: entered for the passes, which nobody is to take for the run's own.
     """
 
-    def __init__(self, replicas: Sequence[nn.Module], step: int, aside: Aside) -> None:
-        self._passes, self._aside = min(step, _STEPS), aside
+    def __init__(self, replicas: Sequence[nn.Module], step: int) -> None:
+        self._passes = min(step, _STEPS)
         self._hooks = {
             replica: replica.register_forward_pre_hook(self._entered, prepend=True, with_kwargs=True)
             for replica in (replicas if self._passes else ())
@@ -51,9 +49,10 @@ class WarmUp:
         if not torch.is_grad_enabled() or replica not in self._hooks:
             return
         self._hooks.pop(replica).remove()
-        with untouched(replica), _gradients_kept(replica), _synchronizing(replica), self._aside():
+        members = list(replica.parameters())
+        with keep_state(replica), keep_gradients(members), _synchronizing(replica), muted():
             for _ in range(self._passes):
-                for parameter in replica.parameters():
+                for parameter in members:
                     parameter.grad = None
                 outputs = [t for t in leaves(replica.forward(*args, **kwargs))[0] if t.requires_grad]
                 if not outputs:
@@ -81,16 +80,6 @@ def require_buckets(then: Sequence[str | None], replicas: Sequence[nn.Module]) -
                 f"{now} now: sums would come in another order, and the run would be another one. Does the model use "
                 "its parameters in another order from step to step? It can only be made anew, from its start."
             )
-
-
-@contextlib.contextmanager
-def _gradients_kept(replica: nn.Module) -> Iterator[None]:
-    gradients = [(parameter, parameter.grad) for parameter in replica.parameters()]
-    try:
-        yield
-    finally:
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
 
 
 @contextlib.contextmanager

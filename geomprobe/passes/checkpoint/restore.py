@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +11,7 @@ from torch.utils.data import DataLoader
 from geomprobe.distributed.layout import Layout
 from geomprobe.errors import RunError
 from geomprobe.passes.checkpoint import store as checkpoint
-from geomprobe.passes.checkpoint.ddp_buckets import Aside, WarmUp, require_buckets
+from geomprobe.passes.checkpoint.ddp_buckets import WarmUp, require_buckets
 from geomprobe.passes.checkpoint.resume_point import ResumePoint
 from geomprobe.passes.checkpoint.training_state import restore, restore_streams, streams
 from geomprobe.probe.loops import Position
@@ -54,16 +52,13 @@ class Restore:
         loader.load_state_dict(rest["loader"])
         return 0
 
-    def put_back(
-        self, probe: Probe, evidence: StepFingerprint, layout: Layout, ignoring: Aside
-    ) -> dict[str, Any]:
+    def put_back(self, probe: Probe, evidence: StepFingerprint, layout: Layout) -> dict[str, Any]:
         """The goal is reached: put the state back, and hold it to the digests that were taken of it.
 
         Args:
             probe: of the training.
             evidence: its digests.
             layout: how it is spread.
-            ignoring: entered for backward passes that are not the training's.
 
         Returns:
             What the checkpoint holds that is no tensor.
@@ -89,7 +84,7 @@ class Restore:
                     f"{self._resumption.checkpoint} was put back, but the {component} ({name}) is not what it was. "
                     "Build the model, optimizer and attached objects as they were built when the run began."
                 )
-        WarmUp(layout.replicas, probe.step, functools.partial(_aside, evidence, ignoring))
+        WarmUp(layout.replicas, probe.step)
         return rest
 
     def require_same_sums(self, layout: Layout) -> None:
@@ -142,12 +137,3 @@ class Restore:
         assert self._resumption.checkpoint is not None
         tensors, rest = checkpoint.read(self._resumption.checkpoint)
         return tensors, checkpoint.unpacked(rest)
-
-
-@contextlib.contextmanager
-def _aside(evidence: StepFingerprint, ignoring: Aside) -> Iterator[None]:
-    """What runs in here is not the training's."""
-    pending = evidence.pending
-    with ignoring():
-        yield
-    evidence.go_on_from(pending)

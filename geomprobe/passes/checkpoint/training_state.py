@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from geomprobe.distributed.dtensor import held, is_dtensor, placed
 from geomprobe.errors import RunError
 from geomprobe.probe.probe import Probe
-from geomprobe.reproducibility.environment import RNGState, capture_rng, restore_rng
+from geomprobe.reproducibility.rng import RNGState, capture_rng, restore_rng
 
 
 def capture(probe: Probe, loaders: Sequence[Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

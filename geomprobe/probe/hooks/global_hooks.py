@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
 
 from geomprobe.probe.hooks import grad_scaler as gradient_calls
-from geomprobe.probe.hooks.mute import hears, unless_muted
+from geomprobe.probe.hooks.mute import is_muted, unless_muted
 from geomprobe.probe.hooks.step_calls import Args, Kwargs
 
 
@@ -149,7 +149,7 @@ class _OutermostModules:
         if torch.compiler.is_compiling():
             return
         evaluating = not torch.is_grad_enabled()  # which is not part of a step
-        if self._depth == 0 and not evaluating and hears() and not self._report(module, inputs):
+        if self._depth == 0 and not evaluating and not is_muted() and not self._report(module, inputs):
             self.stop()
         self._depth += 1
 

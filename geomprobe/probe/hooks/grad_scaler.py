@@ -1,4 +1,4 @@
-"""Sees what a script does with its losses and gradients around a backward pass: scales, unscales and clips them."""
+"""Reports what a script does with losses and gradients around a backward pass: it scales, unscales and clips them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SCALE = "_geomprobe_scale"  # on a scaled loss: (the loss, the scale)
 
 
 class Listener(Protocol):
-    """What a pass does with what is seen."""
+    """What a pass does at these events, in the thread that trains."""
 
     updates: StepAttempts
 
@@ -35,7 +35,8 @@ def listening_to_gradients(listener: Listener) -> Iterator[None]:
         wrapped: set[type] = set()
 
         def follow(scaler: type) -> None:
-            # A subclass may have a scale of its own, and the script may import it at any time.
+            # A subclass, such as FSDP's, may have a `scale` of its own, and the script may import it at any time. So
+            # each class that defines one of these methods is wrapped when the first scaler of it is made.
             for owner in scaler.__mro__[: scaler.__mro__.index(GradScaler) + 1]:
                 for name, wrap in _OF_SCALER.items() if owner not in wrapped else ():
                     if (original := vars(owner).get(name)) is not None:
@@ -121,7 +122,7 @@ def _step(original: Callable[..., Any], listener: Listener) -> Callable[..., Any
 
 _OF_SCALER = {"scale": _scale, "unscale_": _unscale, "step": _step}
 
-# clip_grad_norm_ calls the first of these too, and a script may hold any of them by a name of its own.
+# clip_grad_norm_ calls the first of these too, and a script may know any of them by a name of its own.
 _CLIPPING = (
     (clip_grad._clip_grads_with_norm_, "clip_grad_norm_"),
     (clip_grad.clip_grad_value_, "clip_grad_value_"),
@@ -129,7 +130,10 @@ _CLIPPING = (
 
 
 def _inner(function: Callable[..., Any]) -> list[CellType]:
-    """Where a function that runs another without gradients, as these two do, keeps that other one."""
+    """Where a function that runs another without gradients, as these two do, keeps that other one.
+
+    A script that imported the function by name has the function itself: only what is inside it can be replaced.
+    """
     names, cells = function.__code__.co_freevars, function.__closure__ or ()
     return [cell for name, cell in zip(names, cells, strict=True) if name == "func"]
 

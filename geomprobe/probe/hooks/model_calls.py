@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from geomprobe.probe.hooks.mute import hears
+from geomprobe.probe.hooks.mute import is_muted
 
 
 class ModelCalls:
@@ -56,7 +56,7 @@ class ModelCalls:
         if torch.compiler.is_compiling():
             return
         self._seen = True
-        if torch.is_grad_enabled() and hears():  # evaluation is not part of the step
+        if torch.is_grad_enabled() and not is_muted():  # evaluation is not part of the step
             self._report((args, kwargs) if kwargs else args)
 
 

@@ -7,36 +7,38 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-_unheard = 0
+# How many `muted` are entered, in the whole process: hooks run in the threads of autograd and of loaders too.
+# Only `muted` writes it.
+_entered = 0
 
 
 @contextlib.contextmanager
 def muted() -> Iterator[None]:
-    """Inside, models run, gradients are taken and loaders are iterated without an observer being told.
+    """Inside, models run, gradients are taken and loaders are iterated without an event of the run.
 
     >>> with muted():
-    ...     hears()
-    False
+    ...     is_muted()
+    True
     """
-    global _unheard
-    _unheard += 1
+    global _entered
+    _entered += 1
     try:
         yield
     finally:
-        _unheard -= 1
+        _entered -= 1
 
 
-def hears() -> bool:
-    """Whether what happens now is reported.
+def is_muted() -> bool:
+    """Whether what happens now is no event of the run.
 
-    >>> hears()
-    True
+    >>> is_muted()
+    False
     """
-    return not _unheard
+    return _entered > 0
 
 
 def unless_muted(original: Callable[..., Any], reporting: Callable[..., Any]) -> Callable[..., Any]:
-    """``reporting`` where what happens is heard, ``original`` where it is not.
+    """A function that calls ``reporting``, and ``original`` inside `muted`.
 
     >>> call = unless_muted(min, max)
     >>> with muted():
@@ -48,6 +50,6 @@ def unless_muted(original: Callable[..., Any], reporting: Callable[..., Any]) ->
 
     @functools.wraps(original)
     def either(*args: Any, **kwargs: Any) -> Any:
-        return (reporting if hears() else original)(*args, **kwargs)
+        return (original if _entered else reporting)(*args, **kwargs)
 
     return either

@@ -1,162 +1,26 @@
-"""Seeds, strict flags and RNG states are set and put back; a mismatch of environments is named."""
+"""The manifest names what moves bits; a mismatch of environments is named."""
 
 from __future__ import annotations
 
 import json
-import random
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from geomprobe.errors import EnvironmentMismatch
 from geomprobe.reproducibility.environment import (
     BIT_CHANGING_VARIABLES,
-    capture_rng,
-    draw_seed,
     flags,
-    restore_rng,
-    seed_everything,
     source_digests,
     start_manifest,
-    strict_mode,
-    untouched_rng,
 )
 from geomprobe.reproducibility.environment_check import changed_sources, first_mismatch, require_same
+from geomprobe.reproducibility.seeding import strict_mode
 
 SCRIPT = {"kind": "script", "path": "train.py", "argv": [], "cwd": "/", "root": "/", "sha256": "0"}
-
-
-def draws() -> list[float]:
-    """From every stream of the three generators, those with a cached second normal included."""
-    return [
-        random.random(),
-        random.gauss(0, 1),
-        np.random.rand(),
-        np.random.randn(),
-        torch.rand(()).item(),
-        torch.randn(()).item(),
-    ]
-
-
-@pytest.fixture(autouse=True)
-def _unchanged():
-    """Whatever a test does to flags and generators is undone after it."""
-    mode, fill = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
-    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
-    with untouched_rng():
-        yield
-    torch.set_deterministic_debug_mode(mode)
-    torch.utils.deterministic.fill_uninitialized_memory = fill
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
-
-
-def test_a_seed_fixes_all_three_generators() -> None:
-    seed_everything(5)
-    first = draws()
-    seed_everything(5)
-    assert draws() == first
-    seed_everything(6)
-    assert all(a != b for a, b in zip(draws(), first, strict=True))
-
-
-@pytest.mark.parametrize("seed", [-1, 2**32])
-def test_a_seed_that_numpy_refuses_is_refused(seed: int) -> None:
-    with pytest.raises(ValueError, match=f"{seed} is outside 0 .. 4294967295"):
-        seed_everything(seed)
-
-
-@pytest.mark.parametrize("seed", [0, 2**32 - 1])
-def test_the_ends_of_the_range_are_seeds(seed: int) -> None:
-    seed_everything(seed)
-
-
-def test_drawn_seeds_differ_and_draw_from_no_generator() -> None:
-    seed_everything(1)
-    expected = draws()
-    seed_everything(1)
-    assert len({draw_seed() for _ in range(5)}) == 5
-    assert draws() == expected
-
-
-def test_a_restored_state_gives_the_same_draws_again_and_again() -> None:
-    draws()  # leaves a cached normal in python's and NumPy's generators
-    state = capture_rng()
-    first = draws()
-    for _ in range(2):
-        restore_rng(state)
-        assert draws() == first
-
-
-def test_capturing_draws_nothing() -> None:
-    seed_everything(3)
-    expected = draws()
-    seed_everything(3)
-    capture_rng()
-    assert draws() == expected
-
-
-def test_generators_are_put_back_also_after_an_error() -> None:
-    seed_everything(3)
-    expected = draws()
-    seed_everything(3)
-
-    def fail() -> None:
-        with untouched_rng():
-            draws()
-            torch.manual_seed(9)
-            raise RuntimeError("inside")
-
-    with pytest.raises(RuntimeError, match="inside"):
-        fail()
-    assert draws() == expected
-
-
-def state_of_flags() -> tuple[object, ...]:
-    return (
-        torch.get_deterministic_debug_mode(),
-        torch.utils.deterministic.fill_uninitialized_memory,
-        torch.backends.cudnn.deterministic,
-        torch.backends.cudnn.benchmark,
-    )
-
-
-@pytest.mark.parametrize("mode", [0, 1, 2])
-@pytest.mark.parametrize("own", [False, True])
-def test_strict_mode_puts_the_callers_flags_back(mode: int, own: bool) -> None:
-    torch.set_deterministic_debug_mode(mode)
-    torch.utils.deterministic.fill_uninitialized_memory = own
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = own, not own
-    before = state_of_flags()
-    with strict_mode(True):
-        assert state_of_flags() == (2, False, True, False)
-    assert state_of_flags() == before
-
-
-def test_strict_mode_puts_flags_back_after_an_error() -> None:
-    before = state_of_flags()
-
-    def fail() -> None:
-        with strict_mode(True):
-            raise RuntimeError("inside")
-
-    with pytest.raises(RuntimeError, match="inside"):
-        fail()
-    assert state_of_flags() == before
-
-
-def test_relaxed_mode_leaves_the_flags_alone() -> None:
-    before = state_of_flags()
-    with strict_mode(False):
-        assert state_of_flags() == before
-
-
-def test_strict_mode_refuses_an_operation_without_a_deterministic_form() -> None:
-    with strict_mode(True), pytest.raises(RuntimeError, match="deterministic"):
-        torch.zeros(3).put_(torch.tensor([1, 1]), torch.tensor([1.0, 2.0]), accumulate=False)
 
 
 def test_flags_tell_each_switch_that_moves_bits() -> None:

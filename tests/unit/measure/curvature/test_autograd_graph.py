@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from geomprobe.measure.curvature.hessian_gradient import Curvature, CurvatureUnavailable
+from geomprobe.measure.curvature.autograd_graph import CurvatureUnavailable
+from geomprobe.measure.curvature.hessian_gradient import Curvature
 
 
 def test_flash_attention_without_a_closure_is_named_before_any_gradient_is_touched():

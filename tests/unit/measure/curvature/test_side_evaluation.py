@@ -10,8 +10,15 @@ import pytest
 import torch
 from support.hessian_cases import CASES, PRECISIONS, case, dense_product, flat, gradients, relative, same_bits
 
-from geomprobe.measure.curvature.side_evaluation import ClosureMismatch, finite_step, side_product
-from geomprobe.reproducibility.environment import capture_rng
+from geomprobe.measure.curvature.double_backward import hessian_vector_product
+from geomprobe.measure.curvature.side_evaluation import ClosureMismatch, finite_step, side_graph
+from geomprobe.reproducibility.rng import capture_rng
+
+
+def side_product(closure, parameters, vectors, *, module=None, **options):
+    """``H v`` of the loss that ``closure`` evaluates on the side."""
+    graph = side_graph(closure, parameters, module=module, **options)
+    return hessian_vector_product([graph], parameters, vectors, module=module)
 
 
 @PRECISIONS

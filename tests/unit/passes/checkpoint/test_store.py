@@ -18,7 +18,7 @@ from geomprobe.passes.checkpoint import store as checkpoint
 from geomprobe.passes.checkpoint.retention import RetentionPolicy
 from geomprobe.passes.checkpoint.training_state import capture, restore
 from geomprobe.probe.probe import Observer, Probe
-from geomprobe.reproducibility.environment import untouched_rng
+from geomprobe.reproducibility.isolation import keep_rng
 
 
 class Nobody:
@@ -79,7 +79,7 @@ def momentum(parameters: Any) -> torch.optim.Optimizer:
 
 @pytest.fixture(autouse=True)
 def _generators():
-    with untouched_rng():
+    with keep_rng():
         torch.manual_seed(0)
         yield
 

@@ -1,0 +1,171 @@
+"""The losses of the present step, kept so that Hg, finite steps and sharpness can be taken of them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from geomprobe.distributed.layout import Layout
+from geomprobe.errors import GeomprobeError
+from geomprobe.measure.curvature.autograd_graph import CurvatureUnavailable, inspect_graph
+from geomprobe.measure.curvature.global_loss import fail_together
+from geomprobe.measure.curvature.hessian_gradient import Curvature
+from geomprobe.measure.options import MeasureOptions
+from geomprobe.probe.hooks.grad_scaler import unscaled
+from geomprobe.probe.probe import Probe
+from geomprobe.reproducibility.rng import RNGState, capture_rng
+
+
+class StepCurvature:
+    """Runs the backward passes of the steps whose Hessian is wanted, and knows whether it caught all of a step's.
+
+    `Measurement` owns it and passes the events on, in the thread that trains.
+
+    Args:
+        probe: whose parameters and model.
+        options: which steps' Hessian is wanted.
+        layout: how the training is spread over processes.
+
+    Attributes:
+        curvature: takes the products; None where no Hessian is wanted, or none can be had.
+        ready: the same at a step that was settled with all of its losses caught, on every process; else None.
+        fixed_loss: the script's own choice of the loss whose sharpness is wanted.
+        missing: why Hg is left out, None where it is not.
+    """
+
+    def __init__(self, probe: Probe, options: MeasureOptions, layout: Layout) -> None:
+        self._probe, self._options, self._layout = probe, options, layout
+        self._parameters = list(probe.parameters.values())
+        wanted = options.curvature_interval or options.sharpness_every
+        self.curvature = Curvature(self._parameters, probe.model, layout) if wanted else None
+        self.ready: Curvature | None = None
+        self.fixed_loss: Callable[[], Tensor] | None = None
+        self.missing: str | None = None
+        self._complete = True  # no backward pass of the step went another way
+        self._caught = 0
+        self._same_use_checked = layout.world_size == 1
+        self._blocked: CurvatureUnavailable | None = None
+        self._rng: RNGState | None = None
+
+    def fetched(self) -> None:
+        """A batch has come: a forward pass before it that led to no backward pass does not count."""
+        self._rng = None
+
+    def entered(self) -> None:
+        """The model is about to run: a closure will need the random streams as they are now."""
+        if self._rng is None and self._wanted():
+            self._rng = capture_rng()
+
+    def backward(
+        self, loss: Tensor, closure: Callable[[], Tensor] | None, run: Callable[[], None], plain: bool
+    ) -> None:
+        """Run ``backward`` on a loss; see `Measurement.backward`."""
+        wanted = self._wanted()
+        curvature = self.curvature
+        if not wanted or curvature is None or not plain or loss.numel() != 1 or self._blocked is not None:
+            self._complete = self._complete and not wanted
+            run()
+            return
+        graph = inspect_graph(loss)
+        if (blocker := curvature.blocker(graph, closure)) is not None:
+            self._block(CurvatureUnavailable(blocker))
+            run()
+            return
+        rng, self._rng = self._rng, None
+        self._caught += 1
+        try:
+            curvature.backward(loss, closure=closure, rng=rng, scale=unscaled(loss)[1], graph=graph)
+        except CurvatureUnavailable as error:  # found on the way: the gradients are complete
+            self._block(error)
+
+    def settle(self, gradients: Sequence[Tensor | None]) -> None:
+        """The step is about to be measured: find out, with all processes, whether its losses are `ready`.
+
+        At the first step measured the processes also compare which parameters they used.
+
+        Args:
+            gradients: local values.
+
+        Raises:
+            CurvatureUnavailable: Hg was required, and one process has no exact route.
+            UnsupportedTraining: the processes used different parameters.
+        """
+        self.ready = None
+        wanted = self._wanted()
+        if not wanted and self._same_use_checked:
+            return
+        self._same_use_checked = True
+        ready = self._complete and self._caught > 0
+        if self._layout.world_size > 1:
+            used = {p: g is not None for p, g in zip(self._probe.parameters, gradients, strict=True)}
+            try:
+                ready = _all_ready(self._layout, ready, self._blocked, used, self._parameters[0].device)
+            except CurvatureUnavailable as error:
+                self.give_up(error)
+                return
+        if ready and wanted:
+            self.ready = self.curvature
+
+    def dropped(self) -> None:
+        """The gradients so far were thrown away, or their step is measured: free the losses' graphs."""
+        self._complete, self._caught, self.ready = True, 0, None
+        if self.curvature is not None:
+            self.curvature.discard()
+
+    def give_up(self, error: GeomprobeError) -> None:
+        """Leave Hg out from here on, and say why.
+
+        Raises:
+            CurvatureUnavailable: Hg was required.
+        """
+        self.dropped()
+        self.curvature = self._blocked = None
+        self.missing = str(error)
+        if self._options.curvature_required:
+            raise error
+        if self._layout.rank == 0:
+            print(f"geomprobe: from step {self._probe.step} on, Hg is left out: {error}", file=sys.stderr)
+
+    def _wanted(self) -> bool:
+        """Whether this step's own losses are wanted."""
+        step, options = self._probe.step, self._options
+        if self.curvature is None or step % options.every:
+            return False
+        if options.curvature_interval and not step % options.curvature_interval:
+            return True
+        fixed = self.fixed_loss is not None
+        return bool(options.sharpness_every) and not step % options.sharpness_every and not fixed
+
+    def _block(self, error: CurvatureUnavailable) -> None:
+        if self._layout.world_size == 1:
+            self.give_up(error)
+        else:
+            self._blocked = error  # the others learn of it in `settle`: now they are in their backward pass
+
+
+def _all_ready(
+    layout: Layout,
+    whole: bool,
+    blocked: CurvatureUnavailable | None,
+    used: Mapping[str, bool],
+    device: torch.device,
+) -> bool:
+    """Whether every process has caught a step's losses: ``whole`` here, and never where it is ``blocked``.
+
+    Raises:
+        CurvatureUnavailable: one of them is blocked.
+        UnsupportedTraining: they used different parameters, and the optimizer has what comes of it.
+    """
+    # Ready, partly caught, blocked: the largest over all processes holds.
+    state = 2 if blocked is not None else 0 if whole else 1
+    mark = crc32(bytes(used.values()))
+    state, largest, smallest = layout.largest([state, mark, -mark], device)
+    if largest != -smallest:
+        layout.require_same_use(used, device)
+    if state == 2:
+        fail_together(layout, blocked, device)
+    return state == 0
