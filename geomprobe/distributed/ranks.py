@@ -12,14 +12,12 @@ import os
 import time
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 from geomprobe.distributed.heartbeat import BEAT_S
-from geomprobe.distributed.progress import ProgressMarker, followed
+from geomprobe.distributed.progress import ProgressMarker
 from geomprobe.distributed.watchdog import Failure, Watchdog, holds_store
 from geomprobe.errors import GeomprobeError, ReplayDiverged, RunError, Stopped, UsageError
-
-Session = TypeVar("Session")
 
 PATIENCE_S = 1800.0  # as gloo's own; how long one process waits for another
 _ASK_S = 0.02
@@ -41,6 +39,7 @@ class Ranks:
     Attributes:
         rank: this process's number.
         size: how many there are.
+        progress: where this process's training is, for the others to see.
 
     >>> Ranks().first, Ranks().alone
     (True, True)
@@ -49,7 +48,7 @@ class Ranks:
     def __init__(self, rank: int = 0, size: int = 1, store: Any = None, patience: float = PATIENCE_S) -> None:
         self.rank, self.size = rank, size
         self._store, self._patience = store, patience
-        self._whereabouts = ProgressMarker()
+        self.progress = ProgressMarker()
         self._vigil: Watchdog | None = None
         self._listened: dict[str, bool] = {}  # calls, and whether they have come
 
@@ -164,10 +163,6 @@ class Ranks:
         """What was told for all by that name, or None so far."""
         return json.loads(self._store.get(name)) if self._store.check([name]) else None
 
-    def following(self, observation: Session) -> Session:
-        """A pass, whose events tell the others, in the end, where this process stands."""
-        return observation if self.alone else followed(observation, self._whereabouts)
-
     def stop_if_another_failed(self) -> None:
         """Raise what the processes have to stop for.
 
@@ -184,7 +179,7 @@ class Ranks:
         if self.alone:
             yield
             return
-        vigil = Watchdog(self._store, self.rank, self.size, self._patience, self._whereabouts, self.hear)
+        vigil = Watchdog(self._store, self.rank, self.size, self._patience, self.progress, self.hear)
         self._vigil = vigil
         vigil.start()
         try:

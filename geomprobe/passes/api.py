@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from geomprobe.distributed.ranks import PATIENCE_S, Ranks, here
-from geomprobe.errors import Stopped, UnsupportedTraining, UsageError
+from geomprobe.errors import UsageError
 from geomprobe.measure.before_clipping import require_clipped
 from geomprobe.measure.options import MeasureOptions
 from geomprobe.passes import finalize as sealing
@@ -24,12 +24,10 @@ from geomprobe.passes.lease import (
     replayed_before,
     unfinished_recording,
 )
-from geomprobe.passes.recording import Recording
+from geomprobe.passes.recording import recording
 from geomprobe.passes.references.loaded import References
-from geomprobe.passes.replaying import Replaying, SegmentEnded
-from geomprobe.passes.sigterm import stopping_when_asked
-from geomprobe.probe.hooks.global_hooks import listening
-from geomprobe.probe.probe import observe, observing
+from geomprobe.passes.replaying import SegmentEnded, replaying
+from geomprobe.probe.events import observing
 from geomprobe.reproducibility.environment import (
     draw_seed,
     function_script,
@@ -138,10 +136,10 @@ def _record(
         if going_on is not None:
             require_same_start(going_on.manifest, manifest, target.path, "go on")
             manifest = going_on.manifest
-        recording = Recording(target, manifest, options, ranks, going_on)
-        with _observed(recording):
+        session = recording(target, manifest, options, ranks, going_on)
+        with session.reporting():
             train()
-            recording.complete()
+            session.complete()
 
 
 def replay(
@@ -236,12 +234,12 @@ def replay(
                 if claimed is not None:
                     stretch = StepRange(*claimed)
                     begin = replayed_before(target, recorded, stretch, ranks)
-                    replaying = Replaying(
+                    session = replaying(
                         target, recorded, weights, manifest, measure, uncertified, begin, stretch.stop, ranks
                     )
-                    with contextlib.suppress(SegmentEnded), _observed(replaying):
+                    with contextlib.suppress(SegmentEnded), session.reporting():
                         train()
-                        replaying.complete()
+                        session.complete()
                 if segment is not None:
                     if ranks.first:
                         sealing.seal_whole(target, recorded.num_steps)
@@ -293,30 +291,3 @@ def _require_startable(seed: int) -> None:
         raise UsageError("A pass is running in this process already; a pass cannot run inside another.")
     if not 0 <= seed < 2**32:
         raise UsageError(f"seed {seed} is outside 0 .. {2**32 - 1}, the range that NumPy accepts.")
-
-
-@contextlib.contextmanager
-def _observed(current: Recording | Replaying) -> Iterator[None]:
-    seen = current.ranks.following(current)
-    before = observe(seen)
-    try:
-        with listening(seen), stopping_when_asked(current):
-            yield
-    except Exception as error:
-        if current.stop_asked:  # the queue has told the loader's workers too, and they are gone
-            current.close()
-            raise Stopped from error
-        current.fail()
-        if current.failure not in (None, error):
-            raise current.failure from error  # the script failed because the pass had stopped, or differed
-        if current.manifest["strict"] and "use_deterministic_algorithms(True)" in str(error):
-            raise UnsupportedTraining(
-                f"{error} The recording is strict about that: replace the operation, or record with `geomprobe record "
-                "--no-strict` (strict=False in Python), and the replay will tell whether it came out the same."
-            ) from error
-        raise
-    except BaseException:  # interrupted: what is written stays as an unfinished pass
-        current.close()
-        raise
-    finally:
-        observe(before)

@@ -53,6 +53,18 @@ def measured_parameters(model: nn.Module | None, optimizer: Optimizer) -> dict[s
     return found
 
 
+def described(optimizer: Optimizer) -> str:
+    """An optimizer, for a message.
+
+    >>> import torch
+    >>> described(torch.optim.SGD([torch.zeros(2)], lr=0.1))
+    'SGD with 1 tensor (2 values)'
+    """
+    tensors = [p for group in optimizer.param_groups for p in group["params"]]
+    values = sum(t.numel() for t in tensors)
+    return f"{type(optimizer).__name__} with {_count(len(tensors), 'tensor')} ({_count(values, 'value')})"
+
+
 class Membership:
     """Which parameters an optimizer holds, and of which shapes: fixed for the time of a pass.
 
@@ -89,3 +101,7 @@ class Membership:
     def _now(self) -> tuple[list[int], list[tuple[int, ...]]]:
         sizes = [len(group["params"]) for group in self._optimizer.param_groups]
         return sizes, [tuple(p.shape) for p in self._parameters.values()]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
