@@ -23,10 +23,11 @@ from torch.utils.data import DataLoader
 import geomprobe
 from geomprobe.errors import UnsupportedTraining, UsageError
 from geomprobe.probe import progress_bar as progress
+from geomprobe.probe.events import observe, observing
 from geomprobe.probe.inert import InertProbe
 from geomprobe.probe.loops import Position
 from geomprobe.probe.parameters import measured_parameters
-from geomprobe.probe.probe import Probe, attach, observe, observing
+from geomprobe.probe.probe import Probe, attach
 
 
 class Log:
@@ -50,9 +51,9 @@ class Log:
         self.events.append("between_steps")
         self.positions.append(position)
 
-    def backward(self, loss: Tensor, closure: Any = None, **options: Any) -> None:
+    def backward(self, losses: Any, run: Callable[[], None], plain: bool, **_: Any) -> None:
         self.events.append("backward")
-        loss.backward(**options)
+        run()
 
     def before_update(self, gradients: Any, grad_scale: Any) -> None:
         assert not torch.is_grad_enabled()
@@ -477,7 +478,7 @@ def test_the_inert_probe_does_all_that_the_probe_does() -> None:
     def public(kind: type) -> set[str]:
         return {name for name in vars(kind) if not name.startswith("_")}
 
-    of_passes = {"update_due", "require_same_parameters", "weights", "buffers"}
+    of_passes = {"require_same_parameters", "require_whole_updates", "resume_from", "weights", "buffers"}
     assert public(Probe) - of_passes == public(InertProbe)
     assert public(PlainProbe) <= public(InertProbe)
 
