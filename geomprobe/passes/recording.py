@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def recording(
             SourceDigests(manifest),
             FinalWeights(probe, references),
             *averages,
-            ReferenceKeeper(session, probe, options, references, taken),
+            ReferenceKeeper(session, probe, frozenset(options.reference_steps), references, taken),
             rows,
             Checkpointer(session, fingerprint, resumer, rows, options, own, run.checkpoints),
             RecordSealer(session, own, rows, references),
@@ -174,44 +175,39 @@ class AverageKeeper(Events):
         return Averages(self._probe.parameters, decays=self._options.ema, running=self._options.average)
 
 
+@dataclass(eq=False)
 class ReferenceKeeper(Events):
     """Keeps the weights of the steps that were asked for, and those that the script asks for, as references."""
 
     name = "references"
 
-    def __init__(
-        self,
-        session: Session,
-        probe: Probe,
-        options: RecordOptions,
-        references: KeptReferences,
-        taken: Collection[str],
-    ) -> None:
-        self._manifest, self._probe = session.manifest, probe
-        self._wanted = frozenset(options.reference_steps)
-        self._references, self._taken = references, taken
+    session: Session
+    probe: Probe
+    wanted: Collection[int]  # steps
+    references: KeptReferences
+    taken: Collection[str]  # names that the script cannot give
 
     def before_update(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
-        if self._probe.step in self._wanted:
-            self._take(f"step-{self._probe.step}")
+        if self.probe.step in self.wanted:
+            self._take(f"step-{self.probe.step}")
 
     def reference(self, name: str, if_lower: float | None = None) -> None:
-        self._references.require_free(name, self._taken)
-        if if_lower is None or self._references.is_lowest(name, float(if_lower)):
+        self.references.require_free(name, self.taken)
+        if if_lower is None or self.references.is_lowest(name, float(if_lower)):
             self._take(name)
 
     def complete(self) -> None:
-        if missed := sorted(t for t in self._wanted if f"step-{t}" not in self._references):
-            self._manifest["missed_reference_steps"] = missed
+        if missed := sorted(t for t in self.wanted if f"step-{t}" not in self.references):
+            self.session.manifest["missed_reference_steps"] = missed
 
     def state_dict(self) -> dict[str, Any]:
-        return self._references.state_dict()
+        return self.references.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._references.load_state_dict(dict(state))
+        self.references.load_state_dict(dict(state))
 
     def _take(self, name: str) -> None:
-        self._references.take(name, self._probe.parameters, self._probe.step)
+        self.references.take(name, self.probe.parameters, self.probe.step)
 
 
 class RecordWriter(Events):
@@ -221,9 +217,7 @@ class RecordWriter(Events):
 
     def __init__(self, session: Session, probe: Probe, run: RunFolder, fingerprint: StepFingerprint) -> None:
         self._session, self._probe, self._run, self._fingerprint = session, probe, run, fingerprint
-        rate = probe.optimizer.param_groups[0].get("lr")
-        self._rate_on_device = isinstance(rate, Tensor) and rate.device.type != "cpu"
-        places = {"epoch": False, "loss": True, "lr": self._rate_on_device}
+        places = {"epoch": False, "loss": True, "lr": True}
         columns = [Columns(name, STEPS, (name,), "float64", on_device) for name, on_device in places.items()]
         columns += [each._replace(table=f"{FINGERPRINTS}/{each.table}") for each in fingerprint.columns]
         self._rows = RowBuffer(fingerprint.device, columns, self._write)
@@ -242,12 +236,8 @@ class RecordWriter(Events):
     def after_update(self) -> None:
         # Only now: an optimizer that finds its own rate, such as CLR, knows it only then.
         rate = self._probe.optimizer.param_groups[0].get("lr", float("nan"))
-        if self._rate_on_device:
-            rate = torch.as_tensor(rate, dtype=torch.float64, device=self._fingerprint.device)
-            self._row["lr"] = rate.reshape(1)
-        else:
-            self._row["lr"] = [float(rate)]
-        self._rows.append(self._row)
+        rate = torch.as_tensor(rate, dtype=torch.float64).reshape(1)
+        self._rows.append(self._row | {"lr": rate.to(self._fingerprint.device, non_blocking=True)})
 
     def flush(self) -> None:
         """Write the rows so far."""
@@ -381,13 +371,14 @@ class Checkpointer(Events):
         return parted(self._session.ranks, self._of_first / path.name, tensors)
 
 
+@dataclass(eq=False)
 class RecordSealer(Events):
     """Seals the rows and the references into ``record.h5`` when the pass is over; the last of the listeners."""
 
-    def __init__(
-        self, session: Session, run: RunFolder, rows: RecordWriter, references: KeptReferences
-    ) -> None:
-        self._session, self._run, self._rows, self._references = session, run, rows, references
+    session: Session
+    run: RunFolder
+    rows: RecordWriter
+    references: KeptReferences
 
     def complete(self) -> None:
         """Seal the record, once all processes have ended with as many steps.
@@ -395,8 +386,8 @@ class RecordSealer(Events):
         Raises:
             UnsupportedTraining: they have not.
         """
-        session = self._session
-        if chimeras := self._references.drop_chimeras():
+        session = self.session
+        if chimeras := self.references.drop_chimeras():
             session.manifest["references_left_out"] = chimeras
         session.ranks.say("recorded", session.steps)
         if not session.ranks.first:
@@ -408,24 +399,24 @@ class RecordSealer(Events):
                     f"rank 0 took {session.steps} steps and rank {rank} took {count}: they are not one training. Give "
                     "every process the same number of batches."
                 )
-        self._seal("complete", self._references.names)
+        self._seal("complete", self.references.names)
 
     def fail(self, failure: BaseException | None) -> None:
         """Seal what was recorded, without references, as ``failed``; where others are part of it, leave the parts."""
-        if not self._run.parts("record"):
-            self._run.clear_stream()  # references of a run without a step
+        if not self.run.parts("record"):
+            self.run.clear_stream()  # references of a run without a step
             return
-        self._rows.close()
+        self.rows.close()
         if (
-            self._rows.opened
-            and self._session.ranks.alone
+            self.rows.opened
+            and self.session.ranks.alone
             and not isinstance(failure, WriteFailed)
-            and not sealing.planned(self._run, "record")
+            and not sealing.planned(self.run, "record")
         ):
             self._seal("failed", [])
 
     def _seal(self, status: str, references: Sequence[str]) -> None:
-        manifest = self._session.manifest
-        manifest["updates"] = self._session.updates.described(self._session.steps)
-        sealing.seal(self._run, "record", status=status, manifest=manifest, references=references)
-        self._session.ranks.said_by_first("sealed", status)
+        manifest = self.session.manifest
+        manifest["updates"] = self.session.updates.described(self.session.steps)
+        sealing.seal(self.run, "record", status=status, manifest=manifest, references=references)
+        self.session.ranks.said_by_first("sealed", status)

@@ -6,7 +6,7 @@ import functools
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -135,93 +135,71 @@ class MeasuredSteps(Events):
         self._measurement.backward(loss, closure, run, plain)
 
 
+@dataclass(eq=False)
 class RowChecker(Events):
-    """Measures each step, compares its fingerprint with the recording's, and commits the rows that are equal.
+    """Measures each step, compares its fingerprint with the recording's, and commits the rows that are equal."""
 
-    Args:
-        session: of the pass.
-        probe: on the training.
-        fingerprint: of its steps.
-        run: the run folder.
-        record: the recording to compare with.
-        references: the weights to measure against.
-        measurement: of each step.
-        comparison: what was found.
-        uncertified: go on past the first difference, marking every later row.
-        segment: the step before which this replay ends; None for the end of the run.
-
-    Attributes:
-        opened: whether the first update has come, and with it the columns and the files.
-    """
+    session: Session
+    probe: Probe
+    fingerprint: StepFingerprint
+    run: RunFolder
+    record: Record
+    references: References
+    measurement: Measurement
+    comparison: Comparison
+    uncertified: bool  # go on past the first difference, and mark every later row
+    segment: int | None  # the step before which this replay ends; None for the end of the run
 
     # Made at the first update, when the manifest and what is measured are known.
-    _rows: RowBuffer
-    _commit: GroupCommit
-    _groups: ParamGroups
-    _final: dict[str, Tensor]
-
-    def __init__(
-        self,
-        session: Session,
-        probe: Probe,
-        fingerprint: StepFingerprint,
-        run: RunFolder,
-        record: Record,
-        references: References,
-        measurement: Measurement,
-        comparison: Comparison,
-        uncertified: bool,
-        segment: int | None,
-    ) -> None:
-        self._session, self._probe, self._fingerprint = session, probe, fingerprint
-        self._run, self._record, self._references = run, record, references
-        self._measurement, self._comparison, self._uncertified = measurement, comparison, uncertified
-        self._stop = record.num_steps if segment is None else segment
-        self._counts_attempts = record.manifest.get("updates", {}).get("scaled", False)
-        self._row: dict[str, Any] = {}
-        self.opened = False
+    opened: bool = False
+    _rows: RowBuffer = field(init=False)
+    _commit: GroupCommit = field(init=False)
+    _groups: ParamGroups = field(init=False)
+    _final: dict[str, Tensor] = field(init=False)
+    _row: dict[str, Any] = field(init=False)
 
     def first_update(self) -> None:
-        session = self._session
-        if not self._uncertified:
-            require_same(self._record.manifest, session.manifest, FIRST_STEP_SECTIONS, self._run.path)
+        session = self.session
+        if not self.uncertified:
+            require_same(self.record.manifest, session.manifest, FIRST_STEP_SECTIONS, self.run.path)
         self._require_same_layout()
         self._require_same_options()
-        references = self._references.beside(self._probe.parameters)
+        references = self.references.beside(self.probe.parameters)
         self._final = references[FINAL]
-        self._measurement.open(references, self._record, session.manifest["seed"])
-        self._groups = ParamGroups(self._probe.optimizer)
+        self.measurement.open(references, self.record, session.manifest["seed"])
+        self._groups = ParamGroups(self.probe.optimizer)
         columns = self._columns()
-        self._rows = RowBuffer(self._fingerprint.device, columns, self._compare_and_commit)
+        self._rows = RowBuffer(self.fingerprint.device, columns, self._compare_and_commit)
         log = None
         if session.ranks.first:
             table = next(table for table in self._rows.tables if table.name == VALUES)
-            names = (*table.columns, "steps/same") if self._uncertified else table.columns
+            names = (*table.columns, "steps/same") if self.uncertified else table.columns
             attributes = part_attributes(session.manifest)
-            log = AttemptLog(self._run, "trace", [Table(VALUES, names, "float64")], attributes, session.point)
-        self._commit = GroupCommit(log, session.ranks, session.steps, marked=self._uncertified)
+            log = AttemptLog(self.run, "trace", [Table(VALUES, names, "float64")], attributes, session.point)
+        self._commit = GroupCommit(log, session.ranks, session.steps, marked=self.uncertified)
         self.opened = True
 
     def before_update(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
-        step = self._probe.step
-        if step >= self._stop and not self._uncertified:
+        step = self.probe.step
+        stop = self.record.num_steps if self.segment is None else self.segment
+        if step >= stop and not self.uncertified:
             self._rows.flush()  # an earlier difference is the cause, and comes first
             self.differs(step, "length", "steps")
-        loss = self._session.losses.total(self._fingerprint.device).reshape(1)
+        loss = self.session.losses.total(self.fingerprint.device).reshape(1)
         with muted():
-            self._row = self._measurement.row(gradients, grad_scale, {"loss": loss})
-        self._row |= {"epoch": [self._session.passes.epoch], **self._fingerprint.take()}
-        if self._counts_attempts:
-            self._row["attempt"] = [step + self._session.updates.skipped]
+            self._row = self.measurement.row(gradients, grad_scale, {"loss": loss})
+        self._row |= {"epoch": [self.session.passes.epoch], **self.fingerprint.take()}
+        if "attempt" in self._counted:
+            self._row["attempt"] = [step + self.session.updates.skipped]
 
     def after_update(self) -> None:
         self._rows.append(self._row | self._groups.values())
         # The script may load other weights when training is over: only now are they the final iterate.
-        if self._probe.step == self._record.num_steps:
-            self._comparison.final_equal = all(
-                _same_bits(local(p), self._final[name]) for name, p in self._probe.parameters.items()
+        if self.probe.step == self.record.num_steps:
+            self.comparison.final_equal = all(
+                _same_bits(local(p), self._final[name]) for name, p in self.probe.parameters.items()
             )
-        if self._session.stop.due(self._probe.step):
+        if self.session.stop.due(self.probe.step):
             raise Stopped(together=True)
 
     def complete(self) -> None:
@@ -230,9 +208,9 @@ class RowChecker(Events):
         Raises:
             ReplayDiverged: the replay was not the same run.
         """
-        steps, found = self._probe.step, self._comparison
+        steps, found = self.probe.step, self.comparison
         self.flush()
-        if found.difference is None and steps < self._record.num_steps:
+        if found.difference is None and steps < self.record.num_steps:
             self.differs(steps, "length", "steps")
         if found.difference is None and not found.final_equal:
             self.differs(steps, "weights", "final weights")
@@ -244,7 +222,7 @@ class RowChecker(Events):
         """Commit the rows that were held back, once every process has found its part to be the recorded one."""
         self._rows.flush()
         # A process that has not found that stops, and ends the others, but for an uncertified replay.
-        self._comparison.join(self._session.ranks.said_by_all("found", self._comparison.found()))
+        self.comparison.join(self.session.ranks.said_by_all("found", self.comparison.found()))
         self._commit.commit_all()
 
     def differs(self, step: int, component: str, tensor: str) -> None:
@@ -253,14 +231,14 @@ class RowChecker(Events):
         Raises:
             ReplayDiverged: it is.
         """
-        self._comparison.differs(step, component, tensor)
-        if not self._uncertified:
-            raise self._comparison.error()
+        self.comparison.differs(step, component, tensor)
+        if not self.uncertified:
+            raise self.comparison.error()
 
     @property
     def diverged(self) -> bool:
         """Whether a difference has ended the replay."""
-        return self._comparison.difference is not None and not self._uncertified
+        return self.comparison.difference is not None and not self.uncertified
 
     def flush(self) -> None:
         """Compare and commit the rows so far.
@@ -279,17 +257,20 @@ class RowChecker(Events):
             finally:
                 self._commit.close()
 
+    @property
+    def _counted(self) -> tuple[str, ...]:
+        """What of a row is counted here: a GradScaler's skipped attempts too, if the recording had one."""
+        return ("epoch", "attempt") if self.record.manifest.get("updates", {}).get("scaled") else ("epoch",)
+
     def _columns(self) -> list[Columns]:
         """Of a row, in the order of the trace's table and of the fingerprint."""
-        on_host = {"epoch": ("steps/epoch",)} | (
-            {"attempt": ("steps/attempt",)} if self._counts_attempts else {}
-        )
-        on_device = {"loss": ("steps/loss",), **self._measurement.columns}
+        on_host = {name: (f"steps/{name}",) for name in self._counted}
+        on_device = {"loss": ("steps/loss",), **self.measurement.columns}
         return [
             *(Columns(name, VALUES, columns, "float64", False) for name, columns in on_host.items()),
             *self._groups.columns,
             *(Columns(name, VALUES, columns, "float64", True) for name, columns in on_device.items()),
-            *self._fingerprint.columns,
+            *self.fingerprint.columns,
         ]
 
     def _compare_and_commit(self, block: Block) -> None:
@@ -298,11 +279,11 @@ class RowChecker(Events):
         Raises:
             ReplayDiverged: a step in it is not the recorded one.
         """
-        found, values = self._comparison, block[VALUES]
+        found, values = self.comparison, block[VALUES]
         if self.diverged:
             return
-        equal = found.block(self._fingerprint.layout, block, len(values))
-        if self._uncertified:
+        equal = found.block(self.fingerprint.layout, block, len(values))
+        if self.uncertified:
             same = (np.arange(len(values)) < equal).astype(np.float64)
             self._commit.append({VALUES: np.column_stack([values, same])}, equal)
         elif equal:
@@ -311,19 +292,19 @@ class RowChecker(Events):
             raise found.error()
 
     def _require_same_layout(self) -> None:
-        for component, names in self._fingerprint.layout.items():
-            then = self._record.names(component)
+        for component, names in self.fingerprint.layout.items():
+            then = self.record.names(component)
             if list(names) != then:
                 only = sorted(set(names) ^ set(then)) or ["their order"]
                 raise EnvironmentMismatch(
-                    f"{self._run.path} was recorded with {len(then)} entries under {component}, and here there are "
+                    f"{self.run.path} was recorded with {len(then)} entries under {component}, and here there are "
                     f"{len(names)} (not in both: {', '.join(only[:5])}), so the steps cannot be compared. Nothing was "
                     "replayed. Build the same model and optimizer, or record anew."
                 )
 
     def _require_same_options(self) -> None:
-        point = self._session.point
-        now = json.loads(json.dumps(self._session.manifest["measure"]["options"]))
+        point = self.session.point
+        now = json.loads(json.dumps(self.session.manifest["measure"]["options"]))
         for part in point.earlier if point is not None else ():
             then = manifest_of([part])["measure"]["options"]
             if differing := sorted(name for name in now if now[name] != then.get(name)):
@@ -334,52 +315,32 @@ class RowChecker(Events):
                 )
 
 
+@dataclass(eq=False)
 class TraceSealer(Events):
-    """Ends a replay: seals the trace with its certificate, or leaves a proof for the next segment.
+    """Ends a replay: seals the trace with its certificate, or leaves a proof for the next segment."""
 
-    Args:
-        session: of the pass.
-        fingerprint: of its steps.
-        run: the run folder.
-        record: the recording.
-        measurement: of its steps.
-        comparison: what was found.
-        rows: the rows of the trace.
-        segment: the step before which this replay ends; None for the end of the run.
-    """
-
-    def __init__(
-        self,
-        session: Session,
-        fingerprint: StepFingerprint,
-        run: RunFolder,
-        record: Record,
-        measurement: Measurement,
-        comparison: Comparison,
-        rows: RowChecker,
-        segment: int | None,
-    ) -> None:
-        self._session, self._fingerprint, self._run, self._record = session, fingerprint, run, record
-        self._measurement, self._comparison, self._rows, self._segment = (
-            measurement,
-            comparison,
-            rows,
-            segment,
-        )
+    session: Session
+    fingerprint: StepFingerprint
+    run: RunFolder
+    record: Record
+    measurement: Measurement
+    comparison: Comparison
+    rows: RowChecker
+    segment: int | None  # the step before which this replay ends; None for the end of the run
 
     def between_steps(self, position: Position) -> None:
-        stop = self._segment
-        at_end = stop is not None and self._session.steps == stop < self._record.num_steps
+        stop = self.segment
+        at_end = stop is not None and self.session.steps == stop < self.record.num_steps
         if at_end and position == self._end["position"]:
-            self._end_segment(self._session.steps)
+            self._end_segment(self.session.steps)
 
     def complete(self) -> None:
-        self._rows.close()
-        if self._segment is not None:
+        self.rows.close()
+        if self.segment is not None:
             self._prove()
         else:
-            self._seal("complete" if self._comparison.difference is None else "uncertified")
-        self._session.ranks.said_by_first("sealed", True)
+            self._seal("complete" if self.comparison.difference is None else "uncertified")
+        self.session.ranks.said_by_first("sealed", True)
 
     def fail(self, failure: BaseException | None) -> None:
         """Seal what comes before a divergence, if that is why the pass or the script has failed.
@@ -388,21 +349,21 @@ class TraceSealer(Events):
             ReplayDiverged: the rows that were left show that the replay had diverged before.
         """
         try:
-            self._rows.flush()
+            self.rows.flush()
         finally:
-            self._rows.close()
-            if self._rows.diverged:
-                self._seal("diverged", self._comparison.equal)
+            self.rows.close()
+            if self.rows.diverged:
+                self._seal("diverged", self.comparison.equal)
 
     def _seal(self, status: str, num_steps: int | None = None) -> None:
-        if self._segment is None and self._session.ranks.first and self._rows.opened:
-            sealing.seal(self._run, "trace", status=status, num_steps=num_steps, **self._facts())
+        if self.segment is None and self.session.ranks.first and self.rows.opened:
+            sealing.seal(self.run, "trace", status=status, num_steps=num_steps, **self._facts())
 
     def _facts(self) -> dict[str, Any]:
-        session = self._session
-        session.manifest["measure"]["curvature"] = self._measurement.curvature_found()
+        session = self.session
+        session.manifest["measure"]["curvature"] = self.measurement.curvature_found()
         session.manifest["updates"] = updates = session.updates.described(session.steps)
-        certificate = self._comparison.certificate(self._fingerprint.layout)
+        certificate = self.comparison.certificate(self.fingerprint.layout)
         return {
             "manifest": session.manifest,
             "certificate": certificate | {"steps_attempted": updates["attempted"]},
@@ -412,13 +373,13 @@ class TraceSealer(Events):
     def _end(self) -> dict[str, Any]:
         """What the checkpoint that this segment ends at says of itself."""
         try:
-            own = self._run.of_rank(self._session.ranks.rank).checkpoints
-            facts = checkpoint.facts(checkpoint.folder(own, self._session.steps))
+            own = self.run.of_rank(self.session.ranks.rank).checkpoints
+            facts = checkpoint.facts(checkpoint.folder(own, self.session.steps))
         except RunError as error:
             raise RunError(
                 f"{error}: this segment ends there, so its end cannot be compared. What was measured is kept. Remove "
                 "that checkpoint, so that the run is cut elsewhere, and go on: "
-                f"geomprobe replay {self._run.path} --resume"
+                f"geomprobe replay {self.run.path} --resume"
             ) from error
         return {**facts, "position": Position(*facts["position"])}
 
@@ -429,22 +390,18 @@ class TraceSealer(Events):
             SegmentEnded: always, when it is equal.
             ReplayDiverged: it is not.
         """
-        self._rows.flush()
-        recorded = self._end["digests"]
-        for component, digests in self._fingerprint.state().items():
-            names = self._fingerprint.layout[component][-len(digests) :]
-            for name, now, then in zip(names, digests, recorded[component], strict=True):
-                if now != then:
-                    self._rows.differs(step, component, name)
-        self._rows.agree()
-        self._rows.close()
+        self.rows.flush()
+        if (different := self.fingerprint.differs_from(self._end["digests"])) is not None:
+            self.rows.differs(step, *different)
+        self.rows.agree()
+        self.rows.close()
         self._prove()
         raise SegmentEnded
 
     def _prove(self) -> None:
         """Leave word that the state before the next step was compared, and found equal."""
-        if self._session.ranks.first:
-            sealing.write_down(self._run.proof("trace", self._session.steps), self._facts())
+        if self.session.ranks.first:
+            sealing.write_down(self.run.proof("trace", self.session.steps), self._facts())
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

@@ -166,6 +166,18 @@ class StepFingerprint:
             name: found[name] for name in ("weights", "optimizer", "buffers")
         }
 
+    def differs_from(self, state: Mapping[str, Sequence[int]]) -> tuple[str, str] | None:
+        """The first component and tensor whose `state` is now another one; None where none is."""
+        for component, digests in self.state().items():
+            then = state.get(component, [])
+            names = self.layout[component][-len(digests) :]
+            for name, a, b in zip(names, digests, then, strict=False):
+                if a != b:
+                    return component, name
+            if len(digests) != len(then):
+                return component, "the number of entries"
+        return None
+
 
 def _optimizer_state(probe: Probe) -> tuple[list[list[Tensor]], list[Tensor], list[Any]]:
     """Tensors of each parameter's state; tensors among the hyperparameters; every plain value."""

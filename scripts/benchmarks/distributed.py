@@ -43,12 +43,10 @@ from geomprobe.distributed.ranks import here
 from geomprobe.measure.options import MeasureOptions
 from geomprobe.passes.checkpoint.retention import RecordOptions
 from geomprobe.passes.lease import own_record
-from geomprobe.passes.recording import Recording
+from geomprobe.passes.recording import recording
 from geomprobe.passes.references.loaded import References
-from geomprobe.passes.replaying import Replaying
+from geomprobe.passes.replaying import replaying
 from geomprobe.passes.session import Session
-from geomprobe.probe.hooks.global_hooks import listening
-from geomprobe.probe.probe import observe
 from geomprobe.report.table import table
 from geomprobe.reproducibility.environment import seed_everything, start_manifest, strict_mode
 from geomprobe.trace.run_folder import RunFolder
@@ -85,18 +83,9 @@ def train(options: argparse.Namespace, data: list[tuple[Tensor, Tensor]], probed
         yield
 
 
-@contextlib.contextmanager
-def reporting(observation: Session | None) -> Iterator[None]:
-    """Let one training report to its pass while it takes a step."""
-    if observation is None:
-        yield
-        return
-    before = observe(observation)
-    try:
-        with listening(observation):
-            yield
-    finally:
-        observe(before)
+def reporting(session: Session | None) -> contextlib.AbstractContextManager[None]:
+    """Let one training report to its pass, if it has one, while it takes a step."""
+    return contextlib.nullcontext() if session is None else session.reporting()
 
 
 def observed(
@@ -112,10 +101,10 @@ def observed(
     manifest = start_manifest(seed=0, strict=True, script={}) | ranks.described()
     run.stream.mkdir(parents=True, exist_ok=True)
     if name == "recording":
-        return Recording(run, manifest, RecordOptions(), ranks)
+        return recording(run, manifest, RecordOptions(), ranks)
     recorded = own_record(run, ranks)
     measure = MeasureOptions(curvature_every=int(name == "Hg"))
-    return Replaying(run, recorded, References(recorded, {}), manifest, measure, ranks=ranks)
+    return replaying(run, recorded, References(recorded, {}), manifest, measure, ranks=ranks)
 
 
 def step_times(options: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
@@ -134,11 +123,11 @@ def step_times(options: argparse.Namespace, folder: Path) -> dict[str, list[floa
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             times[name].append(time.perf_counter() - began)
-    for name, observation in passes.items():
-        with reporting(observation):
+    for name, session in passes.items():
+        with reporting(session):
             next(lanes[name], None)
-        if isinstance(observation, (Recording, Replaying)):
-            observation.complete()  # raises if the replay was not the same run
+            if session is not None:
+                session.complete()  # raises if the replay was not the same run
     return {name: seconds[WARM_UP:] for name, seconds in times.items()}
 
 

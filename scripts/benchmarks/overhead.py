@@ -40,12 +40,10 @@ from torchvision.models import resnet18
 import geomprobe
 from geomprobe.measure.options import MeasureOptions
 from geomprobe.passes.checkpoint.retention import RecordOptions
-from geomprobe.passes.recording import Recording
+from geomprobe.passes.recording import recording
 from geomprobe.passes.references.loaded import References
-from geomprobe.passes.replaying import Replaying
+from geomprobe.passes.replaying import replaying
 from geomprobe.passes.session import Session
-from geomprobe.probe.hooks.global_hooks import listening
-from geomprobe.probe.probe import observe
 from geomprobe.reproducibility.environment import seed_everything, start_manifest, strict_mode
 from geomprobe.trace.record import open_record
 from geomprobe.trace.run_folder import RunFolder
@@ -110,15 +108,9 @@ class Naive:
         self.values = product / squares[0], squares[1] / squares[0], product / squares[1]
 
 
-@contextlib.contextmanager
-def _events(observation: Session | None) -> Iterator[None]:
-    """Let one training report to its pass while it takes a step."""
-    before = observe(observation)
-    try:
-        with listening(observation) if observation is not None else contextlib.nullcontext():
-            yield
-    finally:
-        observe(before)
+def reporting(session: Session | None) -> contextlib.AbstractContextManager[None]:
+    """Let one training report to its pass, if it has one, while it takes a step."""
+    return contextlib.nullcontext() if session is None else session.reporting()
 
 
 def finished_run(folder: Path, data: list[tuple[Tensor, Tensor]]) -> RunFolder:
@@ -137,14 +129,14 @@ def lanes(
         if name == "recording":
             run = RunFolder(folder / "recording")
             run.stream.mkdir(parents=True)
-            made[name] = train_probed(data), Recording(run, manifest, RecordOptions())
+            made[name] = train_probed(data), recording(run, manifest, RecordOptions())
         elif name in ("replaying", "compiled"):
             run = finished_run(folder / name, data)
             run.stream.mkdir(parents=True)
             recorded = open_record(run.path)
             made[name] = (
                 train_probed(data),
-                Replaying(
+                replaying(
                     run,
                     recorded,
                     References(recorded, {}),
@@ -164,17 +156,17 @@ def measure(folder: Path, data: list[tuple[Tensor, Tensor]], names: list[str]) -
     times: dict[str, list[float]] = {name: [] for name in names}
     trainings = lanes(folder, data, names)
     for step in range(len(data)):
-        for name, (lane, observation) in trainings.items():
-            with _events(observation):
+        for name, (lane, session) in trainings.items():
+            with reporting(session):
                 began = time.perf_counter()
                 next(lane)
                 if step >= WARM_UP:
                     times[name].append(time.perf_counter() - began)
-    for lane, observation in trainings.values():
-        with _events(observation):
+    for lane, session in trainings.values():
+        with reporting(session):
             lane.close()
-        if isinstance(observation, (Recording, Replaying)):
-            observation.complete()  # raises if the replay was not the same run
+            if session is not None:
+                session.complete()  # raises if the replay was not the same run
     return times
 
 
@@ -197,10 +189,10 @@ def alone(name: str, arguments: argparse.Namespace) -> None:
     """Run one training and print the process's peak memory."""
     data = batches(4, arguments.batch_size, (3, arguments.image, arguments.image))
     with tempfile.TemporaryDirectory() as folder, strict_mode(True):
-        for lane, observation in lanes(Path(folder), data, [name]).values():
+        for lane, session in lanes(Path(folder), data, [name]).values():
             gc.collect()
             for _ in data:
-                with _events(observation):
+                with reporting(session):
                     next(lane)
         print(json.dumps(high_water_mark()))
 

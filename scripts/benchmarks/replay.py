@@ -12,7 +12,6 @@ at each, over that of epochs without, the two trainings taking turns epoch by ep
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 import os
 import statistics
@@ -20,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,9 +31,7 @@ from torch.utils.data import DataLoader
 import geomprobe
 from geomprobe.passes.checkpoint import store as checkpoint
 from geomprobe.passes.checkpoint.retention import RecordOptions, RetentionPolicy
-from geomprobe.passes.recording import Recording
-from geomprobe.probe.hooks.global_hooks import listening
-from geomprobe.probe.probe import observe
+from geomprobe.passes.recording import recording
 from geomprobe.report.table import number, table
 from geomprobe.reproducibility.environment import seed_everything, start_manifest, strict_mode
 from geomprobe.trace.run_folder import RunFolder
@@ -127,17 +124,6 @@ def train(epochs: int) -> Generator[None, None, None]:
         yield
 
 
-@contextlib.contextmanager
-def reporting(recording: Recording) -> Iterator[None]:
-    """Let a training report to its pass."""
-    before = observe(recording)
-    try:
-        with listening(recording):
-            yield
-    finally:
-        observe(before)
-
-
 def with_and_without(folder: Path, epochs: int) -> tuple[float, float, list[float]]:
     """Median seconds of an epoch with a checkpoint and without, and the ratios of neighbors."""
     lanes = []
@@ -146,21 +132,21 @@ def with_and_without(folder: Path, epochs: int) -> tuple[float, float, list[floa
         run.stream.mkdir(parents=True)
         manifest = start_manifest(seed=0, strict=True, script={})
         lanes.append(
-            (Recording(run, manifest, RecordOptions(keeping=RetentionPolicy(every))), train(epochs + 1))
+            (recording(run, manifest, RecordOptions(keeping=RetentionPolicy(every))), train(epochs + 1))
         )
     times: tuple[list[float], list[float]] = [], []
     for epoch in range(epochs + 1):
         for i in (0, 1) if epoch % 2 else (1, 0):
-            recording, lane = lanes[i]
-            with reporting(recording):
+            session, lane = lanes[i]
+            with session.reporting():
                 began = time.perf_counter()
                 next(lane)
                 if epoch:
                     times[i].append(time.perf_counter() - began)
-    for recording, lane in lanes:
-        with reporting(recording):
+    for session, lane in lanes:
+        with session.reporting():
             lane.close()
-            recording.complete()
+            session.complete()
     ratios = [a / b for a, b in zip(*times, strict=True)]
     return statistics.median(times[0]), statistics.median(times[1]), ratios
 

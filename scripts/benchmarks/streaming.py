@@ -20,13 +20,13 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from overhead import high_water_mark
 
 import geomprobe
 from geomprobe.passes.row_buffer import Block, RowBuffer
 from geomprobe.report.table import number, table
+from geomprobe.reproducibility.columns import Columns
 from geomprobe.trace.schema import TRACE_SCHEMA, VALUES
 from geomprobe.trace.seal import seal_trace
 from geomprobe.trace.stream.writer import PartWriter, Table
@@ -34,6 +34,12 @@ from geomprobe.trace.stream.writer import PartWriter, Table
 HOST = ("steps/epoch", "groups/0/lr", "groups/0/weight_decay", "groups/0/momentum")
 DEVICE = ("steps/loss", *(f"inner_products/{name}" for name in ("g.g", "w.g", "w.w", "g.d", "w.d", "d.d")))
 PRINTS = 200  # fingerprints a step: those of a ResNet-18, with momentum and BatchNorm
+COLUMNS = [
+    Columns("host", VALUES, HOST, "float64", on_device=False),
+    Columns("values", VALUES, DEVICE, "float64", on_device=True),
+    Columns("rng", "fingerprints", ("fetch", "step"), "int64", on_device=False),
+    Columns("digests", "fingerprints", tuple(map(str, range(PRINTS))), "int64", on_device=True),
+]
 TARGET = 5000
 
 
@@ -76,13 +82,14 @@ def written(folder: Path, steps: int) -> tuple[float, float]:
     with PartWriter(path, schema=TRACE_SCHEMA, tables=[columns], attributes={}) as writer:
 
         def deliver(block: Block) -> None:
-            writer.append({VALUES: np.hstack([block.host_floats, block.floats])})
+            writer.append({VALUES: block[VALUES]})
 
-        rows = RowBuffer(torch.device("cpu"), len(DEVICE), PRINTS, deliver)
+        rows = RowBuffer(torch.device("cpu"), COLUMNS, deliver)
         values, prints = torch.rand(len(DEVICE), dtype=torch.float64), torch.zeros(PRINTS, dtype=torch.int64)
         began = time.perf_counter()
         for step in range(steps):
-            rows.append(values, prints, [float(step), 0.1, 0.0, 0.9], [step, step])
+            host = [float(step), 0.1, 0.0, 0.9]
+            rows.append({"values": values, "digests": prints, "host": host, "rng": [step, step]})
         rows.flush()
         streamed = time.perf_counter()
     seal_trace([path], folder / "trace.h5", status="complete", manifest={}, num_parameters=3, timeout_s=600)

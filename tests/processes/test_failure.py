@@ -19,7 +19,7 @@ from geomprobe.cli import main
 from geomprobe.distributed import heartbeat
 from geomprobe.distributed import watchdog as vigil
 from geomprobe.distributed.heartbeat import SILENCE_S, FailureDetector, Heartbeat
-from geomprobe.distributed.progress import Place, ProgressMarker
+from geomprobe.distributed.progress import Place
 from geomprobe.trace.record import open_record
 
 PATIENCE_S = 6.0

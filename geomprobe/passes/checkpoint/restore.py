@@ -93,16 +93,11 @@ class Resumer(Events):
         self._session.load_state_dict(contents)
         self._probe.resume_from(step)
         self._session.goal = None
-        found, then = self._fingerprint.state(), self._point.digests or {}
-        for component, digests in found.items():
-            if digests != then.get(component):
-                names = self._fingerprint.layout[component][-len(digests) :]
-                pairs = zip(names, digests, then.get(component, []), strict=False)
-                name = next((name for name, a, b in pairs if a != b), "the number of entries")
-                raise RunError(
-                    f"{self._point.checkpoint} was put back, but the {component} ({name}) is not what it was. "
-                    "Build the model, optimizer and attached objects as they were built when the run began."
-                )
+        if (different := self._fingerprint.differs_from(self._point.digests or {})) is not None:
+            raise RunError(
+                f"{self._point.checkpoint} was put back, but the {different[0]} ({different[1]}) is not what it was. "
+                "Build the model, optimizer and attached objects as they were built when the run began."
+            )
         WarmUp(self._session.layout.replicas, step, muted)
 
     def before_update(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
