@@ -265,8 +265,10 @@ class Session(Observer):
         self._differentiate = (self._methods["differentiate"] or [super().differentiate])[0]
 
     def _passing_on(self, methods: Sequence[Callable[..., None]], stopping: bool) -> Callable[..., None]:
+        alone = self.ranks.alone
+
         def event(*arguments: Any) -> None:
-            if stopping:
+            if stopping and (self.failure is not None or not alone):
                 self.stop_if_failed()
             try:
                 for method in methods:

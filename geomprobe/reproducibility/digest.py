@@ -86,6 +86,8 @@ class TensorDigests:
     @torch.no_grad()
     def __call__(self, groups: Sequence[Sequence[Tensor]]) -> Tensor:
         devices = {tensor.device for group in groups for tensor in group} or {self._device}
+        if devices == {self._device}:
+            return self._on_device(groups, self._device)
         total = torch.zeros(len(groups), dtype=torch.int64, device=self._device)
         for device in sorted(devices, key=str):
             part = self._on_device([[t for t in group if t.device == device] for group in groups], device)
@@ -93,14 +95,17 @@ class TensorDigests:
         return total
 
     def _on_device(self, groups: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
-        pieces = [[_split(_in_memory_order(tensor)) for tensor in group] for group in groups]
-        sizes = tuple(
-            sum((0 if words is None else words.shape[0] + _WIDTH) + rest.shape[0] for words, rest in group)
-            for group in pieces
-        )
-        slots, multipliers, starts, ends = self._buffers(device, sizes)
+        pieces, sizes = [], []
+        for group in groups:  # plain loops: this runs at every step, for every tensor
+            size = 0
+            for tensor in group:
+                words, rest = _split(_in_memory_order(tensor))
+                pieces.append((words, rest))
+                size += rest.shape[0] + (0 if words is None else words.shape[0] + _WIDTH)
+            sizes.append(size)
+        slots, multipliers, starts, ends = self._buffers(device, tuple(sizes))
         targets, sources, offset = [], [], 0
-        for words, rest in (piece for group in pieces for piece in group):
+        for words, rest in pieces:
             if words is not None:
                 rows = words.shape[0]
                 torch.sum(words, 1, out=slots[offset : offset + rows])

@@ -184,16 +184,22 @@ def _optimizer_state(probe: Probe) -> tuple[list[list[Tensor]], list[Tensor], li
     plain: list[Any] = []
     state: list[list[Tensor]] = []
     for parameter in probe.parameters.values():
-        entries: Mapping[str, Any] = probe.optimizer.state.get(parameter, {})
-        state.append([local(entries[name]) for name in sorted(entries) if isinstance(entries[name], Tensor)])
-        plain.append([(name, v) for name, v in sorted(entries.items()) if not isinstance(v, Tensor)])
-    tensors: list[Tensor] = []
+        tensors, others = [], []
+        for name, value in sorted(probe.optimizer.state.get(parameter, {}).items()):
+            if isinstance(value, Tensor):
+                tensors.append(local(value))
+            else:
+                others.append((name, value))
+        state.append(tensors)
+        plain.append(others)
+    of_groups: list[Tensor] = []
     for group in probe.optimizer.param_groups:
         for name, value in sorted(group.items()):
-            if name != "params":
-                tensors += [value] if isinstance(value, Tensor) else []
-                plain += [] if isinstance(value, Tensor) else [(name, value)]
-    return state, tensors, plain
+            if isinstance(value, Tensor):
+                of_groups.append(value)
+            elif name != "params":
+                plain.append((name, value))
+    return state, of_groups, plain
 
 
 def first_difference(
