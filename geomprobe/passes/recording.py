@@ -86,15 +86,15 @@ def _no_steps() -> UnsupportedTraining:
     )
 
 
+@dataclass(eq=False)
 class SourceDigests(Events):
     """Notes the digests of the script's own files, which it may import at any time until it ends."""
 
-    def __init__(self, manifest: dict[str, Any]) -> None:
-        self._manifest = manifest
+    manifest: dict[str, Any]
 
     def first_update(self) -> None:
-        root = self._manifest["script"].get("root")
-        self._manifest["sources"] = source_digests(Path(root)) if root else {}
+        root = self.manifest["script"].get("root")
+        self.manifest["sources"] = source_digests(Path(root)) if root else {}
 
     def complete(self) -> None:
         self.first_update()
@@ -105,9 +105,7 @@ class FinalWeights(Events):
 
     def __init__(self, probe: Probe, references: KeptReferences) -> None:
         self._probe, self._references = probe, references
-        self._kept: dict[str, Tensor] | None = (
-            None  # a copy, from the time before something else moves the weights
-        )
+        self._kept: dict[str, Tensor] | None = None  # a copy, from before something else moves the weights
         self._left = self._versions()
 
     def after_update(self) -> None:

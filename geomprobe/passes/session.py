@@ -34,15 +34,7 @@ from geomprobe.probe.step_progress import StepProgress
 from geomprobe.reproducibility.fingerprint import StepFingerprint, StepInputs
 
 # At these the pass says that it has failed, again and again, to a script that catches errors and goes on.
-_STOPPING = {
-    "begin",
-    "fetching",
-    "between_steps",
-    "goal_reached",
-    "before_update",
-    "after_update",
-    "reference",
-}
+_STOPPING = {"begin", "fetching", "between_steps", "before_update", "after_update", "reference"}
 
 
 class Session(Observer):
@@ -112,21 +104,19 @@ class Session(Observer):
         fingerprint = StepFingerprint(probe, self.inputs, self.losses)
         self._resumer = Resumer(self, probe, fingerprint, self.point)
         self._call["attached"](probe)
-        self.listeners += [
-            UpdateChecks(probe),
-            self._resumer,
-            *self._make(self, probe, fingerprint, self._resumer),
-        ]
+        own = self._make(self, probe, fingerprint, self._resumer)
+        self.listeners += [UpdateChecks(probe), self._resumer, *own]
         self._connect()
 
     def iterating(self, loader: Any, position: Position | None) -> int:
-        with self._lasting():
+        with self._errors_end_the_pass():
             return 0 if self._resumer is None else self._resumer.iterating(loader, position)
 
     def between_steps(self, position: Position) -> None:
         if self.goal is None:
             self._call["between_steps"](position)
         elif position == self.goal:
+            self.stop_if_failed()
             self._call["goal_reached"]()
             self._call["restored"]()
 
@@ -159,7 +149,7 @@ class Session(Observer):
     ) -> tuple[Args, Kwargs] | None:
         if (self.probe is not None and optimizer is self.probe.optimizer) or nested_step(optimizer):
             return None
-        with self._lasting():
+        with self._errors_end_the_pass():
             if self.probe is not None:
                 refuse_another(self.probe, optimizer)
                 return None
@@ -231,7 +221,7 @@ class Session(Observer):
             ReplayDiverged: a replay was not the same run.
             Exception: what ended the pass earlier, where the script caught it and went on.
         """
-        with self._lasting():
+        with self._errors_end_the_pass():
             if self.probe is None:
                 raise self._without_steps()
             self._call["complete"]()
@@ -291,7 +281,7 @@ class Session(Observer):
             raise errors[0]
 
     @contextlib.contextmanager
-    def _lasting(self) -> Iterator[None]:
+    def _errors_end_the_pass(self) -> Iterator[None]:
         """What is raised in here ends the pass, even where the script catches it and goes on."""
         self.stop_if_failed()
         try:
@@ -310,7 +300,7 @@ class Session(Observer):
 
         def attach_and_measure() -> Tensor:
             loss = closure()
-            with self._lasting():
+            with self._errors_end_the_pass():
                 probe = self._attach(optimizer) if self.probe is None else self.probe
                 probe.hook.update_due()
             return loss
