@@ -21,7 +21,7 @@ from geomprobe.passes.checkpoint import store as checkpoint
 from geomprobe.passes.checkpoint.ddp_buckets import buckets
 from geomprobe.passes.checkpoint.restore import Resumer, submit_contents
 from geomprobe.passes.checkpoint.resume_point import ResumePoint
-from geomprobe.passes.checkpoint.retention import CheckpointTimer, RecordOptions
+from geomprobe.passes.checkpoint.retention import CheckpointTimer, RecordOptions, RetentionPolicy
 from geomprobe.passes.checkpoint.shared_tensors import parted
 from geomprobe.passes.references.averages import Averages
 from geomprobe.passes.references.kept import KeptReferences
@@ -72,7 +72,7 @@ def recording(
             *averages,
             ReferenceKeeper(session, probe, frozenset(options.reference_steps), references, taken),
             rows,
-            Checkpointer(session, fingerprint, resumer, rows, options, own, run.checkpoints),
+            Checkpointer(session, fingerprint, resumer, rows, options.keeping, own, run.checkpoints),
             RecordSealer(session, own, rows, references),
         ]
 
@@ -255,62 +255,49 @@ class RecordWriter(Events):
         self._log.append(block)
 
 
+@dataclass(eq=False)
 class Checkpointer(Events):
-    """Writes checkpoints between the steps where they are due, and one where the pass is asked to stop.
+    """Writes checkpoints between the steps where they are due, and one where the pass is asked to stop."""
 
-    Args:
-        session: of the pass, whose listeners' state it holds beside the training's own.
-        fingerprint: gives the digests that a checkpoint is compared with when it is put back.
-        resumer: captures the training's own state.
-        rows: the rows that have to be written before a checkpoint is.
-        options: when, and how many are kept.
-        run: where to.
-        of_first: the checkpoints of rank 0.
-    """
+    session: Session  # whose listeners' state it keeps beside the training's own
+    fingerprint: StepFingerprint
+    resumer: Resumer
+    rows: RecordWriter
+    policy: RetentionPolicy
+    run: RunFolder
+    of_first: Path  # the checkpoints of rank 0
 
-    def __init__(
-        self,
-        session: Session,
-        fingerprint: StepFingerprint,
-        resumer: Resumer,
-        rows: RecordWriter,
-        options: RecordOptions,
-        run: RunFolder,
-        of_first: Path,
-    ) -> None:
-        self._session, self._fingerprint, self._resumer, self._rows = session, fingerprint, resumer, rows
-        self._folder, self._of_first = run.checkpoints, of_first
-        run.stream.mkdir(parents=True, exist_ok=True)
-        self._writer = checkpoint.Writer(run.checkpoints, options.keeping.too_many, self._shared)
-        self._timer = CheckpointTimer(options.keeping)
-        self._by_clock = options.keeping.parsed[1] == "min"
-        self._clock = StepBarrier(session.ranks, "checkpoint")
-        self._never = options.keeping.every == "never"
+    def __post_init__(self) -> None:
+        self.run.stream.mkdir(parents=True, exist_ok=True)
+        self._writer = checkpoint.Writer(self.run.checkpoints, self.policy.too_many, self._shared)
+        self._timer = CheckpointTimer(self.policy)
+        self._clock = StepBarrier(self.session.ranks, "checkpoint")
+        self._never = self.policy.every == "never"
         self._overdue = self._stops = False
 
     def begin(self) -> None:
-        point = self._session.point
+        point = self.session.point
         if point is None or not point.earlier:
             self._save()
 
     def between_steps(self, position: Position) -> None:
         due = self._due(position)
-        self._stops |= self._session.stop.due(self._session.steps)
+        self._stops |= self.session.stop.due(self.session.steps)
         if self._never:
             self._stop_if_due()
-        elif (due or self._stops) and not self._session.losses.values:  # else gradients wait for their update
+        elif (due or self._stops) and not self.session.losses.values:  # else gradients wait for their update
             self._save()
             self._stop_if_due()
 
     def before_update(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
-        reason = self._session.passes.not_resumable
+        reason = self.session.passes.not_resumable
         if reason is None or self._never:
             return
         self._never = True
-        self._session.manifest["recording"]["no_checkpoints"] = reason
+        self.session.manifest["recording"]["no_checkpoints"] = reason
         self._writer.wait()
-        for step in checkpoint.saved(self._folder)[1:]:
-            checkpoint.remove(self._folder, step)
+        for step in checkpoint.saved(self.run.checkpoints)[1:]:
+            checkpoint.remove(self.run.checkpoints, step)
         print(
             f"geomprobe: no checkpoints are kept, because {reason}: a run that is cut off would start over, and its "
             "replay cannot be split.",
@@ -318,12 +305,12 @@ class Checkpointer(Events):
         )
 
     def after_update(self) -> None:
-        if not self._resumer.loops_over_batches:  # else a place for a checkpoint comes before the next step
-            self._stops |= self._session.stop.due(self._session.steps)
+        if not self.resumer.loops_over_batches:  # else a place for a checkpoint comes before the next step
+            self._stops |= self.session.stop.due(self.session.steps)
             self._stop_if_due()
 
     def restored(self) -> None:
-        self._timer.taken(self._session.steps)
+        self._timer.taken(self.session.steps)
 
     def complete(self) -> None:
         self._writer.close()
@@ -335,11 +322,11 @@ class Checkpointer(Events):
         self._writer.close()
 
     def _due(self, position: Position) -> bool:
-        due = self._timer(position, self._session.steps)
-        if self._by_clock:  # of rank 0, for all
-            if due and self._session.ranks.first:
+        due = self._timer(position, self.session.steps)
+        if self.policy.parsed[1] == "min":  # by the clock of rank 0, for all
+            if due and self.session.ranks.first:
                 self._clock.call()
-            self._overdue |= self._clock.due(self._session.steps)
+            self._overdue |= self._clock.due(self.session.steps)
             return self._overdue
         return due
 
@@ -349,24 +336,24 @@ class Checkpointer(Events):
 
     def _save(self) -> None:
         """Begin to write a checkpoint of the present state."""
-        contents = {**self._session.state_dict(), **self._resumer.capture()}
+        contents = {**self.session.state_dict(), **self.resumer.capture()}
         facts = {
-            "position": self._resumer.position,
-            "digests": self._fingerprint.state(),
-            "buckets": buckets(self._session.layout.replicas),
+            "position": self.resumer.position,
+            "digests": self.fingerprint.state(),
+            "buckets": buckets(self.session.layout.replicas),
         }
-        self._rows.flush()  # so that they reach as far as the checkpoint, whatever comes
-        submit_contents(self._writer, self._session.steps, contents, facts)
-        self._timer.taken(self._session.steps)
+        self.rows.flush()  # so that they reach as far as the checkpoint, whatever comes
+        submit_contents(self._writer, self.session.steps, contents, facts)
+        self._timer.taken(self.session.steps)
         self._overdue = False
 
     def _shared(
         self, path: Path, tensors: Mapping[str, Tensor]
     ) -> tuple[Mapping[str, Tensor], checkpoint.Alike | None]:
         """What of a checkpoint this process keeps itself; called by the writer's thread."""
-        if self._session.layout.kind != "DDP":
+        if self.session.layout.kind != "DDP":
             return tensors, None
-        return parted(self._session.ranks, self._of_first / path.name, tensors)
+        return parted(self.session.ranks, self.of_first / path.name, tensors)
 
 
 @dataclass(eq=False)

@@ -27,7 +27,7 @@ from geomprobe.probe.loader_passes import LoaderPasses
 from geomprobe.probe.loops import Position
 from geomprobe.probe.loss_tracker import LossTracker
 from geomprobe.probe.model_discovery import ModelDiscovery, refuse_another
-from geomprobe.probe.parameters import described
+from geomprobe.probe.parameters import UpdateChecks, described
 from geomprobe.probe.probe import Probe
 from geomprobe.probe.step_attempts import StepAttempts
 from geomprobe.probe.step_progress import StepProgress
@@ -306,20 +306,6 @@ class Session(Observer):
             return loss
 
         return attach_and_measure
-
-
-class UpdateChecks(Events):
-    """Refuses an update of which no row could be right."""
-
-    def __init__(self, probe: Probe) -> None:
-        self._probe = probe
-
-    def before_update(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
-        self._probe.require_whole_updates()
-        self._probe.require_same_parameters()
-
-    def complete(self) -> None:
-        self._probe.require_whole_updates()
 
 
 def part_attributes(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from geomprobe.probe.hooks.model_calls import ModelCalls
 from geomprobe.probe.hooks.step_calls import Args, Kwargs, given_closure, nested_step, replace_closure
 from geomprobe.probe.inert import InertProbe
 from geomprobe.probe.loops import Loops
-from geomprobe.probe.parameters import Membership, measured_parameters
+from geomprobe.probe.parameters import measured_parameters
 
 Item = TypeVar("Item")
 
@@ -102,7 +102,6 @@ class Probe:
         self.optimizer = optimizer
         self.stateful = dict(stateful)
         self.parameters = measured_parameters(model, optimizer)
-        self._membership = Membership(self.parameters, optimizer)
         self.oracles: dict[str, Oracle] = {}
         self.step = 0
         self.loops = Loops(observer)
@@ -237,28 +236,7 @@ class Probe:
     def __exit__(self, *exception: object) -> None:
         self.remove()
 
-    # What a pass calls
-
-    def require_same_parameters(self) -> None:
-        """Refuse an update where the optimizer's parameters are not those that it had when the probe was attached.
-
-        Raises:
-            UnsupportedTraining: parameters were added, removed or resized.
-        """
-        self._membership.require(self.step)
-
-    def require_whole_updates(self) -> None:
-        """Refuse to go on after an update that was begun and not finished.
-
-        Raises:
-            UnsupportedTraining: the optimizer's ``step`` raised, and the script went on.
-        """
-        if self.hook.begun != self.step:
-            name = type(self.optimizer).__name__
-            raise UnsupportedTraining(
-                f"{name}.step raised in step {self.step}, and the script went on. What that step did to the "
-                "weights is not known, so no later one can be measured. Mend what raised, or let it end the script."
-            )
+    # What a pass and the hooks call
 
     def resume_from(self, step: int) -> None:
         """The state before ``step`` was put back: count on from there."""

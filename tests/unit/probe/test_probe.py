@@ -26,7 +26,7 @@ from geomprobe.probe import progress_bar as progress
 from geomprobe.probe.events import observe, observing
 from geomprobe.probe.inert import InertProbe
 from geomprobe.probe.loops import Position
-from geomprobe.probe.parameters import measured_parameters
+from geomprobe.probe.parameters import UpdateChecks, measured_parameters
 from geomprobe.probe.probe import Probe, attach
 
 
@@ -418,6 +418,8 @@ def test_what_cannot_be_measured_is_refused(log: Log, optimizer: Any, says: str)
 @pytest.mark.parametrize("change", ["added", "resized"])
 def test_parameters_that_change_are_told(log: Log, change: str) -> None:
     training = Training()
+    checks = UpdateChecks(training.probe)
+    checks.before_update([], None)
     if change == "added":
         training.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
     else:
@@ -427,7 +429,7 @@ def test_parameters_that_change_are_told(log: Log, change: str) -> None:
         "resized": r"0.bias had shape \(8,\) and now has",
     }
     with pytest.raises(UnsupportedTraining, match=says[change]):
-        training.probe.require_same_parameters()
+        checks.before_update([], None)
 
 
 # Where nothing is recorded or replayed
@@ -478,7 +480,7 @@ def test_the_inert_probe_does_all_that_the_probe_does() -> None:
     def public(kind: type) -> set[str]:
         return {name for name in vars(kind) if not name.startswith("_")}
 
-    of_passes = {"require_same_parameters", "require_whole_updates", "resume_from", "weights", "buffers"}
+    of_passes = {"resume_from", "weights", "buffers"}
     assert public(Probe) - of_passes == public(InertProbe)
     assert public(PlainProbe) <= public(InertProbe)
 
