@@ -7,11 +7,9 @@ import sys
 import sysconfig
 import threading
 from types import FrameType
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import NamedTuple
 
 from geomprobe._package import FOLDER
-
-Session = TypeVar("Session")
 
 STAGES = (
     "",
@@ -21,18 +19,6 @@ STAGES = (
     "in the backward pass",
     "at the optimizer's step",
 )
-# How far within a step a process has come at each event of a pass.
-_STAGE_OF = {
-    "after_update": 0,
-    "between_steps": 0,
-    "fetching": 1,
-    "fetch_ended": 2,
-    "fetched": 2,
-    "entered": 3,
-    "backward": 4,
-    "backward_called": 4,
-    "before_update": 5,
-}
 # Code in these folders is not the user's own.
 _FOREIGN = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), str(FOLDER), "<")
 
@@ -99,29 +85,6 @@ class ProgressMarker:
         self._seen = self._moves
         frame = main_frame()
         return Place(self._step, self._stage, _exchanges(frame), line(frame), self._still, left)
-
-
-class Followed:
-    """An observation whose whereabouts are noted as its events are called.
-
-    Args:
-        observation: it, with the number of its ``steps``.
-        whereabouts: where they are noted.
-    """
-
-    def __init__(self, observation: Any, whereabouts: ProgressMarker) -> None:
-        self._observation, self._whereabouts = observation, whereabouts
-
-    def __getattr__(self, name: str) -> Any:
-        stage = _STAGE_OF.get(name)
-        if stage is not None:
-            self._whereabouts.at(self._observation.steps, stage)
-        return getattr(self._observation, name)
-
-
-def followed(observation: Session, whereabouts: ProgressMarker) -> Session:
-    """``observation``, noting in ``whereabouts`` where its training is."""
-    return cast(Session, Followed(observation, whereabouts))
 
 
 def main_frame() -> FrameType | None:

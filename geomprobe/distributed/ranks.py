@@ -14,14 +14,12 @@ import os
 import time
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 from geomprobe.distributed.heartbeat import BEAT_S
-from geomprobe.distributed.progress import ProgressMarker, followed
+from geomprobe.distributed.progress import ProgressMarker
 from geomprobe.distributed.watchdog import Failure, Watchdog, holds_store
 from geomprobe.errors import GeomprobeError, ReplayDiverged, RunError, Stopped, UsageError
-
-Session = TypeVar("Session")
 
 PATIENCE_S = 1800.0  # as gloo's own; how long one process waits for another
 _ASK_S = 0.02
@@ -208,33 +206,6 @@ class Ranks:
             time.sleep(2 * BEAT_S)  # so that the others can still read it
         if cause is not None and (broken or isinstance(error, Stopped)):
             raise ElsewhereStopped(cause.as_seen_by(self.rank), cause.code) from error
-
-    # Old names of the above, until their last callers have gone
-    # ---------------------------------------------------------------------------------------------------------------
-
-    def said_by_first(self, name: str, value: Any = None) -> Any:
-        return self.broadcast(name, value)
-
-    def said_by_all(self, name: str, value: Any) -> list[Any]:
-        return self.all_gather(name, value)
-
-    def say(self, name: str, value: Any) -> None:
-        self.publish(name, value)
-
-    def said(self, name: str) -> list[Any]:
-        return [self._value_of(rank, name) for rank in range(self.size) if rank != self.rank]
-
-    def least_said(self, name: str) -> int | None:
-        numbers = self.so_far_said(name)
-        return None if self.alone else min(numbers) if len(numbers) == self.size - 1 else 0
-
-    def so_far_said(self, name: str) -> list[int]:
-        return [number for rank, number in self.published(name).items() if rank != self.rank]
-
-    def following(self, observation: Session) -> Session:
-        return observation if self.alone else followed(observation, self.progress)
-
-    # ---------------------------------------------------------------------------------------------------------------
 
 
 def _is_broken_exchange(error: BaseException | None) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from geomprobe.distributed.ranks import here
-from geomprobe.errors import Stopped, UnsupportedTraining, UsageError
+from geomprobe.errors import UsageError
 from geomprobe.measure.before_clipping import require_clipped
 from geomprobe.measure.option_fields import Options
 from geomprobe.passes import finalize
@@ -25,12 +25,10 @@ from geomprobe.passes.lease import (
     unfinished_recording,
 )
 from geomprobe.passes.options import RecordOptions, ReplayOptions, require_same_options
-from geomprobe.passes.recording import Recording
+from geomprobe.passes.recording import recording
 from geomprobe.passes.references.loaded import References
-from geomprobe.passes.replaying import Replaying, SegmentEnded
-from geomprobe.passes.sigterm import stopping_when_asked
-from geomprobe.probe.hooks.global_hooks import listening
-from geomprobe.probe.probe import observe, observing
+from geomprobe.passes.replaying import SegmentEnded, replaying
+from geomprobe.probe.events import observing
 from geomprobe.reproducibility.environment import function_script, start_manifest
 from geomprobe.reproducibility.environment_check import require_same_start
 from geomprobe.reproducibility.isolation import keep_rng
@@ -133,10 +131,10 @@ def run_record(train: Train, run: RunPath, options: RecordOptions, script: Mappi
                 if resume_point is not None:
                     require_same_start(resume_point.manifest, manifest, target.path, "go on")
                     manifest = resume_point.manifest
-                recording = Recording(target, manifest, replace(options, seed=seed), ranks, resume_point)
-                with _observed(recording):
+                session = recording(target, manifest, replace(options, seed=seed), ranks, resume_point)
+                with session.reporting():
                     train()
-                    recording.complete()
+                    session.complete()
     return open_record(target.path)
 
 
@@ -187,20 +185,19 @@ def run_replay(train: Train, run: RunPath, options: ReplayOptions, script: Mappi
                 if claimed is not None:
                     stretch = StepRange(*claimed)
                     begin = replayed_before(target, recorded, stretch, ranks)
-                    replaying = Replaying(
+                    session = replaying(
                         target,
                         recorded,
                         weights,
                         manifest,
                         options,
-                        options.uncertified,
                         begin,
                         stretch.stop,
                         ranks,
                     )
-                    with contextlib.suppress(SegmentEnded), _observed(replaying):
+                    with contextlib.suppress(SegmentEnded), session.reporting():
                         train()
-                        replaying.complete()
+                        session.complete()
                 if options.segment is not None:
                     if ranks.first:
                         finalize.seal_whole(target, recorded.num_steps)
@@ -256,30 +253,3 @@ def _require_startable(seed: int) -> None:
         raise UsageError("A pass is running in this process already; a pass cannot run inside another.")
     if not 0 <= seed < 2**32:
         raise UsageError(f"seed {seed} is outside 0 .. {2**32 - 1}, the range that NumPy accepts.")
-
-
-@contextlib.contextmanager
-def _observed(current: Recording | Replaying) -> Iterator[None]:
-    seen = current.ranks.following(current)
-    before = observe(seen)
-    try:
-        with listening(seen), stopping_when_asked(current):
-            yield
-    except Exception as error:
-        if current.stop_asked:  # the queue has told the loader's workers too, and they are gone
-            current.close()
-            raise Stopped from error
-        current.fail()
-        if current.failure not in (None, error):
-            raise current.failure from error  # the script failed because the pass had stopped, or differed
-        if current.manifest["strict"] and "use_deterministic_algorithms(True)" in str(error):
-            raise UnsupportedTraining(
-                f"{error} The recording is strict about that: replace the operation, or record with `geomprobe record "
-                "--no-strict` (strict=False in Python), and the replay will tell whether it came out the same."
-            ) from error
-        raise
-    except BaseException:  # interrupted: what is written stays as an unfinished pass
-        current.close()
-        raise
-    finally:
-        observe(before)

@@ -1,56 +1,55 @@
-"""What is said of an optimizer, and what a trace keeps of each of its parameter groups."""
+"""What a trace keeps of each of the optimizer's parameter groups: lr, weight decay and momentum."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from geomprobe.trace.schema import GROUP_COLUMNS, group_column
+from geomprobe.reproducibility.columns import Columns
+from geomprobe.trace.schema import GROUP_COLUMNS, VALUES, group_column
 
 
-def described(optimizer: Optimizer) -> str:
-    """An optimizer, for a message.
+class ParamGroups:
+    """The values of an optimizer's groups, where they are: numbers on the host, and tensors on their device.
 
-    >>> import torch
-    >>> described(torch.optim.SGD([torch.zeros(2)], lr=0.1))
-    'SGD with 1 tensor (2 values)'
+    Args:
+        optimizer: its first update is about to happen.
+
+    >>> groups = ParamGroups(torch.optim.SGD([torch.zeros(1)], lr=0.1))
+    >>> groups.columns[0].columns, groups.values()["groups"]
+    (('groups/0/lr', 'groups/0/weight_decay', 'groups/0/momentum'), [0.1, 0.0, 0.0])
     """
-    tensors = [p for group in optimizer.param_groups for p in group["params"]]
-    values = sum(t.numel() for t in tensors)
-    return f"{type(optimizer).__name__} with {_count(len(tensors), 'tensor')} ({_count(values, 'value')})"
 
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._groups = optimizer.param_groups
+        numbered = enumerate(self._groups)
+        members = [(i, c.name) for i, group in numbered for c in GROUP_COLUMNS if c.name in group]
+        self._host = [(i, name) for i, name in members if not _on_device(self._groups[i][name])]
+        self._device = [(i, name) for i, name in members if _on_device(self._groups[i][name])]
 
-def group_columns(optimizer: Optimizer) -> tuple[list[str], list[str]]:
-    """Names of the columns of `group_values`: those known on the host, then those on the device.
+    @property
+    def columns(self) -> list[Columns]:
+        """Of the trace."""
+        return [
+            Columns("groups", VALUES, tuple(group_column(i, n) for i, n in self._host), "float64", False),
+            Columns(
+                "device groups", VALUES, tuple(group_column(i, n) for i, n in self._device), "float64", True
+            ),
+        ]
 
-    >>> import torch
-    >>> group_columns(torch.optim.SGD([torch.zeros(1)], lr=0.1))
-    (['groups/0/lr', 'groups/0/weight_decay', 'groups/0/momentum'], [])
-    """
-    entries = _entries(optimizer)
-    names = [[group_column(i, name) for i, name, v in entries if _on_device(v) == where] for where in (0, 1)]
-    return names[0], names[1]
+    def values(self) -> dict[str, Any]:
+        """The present ones, by the names of `columns`.
 
-
-def group_values(optimizer: Optimizer) -> tuple[list[float], list[Tensor]]:
-    """lr, weight decay and momentum of each parameter group; a tensor on a device stays there.
-
-    To be read after the update: an optimizer that finds its own rate, such as CLR, knows it only then.
-    """
-    entries = _entries(optimizer)
-    on_device = [value.detach().double().reshape(1) for _, _, value in entries if _on_device(value)]
-    return [float(value) for _, _, value in entries if not _on_device(value)], on_device
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def _entries(optimizer: Optimizer) -> list[tuple[int, str, Any]]:
-    groups = enumerate(optimizer.param_groups)
-    return [(i, c.name, group[c.name]) for i, group in groups for c in GROUP_COLUMNS if c.name in group]
+        To be read after the update: an optimizer that finds its own rate, such as CLR, knows it only then.
+        """
+        found: dict[str, Any] = {"groups": [float(self._groups[i][name]) for i, name in self._host]}
+        if self._device:
+            on_device = [torch.as_tensor(self._groups[i][name]).detach() for i, name in self._device]
+            found["device groups"] = torch.cat([value.double().reshape(1) for value in on_device])
+        return found
 
 
 def _on_device(value: Any) -> bool:

@@ -1,13 +1,13 @@
-"""Pass 1: train as the script does, and keep what a replay needs: fingerprints, references, environment."""
+"""Pass 1: train as the script does, and keep what a replay needs: fingerprints, references and checkpoints."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,307 +15,394 @@ from geomprobe.distributed.dtensor import local
 from geomprobe.distributed.ranks import Ranks
 from geomprobe.distributed.step_barrier import StepBarrier
 from geomprobe.errors import Stopped, UnsupportedTraining
-from geomprobe.passes import finalize as sealing
+from geomprobe.passes import finalize
 from geomprobe.passes.attempts import AttemptLog
 from geomprobe.passes.checkpoint import store as checkpoint
 from geomprobe.passes.checkpoint.ddp_buckets import buckets
+from geomprobe.passes.checkpoint.restore import Resumer, submit_contents
 from geomprobe.passes.checkpoint.resume_point import ResumePoint
-from geomprobe.passes.checkpoint.retention import CheckpointTimer
+from geomprobe.passes.checkpoint.retention import CheckpointTimer, RetentionPolicy
 from geomprobe.passes.checkpoint.shared_tensors import parted
-from geomprobe.passes.checkpoint.training_state import capture
 from geomprobe.passes.options import RecordOptions
 from geomprobe.passes.references.averages import Averages
 from geomprobe.passes.references.kept import KeptReferences
 from geomprobe.passes.row_buffer import Block, RowBuffer
-from geomprobe.passes.session import Session
-from geomprobe.probe.loops import TOP, Position
+from geomprobe.passes.session import Session, part_attributes
+from geomprobe.probe.events import Events
+from geomprobe.probe.loops import Position
 from geomprobe.probe.probe import Probe
+from geomprobe.reproducibility.columns import Columns
 from geomprobe.reproducibility.environment import source_digests
+from geomprobe.reproducibility.fingerprint import StepFingerprint
 from geomprobe.trace.run_folder import RunFolder
 from geomprobe.trace.schema import FINAL, FINGERPRINTS, STEPS
-from geomprobe.trace.stream.writer import Table, WriteFailed
+from geomprobe.trace.stream.writer import WriteFailed
 
 
-class Recording(Session):
-    """Records a run into a run directory.
+def recording(
+    run: RunFolder,
+    manifest: dict[str, Any],
+    options: RecordOptions,
+    ranks: Ranks | None = None,
+    point: ResumePoint | None = None,
+) -> Session:
+    """Pass 1 over a run, as a session with its listeners.
 
     Args:
         run: where to.
         manifest: what is known of the environment before the script runs.
         options: what to keep.
         ranks: the processes of the run.
-        resumption: where to go on.
+        point: where to go on; None for the start.
     """
+    manifest["recording"] = options.described()
+    ranks = Ranks() if ranks is None else ranks
+    own = run.of_rank(ranks.rank)
 
-    def __init__(
-        self,
-        run: RunFolder,
-        manifest: dict[str, Any],
-        options: RecordOptions,
-        ranks: Ranks | None = None,
-        resumption: ResumePoint | None = None,
-    ) -> None:
-        super().__init__(manifest, ranks, resumption)
-        manifest["recording"] = options.described()
-        self._run, self._first_checkpoints = run.of_rank(self.ranks.rank), run.checkpoints
-        self._options = options
-        self._reference_steps = frozenset(options.reference_steps)
-        self._averages: Averages | None = None
-        self._references = KeptReferences(self._run, self.ranks)
-        self._due = CheckpointTimer(options.keeping)
-        self._run.stream.mkdir(parents=True, exist_ok=True)
-        self._checkpoints = checkpoint.Writer(self._run.checkpoints, options.keeping.too_many, self._parted)
-        self._clock = StepBarrier(self.ranks, "checkpoint")
-        self._overdue = self._ends = False
-        self._stream: AttemptLog | None = None
-        self._rows: RowBuffer | None = None
-        self._final: dict[str, Tensor] | None = None
-        self._marks: list[tuple[int, int]] = []
-        self._no_checkpoints = options.keeping.every == "never"
+    def listeners(
+        session: Session, probe: Probe, fingerprint: StepFingerprint, resumer: Resumer
+    ) -> list[Events]:
+        references = KeptReferences(own, ranks)
+        references.sharded = session.layout.sharded
+        averages = [AverageKeeper(probe, options, references)] if options.ema or options.average else []
+        taken = [name for each in averages for name in each.averages.weights]
+        rows = RecordWriter(session, probe, own, fingerprint)
+        return [
+            SourceDigests(manifest),
+            FinalWeights(probe, references),
+            *averages,
+            ReferenceKeeper(session, probe, frozenset(options.reference_steps), references, taken),
+            rows,
+            Checkpointer(session, fingerprint, resumer, rows, options.keeping, own, run.checkpoints),
+            RecordSealer(session, own, rows, references),
+        ]
 
-    def attached(self, probe: Probe) -> None:
-        super().attached(probe)
-        self._references.sharded = self.layout.sharded
+    return Session(manifest, ranks, point, listeners, _no_steps)
+
+
+def _no_steps() -> UnsupportedTraining:
+    return UnsupportedTraining(
+        "No optimizer stepped, so there is no path to record. Does the script train when it is run this "
+        "way? A step must go through torch.optim.Optimizer.step."
+    )
+
+
+@dataclass(eq=False)
+class SourceDigests(Events):
+    """Notes the digests of the script's own files, which it may import at any time until it ends."""
+
+    manifest: dict[str, Any]
+
+    def first_update(self) -> None:
+        root = self.manifest["script"].get("root")
+        self.manifest["sources"] = source_digests(Path(root)) if root else {}
+
+    def complete(self) -> None:
+        self.first_update()
+
+
+class FinalWeights(Events):
+    """Keeps the final iterate: what the last step left, also where the script loads other weights afterwards."""
+
+    def __init__(self, probe: Probe, references: KeptReferences) -> None:
+        self._probe, self._references = probe, references
+        self._kept: dict[str, Tensor] | None = None  # a copy, from before something else moves the weights
+        self._left = self._versions()
+
+    def after_update(self) -> None:
+        self._kept = None
+        self._left = self._versions()
+
+    def restored(self) -> None:
+        self._left = self._versions()
+
+    def weights_will_change(self) -> None:
+        if self._probe.step and self._kept is None and self._versions() == self._left:
+            self._kept = {name: p.detach().clone() for name, p in self._probe.parameters.items()}
+
+    def detached(self) -> None:
+        self.weights_will_change()
+
+    def complete(self) -> None:
+        """Take the reference ``final``.
+
+        Raises:
+            UnsupportedTraining: no optimizer stepped, or something moved the weights after the last step.
+        """
+        step = self._probe.step
+        if step == 0:
+            raise _no_steps()
+        if self._kept is None and self._versions() != self._left:
+            raise UnsupportedTraining(
+                f"Something other than the optimizer changed the weights after the last step ({step - 1}), "
+                "so the final iterate is lost. Iterate with `for epoch in probe.epochs(n)`, which keeps it when "
+                "the loop ends, or take the change out."
+            )
+        self._references.take(FINAL, self._probe.parameters if self._kept is None else self._kept, step)
+
+    def _versions(self) -> list[tuple[int, int]]:
+        """What changes wherever anything writes to the weights, or exchanges their memory."""
+        return [(p._version, p.data_ptr()) for p in map(local, self._probe.parameters.values())]
+
+
+class AverageKeeper(Events):
+    """Keeps averages of the weights along the path, as references."""
+
+    name = "averages"
+
+    def __init__(self, probe: Probe, options: RecordOptions, references: KeptReferences) -> None:
+        self._probe, self._options, self._references = probe, options, references
+        self.averages = self._from_here()
 
     def begin(self) -> None:
-        assert self.probe is not None
-        super().begin()
-        if self._options.ema or self._options.average:
-            self._averages = Averages(
-                self.probe.parameters, decays=self._options.ema, running=self._options.average
-            )
-        if self.resumption is None or not self.resumption.earlier:
-            with self._lasting():
-                self._save(None)
+        self.averages = self._from_here()  # the script may have loaded weights since it attached
 
-    def boundary(self, position: Position) -> None:
-        due = self._is_due(position)
-        self._ends |= self.stopping()
-        if self._no_checkpoints:
-            self._stop_if_asked()
-        elif (due or self._ends) and self.evidence.settled:  # else where nothing waits to be measured
-            self._save(position)
-            self._stop_if_asked()
+    def after_update(self) -> None:
+        self.averages.update()
 
-    def _is_due(self, position: Position) -> bool:
-        due = self._due(position, self.steps)
-        if self._options.keeping.parsed[1] == "min":  # by the clock of rank 0
-            if due and self.ranks.first:
-                self._clock.call()
-            self._overdue |= self._clock.due(self.steps)
-            return self._overdue
-        return due
+    def complete(self) -> None:
+        for name, weights in self.averages.weights.items():
+            self._references.take(name, weights, self._probe.step)
 
-    def cannot_go_on(self, reason: str) -> None:
-        if self._no_checkpoints:
+    def state_dict(self) -> dict[str, Any]:
+        return self.averages.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.averages.load_state_dict(state)
+
+    def _from_here(self) -> Averages:
+        return Averages(self._probe.parameters, decays=self._options.ema, running=self._options.average)
+
+
+@dataclass(eq=False)
+class ReferenceKeeper(Events):
+    """Keeps the weights of the steps that were asked for, and those that the script asks for, as references."""
+
+    name = "references"
+
+    session: Session
+    probe: Probe
+    wanted: Collection[int]  # steps
+    references: KeptReferences
+    taken: Collection[str]  # names that the script cannot give
+
+    def before_update(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
+        if self.probe.step in self.wanted:
+            self._take(f"step-{self.probe.step}")
+
+    def reference(self, name: str, if_lower: float | None = None) -> None:
+        self.references.require_free(name, self.taken)
+        if if_lower is None or self.references.is_lowest(name, float(if_lower)):
+            self._take(name)
+
+    def complete(self) -> None:
+        if missed := sorted(t for t in self.wanted if f"step-{t}" not in self.references):
+            self.session.manifest["missed_reference_steps"] = missed
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.references.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.references.load_state_dict(dict(state))
+
+    def _take(self, name: str) -> None:
+        self.references.take(name, self.probe.parameters, self.probe.step)
+
+
+class RecordWriter(Events):
+    """Writes one row a step: epoch, loss, learning rate and fingerprint."""
+
+    _log: AttemptLog  # opened at the first update, since it holds the manifest
+
+    def __init__(self, session: Session, probe: Probe, run: RunFolder, fingerprint: StepFingerprint) -> None:
+        self._session, self._probe, self._run, self._fingerprint = session, probe, run, fingerprint
+        places = {"epoch": False, "loss": True, "lr": True}
+        columns = [Columns(name, STEPS, (name,), "float64", on_device) for name, on_device in places.items()]
+        columns += [each._replace(table=f"{FINGERPRINTS}/{each.table}") for each in fingerprint.columns]
+        self._rows = RowBuffer(fingerprint.device, columns, self._write)
+        self._row: dict[str, Any] = {}
+        self.opened = False
+
+    def first_update(self) -> None:
+        attributes = part_attributes(self._session.manifest)
+        self._log = AttemptLog(self._run, "record", self._rows.tables, attributes, self._session.point)
+        self.opened = True
+
+    def before_update(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
+        loss = self._session.losses.total(self._fingerprint.device).reshape(1)
+        self._row = {"epoch": [self._session.passes.epoch], "loss": loss, **self._fingerprint.take()}
+
+    def after_update(self) -> None:
+        # Only now: an optimizer that finds its own rate, such as CLR, knows it only then.
+        rate = self._probe.optimizer.param_groups[0].get("lr", float("nan"))
+        rate = torch.as_tensor(rate, dtype=torch.float64).reshape(1)
+        self._rows.append(self._row | {"lr": rate.to(self._fingerprint.device, non_blocking=True)})
+
+    def flush(self) -> None:
+        """Write the rows so far."""
+        self._rows.flush()
+
+    def close(self) -> None:
+        try:
+            self._rows.flush()
+        finally:
+            if self.opened:
+                self._log.close()
+
+    def complete(self) -> None:
+        self.close()
+
+    def _write(self, block: Block) -> None:
+        self._log.append(block)
+
+
+@dataclass(eq=False)
+class Checkpointer(Events):
+    """Writes checkpoints between the steps where they are due, and one where the pass is asked to stop."""
+
+    session: Session  # whose listeners' state it keeps beside the training's own
+    fingerprint: StepFingerprint
+    resumer: Resumer
+    rows: RecordWriter
+    policy: RetentionPolicy
+    run: RunFolder
+    of_first: Path  # the checkpoints of rank 0
+
+    def __post_init__(self) -> None:
+        self.run.stream.mkdir(parents=True, exist_ok=True)
+        self._writer = checkpoint.Writer(self.run.checkpoints, self.policy.too_many, self._shared)
+        self._timer = CheckpointTimer(self.policy)
+        self._clock = StepBarrier(self.session.ranks, "checkpoint")
+        self._never = self.policy.every == "never"
+        self._overdue = self._stops = False
+
+    def begin(self) -> None:
+        point = self.session.point
+        if point is None or not point.earlier:
+            self._save()
+
+    def between_steps(self, position: Position) -> None:
+        due = self._due(position)
+        self._stops |= self.session.stop.due(self.session.steps)
+        if self._never:
+            self._stop_if_due()
+        elif (due or self._stops) and not self.session.losses.values:  # else gradients wait for their update
+            self._save()
+            self._stop_if_due()
+
+    def before_update(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
+        reason = self.session.passes.not_resumable
+        if reason is None or self._never:
             return
-        self._no_checkpoints = True
-        self.manifest["recording"]["no_checkpoints"] = reason
-        self._checkpoints.wait()
-        for step in checkpoint.saved(self._run.checkpoints)[1:]:
-            checkpoint.remove(self._run.checkpoints, step)
+        self._never = True
+        self.session.manifest["recording"]["no_checkpoints"] = reason
+        self._writer.wait()
+        for step in checkpoint.saved(self.run.checkpoints)[1:]:
+            checkpoint.remove(self.run.checkpoints, step)
         print(
             f"geomprobe: no checkpoints are kept, because {reason}: a run that is cut off would start over, and its "
             "replay cannot be split.",
             file=sys.stderr,
         )
 
-    def restored(self, rest: dict[str, Any]) -> None:
-        own = rest["recording"]
-        self._references.load_state_dict(own["references"])
-        self._marks = self._versions()
-        if self._averages is not None:
-            self._averages.load_state_dict(own["averages"])
-        self._due.taken(self.steps)
+    def after_update(self) -> None:
+        if not self.resumer.loops_over_batches:  # else a place for a checkpoint comes before the next step
+            self._stops |= self.session.stop.due(self.session.steps)
+            self._stop_if_due()
 
-    def open(self) -> None:
-        assert self.probe is not None
-        self._note_sources()
-        layout = self.evidence.layout
-        tables = [Table(STEPS, ("epoch", "loss", "lr"), "float64")]
-        tables += [Table(f"{FINGERPRINTS}/{name}", columns, "int64") for name, columns in layout.items()]
-        self._stream = AttemptLog(self._run, "record", tables, self.part_attributes(), self.resumption)
-        self._rows = RowBuffer(self.evidence.device, 2, self.evidence.device_columns, self._write)
-
-    def measure(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
-        assert self.probe is not None
-        if self.probe.step in self._reference_steps:
-            self._take(f"step-{self.probe.step}")
-        self._row = self.evidence.loss, self.epoch, *self.evidence.take()
-
-    def updated(self) -> None:
-        assert self.probe is not None
-        assert self._rows is not None
-        loss, epoch, digests, host = self._row
-        rate = self.probe.optimizer.param_groups[0].get("lr", float("nan"))
-        rate = torch.as_tensor(rate, dtype=loss.dtype).to(loss.device, non_blocking=True)
-        self._rows.append(torch.stack([loss, rate]), digests, [epoch], host)
-        self._final = None
-        self._marks = self._versions()
-        if self._averages is not None:
-            self._averages.update()
-        between_batches = self.restart.sweep is not None and self.probe.loops.named
-        if not between_batches:  # else a checkpoint comes first
-            self._ends |= self.stopping()
-            self._stop_if_asked()
-
-    def weights_will_change(self) -> None:
-        # The script may load its best checkpoint when training is over; w_T is what the last step left.
-        if self.probe is not None and self.probe.step and self._final is None and not self._moved():
-            self._final = {name: p.detach().clone() for name, p in self.probe.parameters.items()}
-
-    def reference(self, name: str, if_lower: float | None = None) -> None:
-        self._references.require_free(name, self._averages.weights if self._averages is not None else ())
-        with self._lasting():
-            if if_lower is None or self._references.is_lowest(name, float(if_lower)):
-                self._take(name)
+    def restored(self) -> None:
+        self._timer.taken(self.session.steps)
 
     def complete(self) -> None:
-        """The script has ended well: keep ``w_T`` and seal the record.
+        self._writer.close()
 
-        Raises:
-            UnsupportedTraining: no optimizer stepped, or something moved the weights after the last step.
-            Exception: what stopped the pass earlier, where the script caught it and went on.
-        """
-        with self._lasting():
-            self.restart.require_goal()
-            self._require_whole_updates()
-            self._keep_final()
-            self._checkpoints.close()
-            self._note_sources()
-            self._close_stream()
-            if chimeras := self._references.drop_chimeras():
-                self.manifest["references_left_out"] = chimeras
-            self.ranks.say("recorded", self.steps)
-            if self.ranks.first:
-                self._require_same_length(self.ranks.said("recorded"))
-                self._seal("complete")
-            else:
-                self.ranks.said_by_first("sealed")
-
-    def _note_sources(self) -> None:
-        root = self.manifest["script"].get("root")
-        self.manifest["sources"] = source_digests(Path(root)) if root else {}
-
-    def _require_same_length(self, steps: list[int]) -> None:
-        for rank, count in enumerate(steps, 1):
-            if count != self.steps:
-                raise UnsupportedTraining(
-                    f"rank 0 took {self.steps} steps and rank {rank} took {count}: they are not one training. Give "
-                    "every process the same number of batches."
-                )
-
-    def _keep_final(self) -> None:
-        if self.steps == 0:
-            raise UnsupportedTraining(
-                "No optimizer stepped, so there is no path to record. Does the script train when it is run this "
-                "way? A step must go through torch.optim.Optimizer.step."
-            )
-        if self._final is None and self._moved():
-            raise UnsupportedTraining(
-                f"Something other than the optimizer changed the weights after the last step ({self.steps - 1}), "
-                "so the final iterate is lost. Iterate with `for epoch in probe.epochs(n)`, which keeps it when "
-                "the loop ends, or take the change out."
-            )
-        self._take(FINAL, self._final)
-        if self._averages is not None:
-            for name, weights in self._averages.weights.items():
-                self._take(name, weights)
-        missed = sorted(t for t in self._reference_steps if f"step-{t}" not in self._references)
-        if missed:
-            self.manifest["missed_reference_steps"] = missed
-
-    def fail(self) -> None:
-        """The script has failed: seal what was recorded, without references, as ``failed``."""
-        if not self._run.parts("record"):
-            self._checkpoints.close()
-            self._run.clear_stream()  # references of a run without a step
-        elif (
-            self._stream is None
-            or not self.ranks.alone
-            or isinstance(self.failure, WriteFailed)
-            or sealing.planned(self._run, "record")
-        ):
-            self.close()
-        else:
-            self._seal("failed")
+    def fail(self, failure: BaseException | None) -> None:
+        self._writer.close()
 
     def close(self) -> None:
-        self._close_stream()
-        self._checkpoints.close()
+        self._writer.close()
 
-    def _close_stream(self) -> None:
-        try:
-            if self._rows is not None:
-                rows, self._rows = self._rows, None
-                rows.flush()
-        finally:
-            if self._stream is not None:
-                self._stream.close()
+    def _due(self, position: Position) -> bool:
+        due = self._timer(position, self.session.steps)
+        if self.policy.parsed[1] == "min":  # by the clock of rank 0, for all
+            if due and self.session.ranks.first:
+                self._clock.call()
+            self._overdue |= self._clock.due(self.session.steps)
+            return self._overdue
+        return due
 
-    def _stop_if_asked(self) -> None:
-        if self._ends:
+    def _stop_if_due(self) -> None:
+        if self._stops:
             raise Stopped(together=True)
 
-    def _save(self, position: Position | None) -> None:
-        """Begin to write a checkpoint of the present state; ``position`` is None before the first step."""
-        assert self.probe is not None
-        loader, before = None, None
-        if position is not None and position.sweep != TOP and self.restart.sweep is not None:
-            loader, before = self.restart.sweep
-        tensors, rest = capture(
-            self.probe, [*self.restart.loaders, *([loader] if loader is not None else [])]
-        )
-        rest["pending"] = self.evidence.pending
-        rest["sweep"] = before
-        rest["updates"] = self.updates.state_dict()
-        rest["loader"] = None
-        # accelerate's wrapper has the methods whether or not the loader in it does
-        if loader is not None and hasattr(getattr(loader, "base_dataloader", loader), "load_state_dict"):
-            rest["loader"] = loader.state_dict()
-        averages = self._averages.state_dict() if self._averages is not None else None
-        rest["recording"] = {
-            "references": self._references.state_dict(),
-            "averages": averages,
-        }
+    def _save(self) -> None:
+        """Begin to write a checkpoint of the present state."""
+        contents = {**self.session.state_dict(), **self.resumer.capture()}
         facts = {
-            "position": position,
-            "digests": self.evidence.state(),
-            "buckets": buckets(self.layout.replicas),
+            "position": self.resumer.position,
+            "digests": self.fingerprint.state(),
+            "buckets": buckets(self.session.layout.replicas),
         }
-        if self._rows is not None:
-            self._rows.flush()  # so that they reach as far as the checkpoint, whatever comes
-        self._checkpoints.submit(self.steps, tensors, checkpoint.packed(rest), facts)
-        self._due.taken(self.steps)
+        self.rows.flush()  # so that they reach as far as the checkpoint, whatever comes
+        submit_contents(self._writer, self.session.steps, contents, facts)
+        self._timer.taken(self.session.steps)
         self._overdue = False
 
-    def _parted(
+    def _shared(
         self, path: Path, tensors: Mapping[str, Tensor]
     ) -> tuple[Mapping[str, Tensor], checkpoint.Alike | None]:
-        if self.layout.kind != "DDP":
+        """What of a checkpoint this process keeps itself; called by the writer's thread."""
+        if self.session.layout.kind != "DDP":
             return tensors, None
-        return parted(self.ranks, self._first_checkpoints / path.name, tensors)
+        return parted(self.session.ranks, self.of_first / path.name, tensors)
 
-    def _seal(self, status: str) -> None:
-        self._close_stream()
-        references = self._references.names if status == "complete" else []
-        self.manifest["updates"] = self.updates.described(self.steps)
-        sealing.seal(self._run, "record", status=status, manifest=self.manifest, references=references)
-        self.ranks.said_by_first("sealed", status)
 
-    def _write(self, block: Block) -> None:
-        assert self._stream is not None
-        prints = self.evidence.assemble(block.integers, block.host_integers)
-        steps = np.hstack([block.host_floats, block.floats])
-        self._stream.append({STEPS: steps, **{f"{FINGERPRINTS}/{name}": v for name, v in prints.items()}})
+@dataclass(eq=False)
+class RecordSealer(Events):
+    """Seals the rows and the references into ``record.h5`` when the pass is over; the last of the listeners."""
 
-    def _take(self, name: str, weights: dict[str, Tensor] | None = None) -> None:
-        assert self.probe is not None
-        self._references.take(name, self.probe.parameters if weights is None else weights, self.steps)
+    session: Session
+    run: RunFolder
+    rows: RecordWriter
+    references: KeptReferences
 
-    def _versions(self) -> list[tuple[int, int]]:
-        assert self.probe is not None
-        return [(p._version, p.data_ptr()) for p in map(local, self.probe.parameters.values())]
+    def complete(self) -> None:
+        """Seal the record, once all processes have ended with as many steps.
 
-    def _moved(self) -> bool:
-        return self._versions() != self._marks
+        Raises:
+            UnsupportedTraining: they have not.
+        """
+        session = self.session
+        if chimeras := self.references.drop_chimeras():
+            session.manifest["references_left_out"] = chimeras
+        counts = session.ranks.all_gather("recorded", session.steps)
+        if not session.ranks.first:
+            session.ranks.broadcast("sealed")
+            return
+        for rank, count in enumerate(counts):
+            if count != session.steps:
+                raise UnsupportedTraining(
+                    f"rank 0 took {session.steps} steps and rank {rank} took {count}: they are not one training. Give "
+                    "every process the same number of batches."
+                )
+        self._seal("complete", self.references.names)
+
+    def fail(self, failure: BaseException | None) -> None:
+        """Seal what was recorded, without references, as ``failed``; where others are part of it, leave the parts."""
+        if not self.run.parts("record"):
+            self.run.clear_stream()  # references of a run without a step
+            return
+        self.rows.close()
+        if (
+            self.rows.opened
+            and self.session.ranks.alone
+            and not isinstance(failure, WriteFailed)
+            and not finalize.planned(self.run, "record")
+        ):
+            self._seal("failed", [])
+
+    def _seal(self, status: str, references: Sequence[str]) -> None:
+        manifest = self.session.manifest
+        manifest["updates"] = self.session.updates.described(self.session.steps)
+        finalize.seal(self.run, "record", status=status, manifest=manifest, references=references)
+        self.session.ranks.broadcast("sealed", status)

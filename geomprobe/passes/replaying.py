@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,22 +16,25 @@ from geomprobe.distributed.dtensor import local
 from geomprobe.distributed.ranks import Ranks
 from geomprobe.errors import EnvironmentMismatch, ReplayDiverged, RunError, Stopped
 from geomprobe.measure.measurement import Measurement
-from geomprobe.measure.options import MeasureOptions
-from geomprobe.passes import finalize as sealing
+from geomprobe.passes import finalize
 from geomprobe.passes.attempts import AttemptLog, manifest_of
 from geomprobe.passes.checkpoint import store as checkpoint
+from geomprobe.passes.checkpoint.restore import Resumer
 from geomprobe.passes.checkpoint.resume_point import ResumePoint
 from geomprobe.passes.group_commit import GroupCommit
-from geomprobe.passes.options import require_same_options
-from geomprobe.passes.param_groups import group_columns, group_values
+from geomprobe.passes.options import ReplayOptions, require_same_options
+from geomprobe.passes.param_groups import ParamGroups
 from geomprobe.passes.references.loaded import References
 from geomprobe.passes.row_buffer import Block, RowBuffer
-from geomprobe.passes.session import Closure, Session
+from geomprobe.passes.session import Session, part_attributes
+from geomprobe.probe.events import Closure, Events
 from geomprobe.probe.loops import Position
 from geomprobe.probe.probe import Probe
+from geomprobe.reproducibility.columns import Columns
 from geomprobe.reproducibility.comparison import Comparison
 from geomprobe.reproducibility.digest import same_bits
 from geomprobe.reproducibility.environment_check import FIRST_STEP_SECTIONS, require_same
+from geomprobe.reproducibility.fingerprint import StepFingerprint
 from geomprobe.trace.atomic_file import write_json
 from geomprobe.trace.record import Record
 from geomprobe.trace.run_folder import RunFolder
@@ -38,302 +43,355 @@ from geomprobe.trace.stream.writer import Table
 
 
 class SegmentEnded(BaseException):
-    """A replay of a part of a run has come to where the next part begins; see `Replaying`."""
+    """A replay of a part of a run has come to where the next part begins; see `TraceSealer`."""
 
 
-class Replaying(Session):
-    """Replays a recorded run, comparing and measuring.
+def replaying(
+    run: RunFolder,
+    record: Record,
+    references: References,
+    manifest: dict[str, Any],
+    options: ReplayOptions,
+    point: ResumePoint | None = None,
+    segment: int | None = None,
+    ranks: Ranks | None = None,
+) -> Session:
+    """Pass 2 over a recorded run, as a session with its listeners.
 
     Args:
-        run: the run directory.
-        record: its sealed record.
+        run: the run folder.
+        record: its sealed record; each process of the run has its own.
         references: the weights to measure against.
         manifest: what is known of the environment before the script runs.
-        measure: what to measure.
-        uncertified: go on past the first difference, marking every later row.
-        resumption: where to begin, if not at the start.
-        segment: replay only from the step where the resumption begins to the one before this step; others do the rest,
-            and whoever is last seals the trace.
-        ranks: the processes of the run; each has its own recording.
+        options: what to measure, and whether to continue past the first difference.
+        point: where to begin, if not at the start.
+        segment: replay only up to this step; others do the rest, and whoever is last seals the trace.
+        ranks: the processes of the run.
     """
+    ranks = Ranks() if ranks is None else ranks
+    manifest["measure"] = {**options.described(), "files": references.digests}
+    # A resumed replay goes on only over rows that were found equal before they were committed.
+    start = point.step if point is not None else 0
+    comparison = Comparison(record, run.path, start, None if ranks.alone else ranks.rank)
 
-    def __init__(
-        self,
-        run: RunFolder,
-        record: Record,
-        references: References,
-        manifest: dict[str, Any],
-        measure: MeasureOptions,
-        uncertified: bool = False,
-        resumption: ResumePoint | None = None,
-        segment: int | None = None,
-        ranks: Ranks | None = None,
-    ) -> None:
-        super().__init__(manifest, ranks, resumption)
-        self._segment = segment is not None
-        self._stop = record.num_steps if segment is None else segment
-        self._run, self._record, self._measure, self._uncertified = run, record, measure, uncertified
-        self._measurement: Measurement | None = None
-        self._references = references
-        self.manifest["measure"] = {**measure.described(), "files": self._references.digests}
-        self._counts_attempts = record.manifest.get("updates", {}).get("scaled", False)
-        # A replay goes on only over rows that were found equal before they were committed.
-        start = resumption.step if resumption is not None else 0
-        self._comparison = Comparison(record, run.path, start, None if self.ranks.alone else self.ranks.rank)
-        self._stream: GroupCommit | None = None
-        self._rows: RowBuffer | None = None
+    def listeners(
+        session: Session, probe: Probe, fingerprint: StepFingerprint, resumer: Resumer
+    ) -> list[Events]:
+        measurement = Measurement(probe, options, session.layout)
+        rows = RowChecker(
+            session,
+            probe,
+            fingerprint,
+            run,
+            record,
+            references,
+            measurement,
+            comparison,
+            options.uncertified,
+            segment,
+        )
+        sealer = TraceSealer(session, fingerprint, run, record, measurement, comparison, rows, segment)
+        return [MeasuredSteps(session, measurement), rows, sealer]
 
-    def attached(self, probe: Probe) -> None:
-        super().attached(probe)
-        self._measurement = Measurement(probe, self._measure, self.layout)
-        self.updates.when_clipping = self._measurement.clipping
-        self.updates.when_skipped = self._measurement.skipped
-        if self.updates.clipped_by:
-            self._measurement.clipping_missed()
+    def without_steps() -> ReplayDiverged:
+        comparison.differs(0, "length", "steps")
+        return comparison.error()
 
-    def boundary(self, position: Position) -> None:
-        if self.steps == self._stop < self._record.num_steps and position == self._end["position"]:
-            self._end_segment()
+    return Session(manifest, ranks, point, listeners, without_steps)
+
+
+class MeasuredSteps(Events):
+    """Passes what happens in a step on to its measurement, which takes over the backward pass."""
+
+    def __init__(self, session: Session, measurement: Measurement) -> None:
+        self._measurement = measurement
+        if session.updates.clipped_by:  # by now, in the first step of a script without `attach`
+            measurement.clipping_missed()
 
     def fetch_ended(self, came: bool) -> None:
-        super().fetch_ended(came)
-        if self._measurement is not None and came and torch.is_grad_enabled():
+        if came and torch.is_grad_enabled():
             self._measurement.fetched()
 
     def entered(self, inputs: Any) -> None:
-        super().entered(inputs)
-        if self._measurement is not None:
-            self._measurement.entered()
+        self._measurement.entered()
 
     def sharpness_of(self, closure: Closure) -> None:
-        assert self._measurement is not None
         self._measurement.sharpness_of(closure)
 
     def gradients_dropped(self) -> None:
-        super().gradients_dropped()
-        if self._measurement is not None:
-            self._measurement.dropped()
+        self._measurement.dropped()
+
+    def before_clipping(self, factor: Tensor | None) -> None:
+        self._measurement.clipping(factor)
+
+    def step_skipped(self) -> None:
+        self._measurement.skipped()
 
     def differentiate(
         self, loss: Tensor, closure: Closure | None, run: Callable[[], None], plain: bool
     ) -> None:
-        if self._measurement is None:  # the script has no attach, and this is its first step
-            run()
-        else:
-            self._measurement.backward(loss, closure, run, plain)
+        self._measurement.backward(loss, closure, run, plain)
 
-    def open(self) -> None:
-        assert self.probe is not None
-        if not self._uncertified:
-            require_same(self._record.manifest, self.manifest, FIRST_STEP_SECTIONS, self._run.path)
+
+@dataclass(eq=False)
+class RowChecker(Events):
+    """Measures each step, compares its fingerprint with the recording's, and commits the rows that are equal."""
+
+    session: Session
+    probe: Probe
+    fingerprint: StepFingerprint
+    run: RunFolder
+    record: Record
+    references: References
+    measurement: Measurement
+    comparison: Comparison
+    uncertified: bool  # go on past the first difference, and mark every later row
+    segment: int | None  # the step before which this replay ends; None for the end of the run
+
+    # Made at the first update, when the manifest and what is measured are known.
+    opened: bool = False
+    _rows: RowBuffer = field(init=False)
+    _commit: GroupCommit = field(init=False)
+    _groups: ParamGroups = field(init=False)
+    _final: dict[str, Tensor] = field(init=False)
+    _row: dict[str, Any] = field(init=False)
+
+    def first_update(self) -> None:
+        session = self.session
+        if not self.uncertified:
+            require_same(self.record.manifest, session.manifest, FIRST_STEP_SECTIONS, self.run.path)
         self._require_same_layout()
         self._require_same_options()
-        references = self._references.beside(self.probe.parameters)
+        references = self.references.beside(self.probe.parameters)
         self._final = references[FINAL]
-        assert self._measurement is not None
-        self._measurement.open(references, record=self._record, seed=self.manifest["seed"])
-        host_groups, device_groups = group_columns(self.probe.optimizer)
-        device = [
-            "steps/loss",
-            *device_groups,
-            *(path for paths in self._measurement.columns.values() for path in paths),
-        ]
-        attempt = ["steps/attempt"] if self._counts_attempts else []
-        columns = ["steps/epoch", *attempt, *host_groups, *device]
-        columns += ["steps/same"] if self._uncertified else []
-        prints = self.evidence.device_columns
-        self._rows = RowBuffer(self.evidence.device, len(device), prints, self._compare_and_write)
-        stream = None
-        if self.ranks.first:
-            tables = [Table(VALUES, tuple(columns), "float64")]
-            stream = AttemptLog(self._run, "trace", tables, self.part_attributes(), self.resumption)
-        self._stream = GroupCommit(stream, self.ranks, self.steps, marked=self._uncertified)
+        self.measurement.open(references, record=self.record, seed=session.manifest["seed"])
+        self._groups = ParamGroups(self.probe.optimizer)
+        columns = self._columns()
+        self._rows = RowBuffer(self.fingerprint.device, columns, self._compare_and_commit)
+        log = None
+        if session.ranks.first:
+            table = next(table for table in self._rows.tables if table.name == VALUES)
+            names = (*table.columns, "steps/same") if self.uncertified else table.columns
+            attributes = part_attributes(session.manifest)
+            log = AttemptLog(self.run, "trace", [Table(VALUES, names, "float64")], attributes, session.point)
+        self._commit = GroupCommit(log, session.ranks, session.steps, marked=self.uncertified)
+        self.opened = True
 
-    def measure(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
-        assert self.probe is not None
-        assert self._rows is not None
-        assert self._measurement is not None
+    def before_update(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
         step = self.probe.step
-        if step >= self._stop and not self._uncertified:
+        stop = self.record.num_steps if self.segment is None else self.segment
+        if step >= stop and not self.uncertified:
             self._rows.flush()  # an earlier difference is the cause, and comes first
-            self._stop_if_failed()
-            self._diverge(step, "length", "steps")
-            self._stop_if_failed()
-        row = self._measurement.row(gradients, grad_scale, {"loss": self.evidence.loss.reshape(1)})
-        attempt = [float(step + self.updates.skipped)] if self._counts_attempts else []
-        self._row = row, [self.epoch, *attempt], *self.evidence.take()
+            self.differs(step, "length", "steps")
+        loss = self.session.losses.total(self.fingerprint.device).reshape(1)
+        measured = self.measurement.row(gradients, grad_scale, {"loss": loss})
+        self._row = {"epoch": [self.session.passes.epoch], **measured, **self.fingerprint.take()}
+        if "attempt" in self._counted:
+            self._row["attempt"] = [step + self.session.updates.skipped]
 
-    def updated(self) -> None:
-        assert self.probe is not None
-        assert self._rows is not None
-        row, counts, digests, host = self._row
-        host_groups, device_groups = group_values(self.probe.optimizer)
-        floats = torch.cat(
-            [row["loss"], *device_groups, *(values for name, values in row.items() if name != "loss")]
-        )
-        self._rows.append(floats, digests, [*counts, *host_groups], host)
-        self._stop_if_failed()
+    def after_update(self) -> None:
+        self._rows.append(self._row | self._groups.values())
         # The script may load other weights when training is over: only now are they the final iterate.
-        if self.steps == self._record.num_steps:
-            self._comparison.final_equal = self._weights_equal_final()
-        if self.stopping():
+        if self.probe.step == self.record.num_steps:
+            self.comparison.final_equal = all(
+                same_bits(local(p), self._final[name]) for name, p in self.probe.parameters.items()
+            )
+        if self.session.stop.due(self.probe.step):
             raise Stopped(together=True)
 
     def complete(self) -> None:
-        """The script has ended: compare what is left, and seal the trace with its certificate.
+        """Compare what is left, and commit it once every process has found its own part equal.
 
         Raises:
             ReplayDiverged: the replay was not the same run.
-            Exception: what else stopped the pass, where the script caught it and went on.
         """
-        self._flush()
-        if self.failure is None:
-            self.restart.require_goal()
-            self._require_whole_updates()
-        held = self._comparison
-        if self.failure is None and held.difference is None and self.steps < self._record.num_steps:
-            self._diverge(self.steps, "length", "steps")
-        if self.failure is None and held.difference is None and not held.final_equal:
-            self._diverge(self.steps, "weights", "final weights")
-        if self.failure is None:
-            self._agree()
-        if self._segment and self.failure is None:
-            self._prove()
-        elif self.failure is None or isinstance(self.failure, ReplayDiverged):
-            self._seal()
-        self._stop_if_failed()
-        self.ranks.said_by_first("sealed", True)
+        steps, found = self.probe.step, self.comparison
+        self.flush()
+        if found.difference is None and steps < self.record.num_steps:
+            self.differs(steps, "length", "steps")
+        if found.difference is None and not found.final_equal:
+            self.differs(steps, "weights", "final weights")
+        if not self.opened:
+            raise found.error()
+        self.agree()
 
-    def _agree(self) -> None:
+    def agree(self) -> None:
         """Commit the rows that were held back, once every process has found its part to be the recorded one."""
+        self._rows.flush()
         # A process that has not found that stops, and ends the others, but for an uncertified replay.
-        self._comparison.join(self.ranks.said_by_all("found", self._comparison.found()))
-        if self._stream is not None:
-            self._stream.commit_all()
+        self.comparison.join(self.session.ranks.all_gather("found", self.comparison.found()))
+        self._commit.commit_all()
 
-    def fail(self) -> None:
-        """The script has failed: if the replay had diverged that is why, else the parts stay, incomplete."""
-        try:
-            self._flush()
-            if isinstance(self.failure, ReplayDiverged):
-                self._seal()
-        finally:
-            self.close()
-
-    def close(self) -> None:
-        try:
-            self._flush()
-        finally:
-            if self._stream is not None:
-                self._stream.close()
-
-    def _seal(self) -> None:
-        if self._stream is None:
-            return
-        self._stream.close()
-        if self._segment or not self.ranks.first:
-            return
-        self._stream = None
-        status, steps = "complete", None
-        if self._comparison.difference is not None:
-            status, steps = (
-                ("uncertified", None) if self._uncertified else ("diverged", self._comparison.equal)
-            )
-        sealing.seal(self._run, "trace", status=status, num_steps=steps, **self._facts())
-
-    def _facts(self) -> dict[str, Any]:
-        if self._measurement is not None:
-            self.manifest["measure"]["curvature"] = self._measurement.curvature_found()
-        layout = self.evidence.layout if self.probe is not None else {}
-        self.manifest["updates"] = updates = self.updates.described(self.steps)
-        certificate = self._comparison.certificate(layout) | {"steps_attempted": updates["attempted"]}
-        return {"manifest": self.manifest, "certificate": certificate}
-
-    @functools.cached_property
-    def _end(self) -> dict[str, Any]:
-        """What the checkpoint that this segment ends at says of itself."""
-        try:
-            own = self._run.of_rank(self.ranks.rank).checkpoints
-            facts = checkpoint.facts(checkpoint.folder(own, self._stop))
-        except RunError as error:
-            raise RunError(
-                f"{error}: this segment ends there, so its end cannot be compared. What was measured is kept. Remove "
-                "that checkpoint, so that the run is cut elsewhere, and go on: "
-                f"geomprobe replay {self._run.path} --resume"
-            ) from error
-        return {**facts, "position": Position(*facts["position"])}
-
-    def _end_segment(self) -> None:
-        """Compare the state with the checkpoint that the next segment starts from, and leave a proof.
+    def differs(self, step: int, component: str, tensor: str) -> None:
+        """Something that is in no fingerprint differs: the end of the replay, unless it is uncertified.
 
         Raises:
-            SegmentEnded: always, when it is equal.
-            ReplayDiverged: it is not.
+            ReplayDiverged: it is.
         """
-        self._flush()
-        self._stop_if_failed()
-        recorded = self._end["digests"]
-        for component, digests in self.evidence.state().items():
-            names = self.evidence.layout[component][-len(digests) :]
-            for name, now, then in zip(names, digests, recorded[component], strict=True):
-                if now != then:
-                    self._diverge(self._stop, component, name)
-                    self._stop_if_failed()
-        self._agree()
-        self._prove()
-        raise SegmentEnded
+        self.comparison.differs(step, component, tensor)
+        if not self.uncertified:
+            raise self.comparison.error()
 
-    def _prove(self) -> None:
-        """Leave word that the state before the next step was compared, and found equal."""
-        if self._stream is not None:
-            self._stream.close()
-        if self.ranks.first:
-            write_json(self._run.proof("trace", self.steps), self._facts())
+    @property
+    def diverged(self) -> bool:
+        """Whether a difference has ended the replay."""
+        return self.comparison.difference is not None and not self.uncertified
 
-    def _flush(self) -> None:
-        if self._rows is not None:
-            rows, self._rows = self._rows, None
-            rows.flush()
+    def flush(self) -> None:
+        """Compare and commit the rows so far.
+
+        Raises:
+            ReplayDiverged: one of them is not the recorded one.
+        """
+        if self.opened:
+            self._rows.flush()
+
+    def close(self) -> None:
+        if self.opened:
+            try:
+                with suppress(ReplayDiverged):  # the next attempt finds it
+                    self._rows.flush()
+            finally:
+                self._commit.close()
+
+    @property
+    def _counted(self) -> tuple[str, ...]:
+        """What of a row is counted here: a GradScaler's skipped attempts too, if the recording had one."""
+        return ("epoch", "attempt") if self.record.manifest.get("updates", {}).get("scaled") else ("epoch",)
+
+    def _columns(self) -> list[Columns]:
+        """Of a row, in the order of the trace's table and of the fingerprint."""
+        on_host = {name: (f"steps/{name}",) for name in self._counted}
+        on_device = {"loss": ("steps/loss",), **self.measurement.columns}
+        return [
+            *(Columns(name, VALUES, columns, "float64", False) for name, columns in on_host.items()),
+            *self._groups.columns,
+            *(Columns(name, VALUES, columns, "float64", True) for name, columns in on_device.items()),
+            *self.fingerprint.columns,
+        ]
+
+    def _compare_and_commit(self, block: Block) -> None:
+        """Take a block of rows from the buffer.
+
+        Raises:
+            ReplayDiverged: a step in it is not the recorded one.
+        """
+        found, values = self.comparison, block[VALUES]
+        if self.diverged:
+            return
+        equal = found.block(self.fingerprint.layout, block, len(values))
+        if self.uncertified:
+            same = (np.arange(len(values)) < equal).astype(np.float64)
+            self._commit.append({VALUES: np.column_stack([values, same])}, equal)
+        elif equal:
+            self._commit.append({VALUES: values[:equal]}, equal)
+        if self.diverged:
+            raise found.error()
 
     def _require_same_layout(self) -> None:
-        for component, names in self.evidence.layout.items():
-            then = self._record.names(component)
+        for component, names in self.fingerprint.layout.items():
+            then = self.record.names(component)
             if list(names) != then:
                 only = sorted(set(names) ^ set(then)) or ["their order"]
                 raise EnvironmentMismatch(
-                    f"{self._run.path} was recorded with {len(then)} entries under {component}, and here there are "
+                    f"{self.run.path} was recorded with {len(then)} entries under {component}, and here there are "
                     f"{len(names)} (not in both: {', '.join(only[:5])}), so the steps cannot be compared. Nothing was "
                     "replayed. Build the same model and optimizer, or record anew."
                 )
 
     def _require_same_options(self) -> None:
         # Of the references, the content of their files counts, not the path.
-        aside = ("argv", "references")
-        now = {name: value for name, value in self.manifest["measure"].items() if name not in aside}
-        for part in self.resumption.earlier if self.resumption is not None else ():
+        measured = self.session.manifest["measure"].items()
+        now = {name: value for name, value in measured if name not in ("argv", "references")}
+        point = self.session.point
+        for part in point.earlier if point is not None else ():
             require_same_options(f"{part.path} was replayed", manifest_of([part])["measure"], now)
 
-    def _compare_and_write(self, block: Block) -> None:
-        if self._comparison.difference is not None and not self._uncertified:
-            return
-        assert self._stream is not None
-        prints = self.evidence.assemble(block.integers, block.host_integers)
-        values = np.hstack([block.host_floats, block.floats])
-        equal = self._comparison.block(self.evidence.layout, prints, len(values))
-        if self._comparison.difference is not None and not self._uncertified:
-            self.failure = self._comparison.error()
-        if self._uncertified:
-            same = np.ones((len(values), 1))
-            same[equal:] = 0.0
-            self._stream.append({VALUES: np.hstack([values, same])}, equal)
-        elif equal:
-            self._stream.append({VALUES: values[:equal]})
 
-    def _diverge(self, step: int, component: str, tensor: str) -> None:
-        self._comparison.differs(step, component, tensor)
-        if not self._uncertified:
-            self.failure = self._comparison.error()
+@dataclass(eq=False)
+class TraceSealer(Events):
+    """Ends a replay: seals the trace with its certificate, or leaves a proof for the next segment."""
 
-    def _weights_equal_final(self) -> bool:
-        assert self.probe is not None
-        return all(same_bits(local(p), self._final[name]) for name, p in self.probe.parameters.items())
+    session: Session
+    fingerprint: StepFingerprint
+    run: RunFolder
+    record: Record
+    measurement: Measurement
+    comparison: Comparison
+    rows: RowChecker
+    segment: int | None  # the step before which this replay ends; None for the end of the run
+
+    def between_steps(self, position: Position) -> None:
+        stop = self.segment
+        at_end = stop is not None and self.session.steps == stop < self.record.num_steps
+        if at_end and position == self._end["position"]:
+            self._end_segment(self.session.steps)
+
+    def complete(self) -> None:
+        self.rows.close()
+        if self.segment is not None:
+            self._prove()
+        else:
+            self._seal("complete" if self.comparison.difference is None else "uncertified")
+        self.session.ranks.broadcast("sealed", True)
+
+    def fail(self, failure: BaseException | None) -> None:
+        """Seal what comes before a divergence, if that is why the pass or the script has failed.
+
+        Raises:
+            ReplayDiverged: the rows that were left show that the replay had diverged before.
+        """
+        try:
+            self.rows.flush()
+        finally:
+            self.rows.close()
+            if self.rows.diverged:
+                self._seal("diverged", self.comparison.equal)
+
+    def _seal(self, status: str, num_steps: int | None = None) -> None:
+        if self.segment is None and self.session.ranks.first and self.rows.opened:
+            finalize.seal(self.run, "trace", status=status, num_steps=num_steps, **self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        session = self.session
+        session.manifest["measure"]["curvature"] = self.measurement.curvature_found()
+        session.manifest["updates"] = updates = session.updates.described(session.steps)
+        certificate = self.comparison.certificate(self.fingerprint.layout)
+        return {
+            "manifest": session.manifest,
+            "certificate": certificate | {"steps_attempted": updates["attempted"]},
+        }
+
+    @functools.cached_property
+    def _end(self) -> dict[str, Any]:
+        """What the checkpoint that this segment ends at says of itself."""
+        try:
+            own = self.run.of_rank(self.session.ranks.rank).checkpoints
+            facts = checkpoint.facts(checkpoint.folder(own, self.session.steps))
+        except RunError as error:
+            raise RunError(
+                f"{error}: this segment ends there, so its end cannot be compared. What was measured is kept. Remove "
+                "that checkpoint, so that the run is cut elsewhere, and go on: "
+                f"geomprobe replay {self.run.path} --resume"
+            ) from error
+        return {**facts, "position": Position(*facts["position"])}
+
+    def _end_segment(self, step: int) -> None:
+        """Compare the state with the checkpoint that the next segment starts from, and leave a proof.
+
+        Raises:
+            SegmentEnded: always, when it is equal.
+            ReplayDiverged: it is not.
+        """
+        self.rows.flush()
+        if (different := self.fingerprint.differs_from(self._end["digests"])) is not None:
+            self.rows.differs(step, *different)
+        self.rows.agree()
+        self.rows.close()
+        self._prove()
+        raise SegmentEnded
+
+    def _prove(self) -> None:
+        """Leave word that the state before the next step was compared, and found equal."""
+        if self.session.ranks.first:
+            write_json(self.run.proof("trace", self.session.steps), self._facts())

@@ -3,67 +3,87 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from geomprobe.reproducibility.columns import Columns, Row, by_table
+from geomprobe.trace.stream.writer import Table
+
 CAPACITY = 64  # rows in a block
 INTERVAL = 1.0  # seconds after which a block that is not full is handed over all the same
 
+Block = dict[str, NDArray[Any]]  # by table: an array [steps, columns]
 
-class Block(NamedTuple):
-    """Rows of consecutive steps, on the host; each array has one row a step."""
-
-    floats: NDArray[np.float64]
-    integers: NDArray[np.int64]
-    host_floats: NDArray[np.float64]
-    host_integers: NDArray[np.int64]
+_DTYPES = {"float64": torch.float64, "int64": torch.int64}
 
 
 class RowBuffer:
-    """Collects a row of device values and a row of host values at each step, and hands them over in blocks.
+    """Collects a row of values at each step, and hands the rows over in blocks, as tables.
+
+    A row comes as a mapping from name to values. The order of the values is fixed here, once, by ``columns``.
 
     Args:
-        device: where ``floats`` and ``integers`` of a step live.
-        floats: float64 device values a step.
-        integers: int64 device values a step.
+        device: where the tensors of a row are.
+        columns: of a row.
         deliver: called with each `Block`, in order.
+
+    Attributes:
+        tables: names and types of the columns of each table.
 
     On a GPU a block is copied to pinned memory behind the kernels that fill it and delivered when the next
     one is due, so the host never waits for the device in between.
 
     >>> got = []
-    >>> rows = RowBuffer(torch.device("cpu"), 1, 1, got.append)
-    >>> rows.append(torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.int64), [0.5], [7])
-    >>> rows.flush(); got[0].host_floats.tolist(), len(got[0].floats)
-    ([[0.5]], 1)
+    >>> loss = Columns("loss", "steps", ("loss",), "float64", on_device=True)
+    >>> rows = RowBuffer(torch.device("cpu"), [loss, Columns("lr", "steps", ("lr",), "float64", False)], got.append)
+    >>> rows.append({"loss": torch.ones(1, dtype=torch.float64), "lr": [0.5]})
+    >>> rows.flush(); got[0]["steps"]
+    array([[1. , 0.5]])
     """
 
     def __init__(
-        self, device: torch.device, floats: int, integers: int, deliver: Callable[[Block], None]
+        self, device: torch.device, columns: Sequence[Columns], deliver: Callable[[Block], None]
     ) -> None:
-        self._device = device
-        self._deliver = deliver
-        self._widths = floats, integers
-        self._floats, self._integers = self._allocate()
-        self._host: list[tuple[list[float], list[int]]] = []
-        self._copying: tuple[Tensor, Tensor, Any, list[tuple[list[float], list[int]]]] | None = None
+        if len({each.name for each in columns}) < len(columns):
+            raise ValueError(f"two columns of a row have one name: {sorted(each.name for each in columns)}")
+        self._device, self._deliver = device, deliver
+        self._by_table = by_table(columns)
+        self.tables = [
+            Table(table, tuple(name for each in group for name in each.columns), group[0].dtype)
+            for table, group in self._by_table.items()
+        ]
+        self._host_names = [each.name for each in columns if not each.on_device]
+        self._device_names: dict[str, list[str]] = {}  # by dtype, in the order of `_blocks`' columns
+        self._places: dict[str, slice] = {}
+        self._blocks: dict[str, Tensor] = {}
+        for dtype, torch_dtype in _DTYPES.items():
+            end, own = (
+                0,
+                [each for each in columns if each.on_device and each.dtype == dtype and each.columns],
+            )
+            for each in own:
+                self._places[each.name] = slice(end, end := end + len(each.columns))
+            if own:
+                self._device_names[dtype] = [each.name for each in own]
+                self._blocks[dtype] = torch.zeros(CAPACITY, end, dtype=torch_dtype, device=device)
+        self._host: list[list[Any]] = []
+        self._copying: tuple[dict[str, Tensor], Any, list[list[Any]]] | None = None
         self._opened = time.monotonic()
         self._whole = True
 
-    def append(
-        self, floats: Tensor, integers: Tensor, host_floats: list[float], host_integers: list[int]
-    ) -> None:
+    def append(self, row: Row) -> None:
         """Add a step's row; hands over a block when it is full or a second old."""
         self._whole = False  # an error or Ctrl-C in here loses this row's place, and no later one may take it
-        row = len(self._host)
-        self._floats[row].copy_(floats, non_blocking=True)
-        self._integers[row].copy_(integers, non_blocking=True)
-        self._host.append((host_floats, host_integers))
+        count = len(self._host)
+        for dtype, names in self._device_names.items():
+            values = torch.cat([row[name] for name in names])
+            self._blocks[dtype][count].copy_(values, non_blocking=True)
+        self._host.append([row[name] for name in self._host_names])
         if len(self._host) == CAPACITY or time.monotonic() - self._opened > INTERVAL:
             self._rotate()
         self._whole = True
@@ -74,39 +94,41 @@ class RowBuffer:
             self._rotate()
             self._finish_copy()
 
-    def _allocate(self) -> tuple[Tensor, Tensor]:
-        floats, integers = self._widths
-        return (
-            torch.zeros(CAPACITY, floats, dtype=torch.float64, device=self._device),
-            torch.zeros(CAPACITY, integers, dtype=torch.int64, device=self._device),
-        )
-
     def _rotate(self) -> None:
         self._finish_copy()
         count, self._opened = len(self._host), time.monotonic()
         if not count:
             return
-        floats, integers, event = self._floats[:count], self._integers[:count], None
+        filled, event = {dtype: block[:count] for dtype, block in self._blocks.items()}, None
         if self._device.type == "cuda":
-            pinned = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in (floats, integers)]
-            floats, integers = (
-                to.copy_(source, non_blocking=True)
-                for to, source in zip(pinned, (floats, integers), strict=True)
-            )
+            filled = {
+                dtype: torch.empty(block.shape, dtype=block.dtype, pin_memory=True).copy_(
+                    block, non_blocking=True
+                )
+                for dtype, block in filled.items()
+            }
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self._device))
         else:
-            floats, integers = floats.cpu().clone(), integers.cpu().clone()
-        self._copying, self._host = (floats, integers, event, self._host), []
+            filled = {dtype: block.cpu().clone() for dtype, block in filled.items()}
+        self._copying, self._host = (filled, event, self._host), []
         if event is None:
             self._finish_copy()
 
     def _finish_copy(self) -> None:
         if self._copying is None:
             return
-        (floats, integers, event, host), self._copying = self._copying, None
+        (filled, event, host), self._copying = self._copying, None
         if event is not None:
             event.synchronize()
-        host_floats = np.array([row[0] for row in host], np.float64).reshape(len(host), -1)
-        host_integers = np.array([row[1] for row in host], np.int64).reshape(len(host), -1)
-        self._deliver(Block(floats.numpy(), integers.numpy(), host_floats, host_integers))
+        arrays = {dtype: block.numpy() for dtype, block in filled.items()}
+        columns = dict(zip(self._host_names, zip(*host, strict=True), strict=True))
+
+        def values(each: Columns) -> NDArray[Any]:
+            if each.name in self._places:
+                return arrays[each.dtype][:, self._places[each.name]]
+            return np.array(columns.get(each.name, ()), each.dtype).reshape(len(host), len(each.columns))
+
+        self._deliver(
+            {table: np.hstack([values(each) for each in group]) for table, group in self._by_table.items()}
+        )

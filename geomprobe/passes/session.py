@@ -1,86 +1,97 @@
-"""What both passes do at the probe's events: gather a step's evidence, and know the run at its first step."""
+"""A pass over a training: the probe and the hooks report to it, and it passes their events on to its listeners.
+
+`geomprobe.passes.recording` and `geomprobe.passes.replaying` each make a session with a list of listeners of their own.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 from geomprobe.distributed.layout import Layout
-from geomprobe.distributed.manifest import across_ranks
 from geomprobe.distributed.ranks import Ranks
-from geomprobe.distributed.step_barrier import StepBarrier
-from geomprobe.errors import UnsupportedTraining, UsageError
+from geomprobe.errors import Stopped, UnsupportedTraining, UsageError
 from geomprobe.measure.curvature.global_loss import without_gradients
-from geomprobe.passes.checkpoint.restore import Restore
+from geomprobe.passes.checkpoint.restore import Resumer
 from geomprobe.passes.checkpoint.resume_point import ResumePoint
-from geomprobe.passes.param_groups import described
-from geomprobe.probe.hooks.grad_scaler import tag_scaled
+from geomprobe.passes.sigterm import StopRequest
+from geomprobe.probe.events import Closure, Events, Observer
+from geomprobe.probe.hooks.global_hooks import listening
 from geomprobe.probe.hooks.step_calls import Args, Kwargs, given_closure, nested_step, replace_closure
 from geomprobe.probe.loader_passes import LoaderPasses
 from geomprobe.probe.loops import Position
+from geomprobe.probe.loss_tracker import LossTracker
 from geomprobe.probe.model_discovery import ModelDiscovery, refuse_another
+from geomprobe.probe.parameters import UpdateChecks, described
 from geomprobe.probe.probe import Probe
 from geomprobe.probe.step_attempts import StepAttempts
-from geomprobe.reproducibility.fingerprint import StepFingerprint
+from geomprobe.probe.step_progress import StepProgress
+from geomprobe.reproducibility.fingerprint import StepFingerprint, StepInputs
 
-Closure = Callable[[], Tensor]
+# At these the pass says that it has failed, again and again, to a script that catches errors and goes on.
+_STOPPING = {"begin", "fetching", "between_steps", "before_update", "after_update", "reference"}
 
 
-class Session(ABC):
-    """One pass over a run, at the events of the probe and of what is seen around it.
+class Session(Observer):
+    """One pass over a run.
+
+    It passes each event on to the listeners that override it, in the order of their list. What a listener raises ends
+    the pass, even where the script catches it and goes on.
+
+    Args:
+        manifest: what is known of the environment; completed at the first update.
+        ranks: the processes of the run.
+        point: where to go on; None for the start of the run.
+        make: gives the pass's own listeners, once the probe is attached.
+        without_steps: gives what to raise where the script ends without a probe.
 
     Attributes:
-        probe: the attached probe, or None before there is one.
-        manifest: what is known of the environment; the first step completes it.
-        failure: what stopped the pass; raised again at each event and at the end, for scripts that swallow it.
-        updates: the steps that the script attempts.
-        resumption: where the pass goes on; None at the start of the run.
-        restart: brings the training there.
-        stop_asked: whether the pass is to stop where it can go on later.
+        listeners: all of them; those that come before the pass's own see the events before the probe is attached, too.
+        passes, losses, inputs, updates: those of them that others ask.
+        probe: the attached probe; None before there is one.
+        layout: how the training lies across processes.
+        failure: what ended the pass.
+        stop: whether the pass is to stop where it can go on later.
     """
 
     def __init__(
-        self, manifest: dict[str, Any], ranks: Ranks | None = None, resumption: ResumePoint | None = None
+        self,
+        manifest: dict[str, Any],
+        ranks: Ranks,
+        point: ResumePoint | None,
+        make: Callable[[Session, Probe, StepFingerprint, Resumer], list[Events]],
+        without_steps: Callable[[], Exception],
     ) -> None:
-        self.manifest = manifest
-        self.ranks = Ranks() if ranks is None else ranks
-        self.layout = Layout()
-        self.resumption = resumption
-        self.restart = Restore(resumption)
-        self.stop_asked = False
-        self._meeting = StepBarrier(self.ranks, "stop")
-        self._begun = self._opened = False
-        self.evidence = StepFingerprint()
-        self.updates = StepAttempts()
+        self.manifest, self.ranks, self.layout = manifest, ranks, Layout()
+        self.point = point
+        self.goal = None if point is None else point.position
+        self.stop = StopRequest(ranks)
         self.probe: Probe | None = None
         self.failure: BaseException | None = None
-        self._begun_steps = 0  # begun, whether or not the optimizer finished them
-        self._called = ModelDiscovery()
-        self._sources = LoaderPasses()
-        self._names_its_losses = False
-        self._in_backward = False
-        self._factor: Tensor | None = None
-
-    @property
-    def goal(self) -> Position | None:
-        """Where the script's loops have to get to before training goes on, or None."""
-        return self.restart.goal
+        self.passes, self.losses, self.inputs = LoaderPasses(), LossTracker(), StepInputs()
+        self.updates = StepAttempts(self)
+        self.listeners: list[Events] = [self.passes, self.losses, self.inputs, self.updates]
+        if not ranks.alone:
+            self.listeners.insert(0, StepProgress(ranks.progress))
+        self._make, self._without_steps = make, without_steps
+        self._resumer: Resumer | None = None
+        self._models = ModelDiscovery()
+        self._names_its_losses = self._in_backward = False
+        self._methods: dict[str, list[Callable[..., None]]] = {}
+        self._call: dict[str, Callable[..., None]] = {}
+        self._connect()
 
     @property
     def steps(self) -> int:
-        """Updates seen so far."""
+        """Updates so far."""
         return 0 if self.probe is None else self.probe.step
 
-    # Events of the probe
+    # What the probe and the hooks ask
 
     def attached(self, probe: Probe) -> None:
         if self.probe is not None:
@@ -88,249 +99,215 @@ class Session(ABC):
                 f"attach was called twice in one run: first on {described(self.probe.optimizer)}, then on "
                 f"{described(probe.optimizer)}. One run measures one optimizer; record them as two runs."
             )
-        self.probe = probe
-        self.layout = Layout.of(probe.model, probe.parameters)
+        self.probe, self.layout = probe, Layout.of(probe.model, probe.parameters)
         self.ranks.require_all(self.layout.world_size)
-        self.evidence.bind(probe)
-        self.updates.bind(probe)
-
-    def begin(self) -> None:
-        """Training is about to start: weights, buffers and RNG are still the initial ones."""
-        self._begun = True
+        fingerprint = StepFingerprint(probe, self.inputs, self.losses)
+        self._resumer = Resumer(self, probe, fingerprint, self.point)
+        self._call["attached"](probe)
+        own = self._make(self, probe, fingerprint, self._resumer)
+        self.listeners += [UpdateChecks(probe), self._resumer, *own]
+        self._connect()
 
     def iterating(self, loader: Any, position: Position | None) -> int:
-        """A loop over a loader begins; gives how many of its batches to skip."""
-        with self._lasting():
-            return self.restart.iterating(loader, position)
+        with self._errors_end_the_pass():
+            return 0 if self._resumer is None else self._resumer.iterating(loader, position)
 
     def between_steps(self, position: Position) -> None:
-        """The script's loops stand at a position between two steps."""
-        with self._lasting():
-            if self.goal is None:
-                self.boundary(position)
-            elif position == self.goal:
-                assert self.probe is not None
-                rest = self.restart.put_back(self.probe, self.evidence, self.layout)
-                self._begun_steps = self.probe.step
-                self.updates.load_state_dict(rest["updates"])
-                self.restored(rest)
+        if self.goal is None:
+            self._call["between_steps"](position)
+        elif position == self.goal:
+            self.stop_if_failed()
+            self._call["goal_reached"]()
+            self._call["restored"]()
 
-    def fetching(self) -> None:
-        self._stop_if_failed()
-        self.evidence.fetching()
-
-    def fetch_ended(self, came: bool) -> None:
-        self.evidence.fetch_ended(came)
-
-    def fetched(self, batch: Any) -> None:
-        self.evidence.fetched(batch)
-
-    def entered(self, inputs: Any) -> None:
-        self.evidence.entered(inputs)
-
-    def backward(self, loss: Tensor, *, closure: Closure | None = None, **options: Any) -> None:
-        if not self._names_its_losses:
-            self._names_its_losses = True
-            self.gradients_dropped()
-        self._note_loss(loss)
-        plain = all(option is None or option is False for option in options.values())
-        with self._ignoring_backward():
-            self.differentiate(loss, closure, functools.partial(loss.backward, **options), plain)
-
-    def before_update(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
-        assert self.probe is not None
-        with self._lasting():
-            self.restart.require_goal()
-            self._require_whole_updates()
-            self.probe.require_same_parameters()
-            if not self._opened:
-                self._opened = True
-                across = across_ranks(self.probe.model, self.probe.parameters, self.layout, self.ranks)
-                self.manifest |= self.restart.manifest(self.probe, self._sources.loader, across)
-                self.restart.require_same_sums(self.layout)
-                self.open()
-            if (reason := self._sources.stepped(self.probe.epoch)) is not None:
-                self.cannot_go_on(reason)
-            self.measure(gradients, grad_scale)
-            self._begun_steps += 1
-
-    def after_update(self) -> None:
-        with self._lasting():
-            self.updated()
-
-    def weights_will_change(self) -> None:
-        """Something other than the optimizer may be about to change the weights."""
-
-    def reference(self, name: str, if_lower: float | None = None) -> None:
-        """The script asks for its present weights to be kept."""
-
-    def sharpness_of(self, closure: Closure) -> None:
-        """The script names the loss whose sharpness is wanted."""
-
-    def detached(self) -> None:
-        self.weights_will_change()
-
-    # What is seen around the probe
-
-    def backward_called(self, losses: Sequence[Tensor], run: Callable[[], None], plain: bool) -> None:
-        """``torch.autograd.backward`` is called by something other than the probe; ``run`` does it."""
-        if self._names_its_losses or self._in_backward:
+    def backward(
+        self,
+        losses: Sequence[Tensor],
+        run: Callable[[], None],
+        plain: bool,
+        closure: Closure | None = None,
+        named: bool = False,
+    ) -> None:
+        if self._in_backward or (self._names_its_losses and not named):
             run()
             return
-        for loss in losses:
-            self._note_loss(loss)
-        with self._ignoring_backward():
-            self.differentiate(losses[0], None, run, plain and len(losses) == 1)
-
-    def loss_scaled(self, factor: Tensor) -> None:
-        """A GradScaler has scaled a loss; the next backward pass is of it, or of what was made of it."""
-        self._factor = factor
-        self.updates.loss_scaled(factor)
-
-    def gradients_dropped(self) -> None:
-        self.evidence.gradients_dropped()
-
-    def loader_made(self, loader: DataLoader[Any]) -> None:
-        if not self._begun:
-            self.restart.loaders.append(loader)
-
-    def loader_iterated(self, loader: DataLoader[Any], iterator: Iterator[Any]) -> None:
-        self._sources.begun(loader, iterator)
-
-    def batch_came(self, iterator: Iterator[Any]) -> None:
-        if torch.is_grad_enabled():  # evaluation is not part of the step
-            self._sources.gave(iterator)
+        if named and not self._names_its_losses:
+            self._names_its_losses = True
+            self.gradients_dropped()
+        probe = self.probe
+        if self.losses.values and probe and without_gradients(probe.parameters.values(), probe.model):
+            self.gradients_dropped()  # a step that was skipped left losses, but no gradients
+        self.losses_seen(losses)
+        self._in_backward = True
+        try:
+            self._differentiate(losses[0], closure, run, plain and len(losses) == 1)
+        finally:
+            self._in_backward = False
 
     def optimizer_stepping(
         self, optimizer: Optimizer, args: Args, kwargs: Kwargs
     ) -> tuple[Args, Kwargs] | None:
-        """An optimizer is about to step; may return the call to make instead, as torch's own hooks do."""
-        if nested_step(optimizer):
+        if (self.probe is not None and optimizer is self.probe.optimizer) or nested_step(optimizer):
             return None
-        with self._lasting():
-            if self.probe is None:
-                closure = given_closure(args, kwargs)
-                if closure is not None and not self._called.of(optimizer):
-                    return replace_closure(args, kwargs, self._attaching(optimizer, closure))
-                self._attach_to(optimizer)
-            elif optimizer is not self.probe.optimizer:
+        with self._errors_end_the_pass():
+            if self.probe is not None:
                 refuse_another(self.probe, optimizer)
+                return None
+            closure = given_closure(args, kwargs)
+            if closure is not None and not self._models.of(optimizer):
+                return replace_closure(args, kwargs, self._attaching(optimizer, closure))
+            self._attach(optimizer)
         return None
 
     def module_entered(self, module: nn.Module, inputs: Any) -> bool:
-        """A module is called from outside any other; returns whether to be told of the next one."""
         if self.probe is not None:
-            if any(module is one for one in self._called.several):
+            if any(module is one for one in self._models.several):
                 self.entered(inputs)
-            return bool(self._called.several) or self.probe.calls.met(module, inputs)
-        self._called.add(module)
-        self.evidence.entered(inputs)
+            return bool(self._models.several) or self.probe.calls.met(module, inputs)
+        self._models.add(module)
+        self.entered(inputs)
         return True
 
-    # What a pass adds
+    # What a checkpoint holds
 
-    def boundary(self, position: Position) -> None:
-        """The script stands between two steps, where a checkpoint can be taken, or a segment ends."""
+    def state_dict(self) -> dict[str, Any]:
+        """The state of each listener that has one, by the listener's name."""
+        return {each.name: each.state_dict() for each in self.listeners if each.name}
 
-    def cannot_go_on(self, reason: str) -> None:
-        """This training turns out not to be one that another process can go on with from its middle."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back the state of each listener that is here; a replay has not all that a recording has."""
+        for each in self.listeners:
+            if each.name in state:
+                each.load_state_dict(state[each.name])
 
-    def restored(self, rest: dict[str, Any]) -> None:
-        """A checkpoint has been put back; ``rest`` holds what is no tensor."""
-
-    @abstractmethod
-    def open(self) -> None:
-        """The first update is about to happen, and the manifest is complete."""
-
-    def differentiate(
-        self, loss: Tensor, closure: Closure | None, run: Callable[[], None], plain: bool
-    ) -> None:
-        """Run the backward pass of a loss; a pass may do it in its own way, to the same bits."""
-        run()
-
-    @abstractmethod
-    def measure(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
-        """An update is about to happen."""
-
-    @abstractmethod
-    def updated(self) -> None:
-        """The optimizer has moved the weights."""
-
-    # Shared by the passes
-
-    @property
-    def epoch(self) -> float:
-        """The current epoch: named by the script, else passes over a loader that led to steps, else NaN."""
-        assert self.probe is not None
-        if self.probe.epoch is not None:
-            return self.probe.epoch
-        return self._sources.epoch
-
-    def part_attributes(self) -> dict[str, Any]:
-        """What a part says of the run that it is streamed from."""
-        return {
-            "manifest": json.dumps(self.manifest),
-            "num_parameters": self.manifest["model"]["num_parameters"],
-        }
+    # The pass from outside
 
     @contextlib.contextmanager
-    def _ignoring_backward(self) -> Iterator[None]:
-        before, self._in_backward = self._in_backward, True
+    def reporting(self) -> Iterator[None]:
+        """Let what happens inside be of this pass: `attach` finds it, and the hooks report to it.
+
+        May be entered again and again; `complete` ends the pass. An error ends it too, and is raised as what the pass
+        itself had found, if it had.
+        """
         try:
-            yield
-        finally:
-            self._in_backward = before
+            with listening(self), self.stop.by_sigterm():
+                yield
+        except Exception as error:
+            if self.stop.asked:  # the queue has told the loader's workers too, and they are gone
+                self.close()
+                raise Stopped from error
+            try:
+                self.fail(self.failure)
+            except Exception as found:
+                raise found from error
+            if self.failure not in (None, error):
+                raise self.failure from error  # the script failed because the pass had stopped, or differed
+            if self.manifest["strict"] and "use_deterministic_algorithms(True)" in str(error):
+                raise UnsupportedTraining(
+                    f"{error} The recording is strict about that: replace the operation, or record with `geomprobe "
+                    "record --no-strict` (strict=False in Python), and the replay will tell whether it came out the "
+                    "same."
+                ) from error
+            raise
+        except BaseException:  # interrupted: what is written stays as an unfinished pass
+            self.close()
+            raise
 
-    def stopping(self) -> bool:
-        """Whether the pass is to stop here, between two steps; all processes of the run stop at the same place."""
-        if self.stop_asked:
-            self._meeting.call()
-        return self._meeting.due(self.steps)
+    def complete(self) -> None:
+        """The script has ended well; to be called inside `reporting`.
 
-    def _note_loss(self, loss: Tensor) -> None:
-        if self.probe is not None and without_gradients(self.probe.parameters.values(), self.probe.model):
-            self.gradients_dropped()  # a step that was skipped left losses, but no gradients
-        if self._factor is not None:
-            tag_scaled(loss, self._factor)
-            self._factor = None
-        self.evidence.loss_seen(loss)
+        Raises:
+            UnsupportedTraining: no optimizer stepped, or what it left is not what a recording needs.
+            ReplayDiverged: a replay was not the same run.
+            Exception: what ended the pass earlier, where the script caught it and went on.
+        """
+        with self._errors_end_the_pass():
+            if self.probe is None:
+                raise self._without_steps()
+            self._call["complete"]()
 
-    def _stop_if_failed(self) -> None:
-        self.ranks.stop_if_another_failed()
+    def fail(self, failure: BaseException | None) -> None:
+        self._end("fail", failure)
+
+    def close(self) -> None:
+        self._end("close")
+
+    def stop_if_failed(self) -> None:
+        """Raise what has ended the pass, here or on another process."""
+        if not self.ranks.alone:
+            self.ranks.stop_if_another_failed()
         if self.failure is not None:
             raise self.failure
 
+    # The loop over the listeners
+
+    def _connect(self) -> None:
+        """Find which listeners override which event, once for all steps."""
+        for name in (name for name, each in vars(Events).items() if callable(each) and name[0] != "_"):
+            of_none = getattr(Events, name)
+            methods = [
+                getattr(each, name) for each in self.listeners if getattr(type(each), name) is not of_none
+            ]
+            self._methods[name] = methods
+            self._call[name] = self._passing_on(methods, name in _STOPPING)
+            if name not in vars(Session) and (methods or name in _STOPPING):
+                setattr(self, name, self._call[name])
+        self._differentiate = (self._methods["differentiate"] or [super().differentiate])[0]
+
+    def _passing_on(self, methods: Sequence[Callable[..., None]], stopping: bool) -> Callable[..., None]:
+        alone = self.ranks.alone
+
+        def event(*arguments: Any) -> None:
+            if stopping and (self.failure is not None or not alone):
+                self.stop_if_failed()
+            try:
+                for method in methods:
+                    method(*arguments)
+            except BaseException as error:
+                self.failure = error
+                raise
+
+        return event
+
+    def _end(self, name: str, *arguments: Any) -> None:
+        """Let every listener end, whatever another one raises; then raise the first error."""
+        errors = []
+        for method in self._methods[name]:
+            try:
+                method(*arguments)
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
     @contextlib.contextmanager
-    def _lasting(self) -> Iterator[None]:
+    def _errors_end_the_pass(self) -> Iterator[None]:
         """What is raised in here ends the pass, even where the script catches it and goes on."""
-        self._stop_if_failed()
+        self.stop_if_failed()
         try:
             yield
         except BaseException as error:
             self.failure = error
             raise
 
-    def _require_whole_updates(self) -> None:
-        if self.probe is not None and self._begun_steps != self.probe.step:
-            name = type(self.probe.optimizer).__name__
-            raise UnsupportedTraining(
-                f"{name}.step raised in step {self.probe.step}, and the script went on. What that step did to the "
-                "weights is not known, so no later one can be measured. Mend what raised, or let it end the script."
-            )
+    # A script without `attach`
 
-    def _attach_to(self, optimizer: Optimizer) -> None:
-        Probe(self._called.trained_by(optimizer), optimizer, {}, self)
+    def _attach(self, optimizer: Optimizer) -> Probe:
+        return Probe(self._models.trained_by(optimizer), optimizer, {}, self)
 
     def _attaching(self, optimizer: Optimizer, closure: Closure) -> Closure:
         """The first closure, for a script that calls its model in there: only then is the model known."""
 
         def attach_and_measure() -> Tensor:
             loss = closure()
-            with self._lasting():
-                if self.probe is None:
-                    self._attach_to(optimizer)
-                assert self.probe is not None
-                self.probe.update_due()
+            with self._errors_end_the_pass():
+                probe = self._attach(optimizer) if self.probe is None else self.probe
+                probe.hook.update_due()
             return loss
 
         return attach_and_measure
+
+
+def part_attributes(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What each part of a pass says of the run that it is streamed from."""
+    return {"manifest": json.dumps(manifest), "num_parameters": manifest["model"]["num_parameters"]}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from geomprobe.errors import RunError
 from geomprobe.probe import progress_bar as progress
+from geomprobe.probe.events import Observer
 
 Item = TypeVar("Item")
 
@@ -31,40 +32,22 @@ class Position(NamedTuple):
     batch: int = 0
 
 
-class Watcher(Protocol):
-    """What a pass does as the loops go on.
-
-    Attributes:
-        goal: where the loops have to get to before training goes on, or None.
-    """
-
-    @property
-    def goal(self) -> Position | None: ...
-
-    def fetching(self) -> None: ...
-    def fetch_ended(self, came: bool) -> None: ...
-    def fetched(self, batch: Any) -> None: ...
-    def iterating(self, loader: Any, position: Position | None) -> int: ...
-    def between_steps(self, position: Position) -> None: ...
-    def weights_will_change(self) -> None: ...
-
-
 class Loops:
     """The loops of one training.
 
-    A pass that goes on in the middle has a goal. Up to there the loops give nothing: what they did is in the state that
-    the pass then puts back.
+    A pass that is resumed in the middle has a goal. Up to there the loops give nothing: what they did is in the state
+    that the pass then puts back.
 
     Args:
-        watcher: the pass.
+        observer: the pass.
 
     Attributes:
         epoch: the current epoch, or None while unknown.
         named: whether the script names its epochs.
     """
 
-    def __init__(self, watcher: Watcher) -> None:
-        self._watcher = watcher
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
         self.epoch: int | None = None
         self.named = False
         self._loop = TOP
@@ -74,7 +57,7 @@ class Loops:
         """Iterate over the epochs ``0 .. count - 1``, or those from the goal on."""
         self.named = True
         self._loop += 1
-        goal = self._watcher.goal
+        goal = self._observer.goal
         if goal is not None and self._loop < goal.loop:
             return
         first = goal.epoch if goal is not None else 0
@@ -87,17 +70,17 @@ class Loops:
             with progress.bar("epoch", count, first) as advance:
                 for self.epoch in range(first, count):
                     self._sweeps = 0
-                    self._watcher.between_steps(Position(self._loop, self.epoch))
+                    self._observer.between_steps(Position(self._loop, self.epoch))
                     yield self.epoch
                     advance()
         finally:  # after a break, too, what follows the loop may load other weights
-            self._watcher.weights_will_change()
+            self._observer.weights_will_change()
 
     def batches(self, loader: Iterable[Item], length: int | None) -> Iterator[Item]:
         """Iterate over a loader, or over what it has from the goal on."""
         sweep = self._sweeps
         self._sweeps += 1
-        goal = self._watcher.goal
+        goal = self._observer.goal
         if goal is not None and sweep < goal.sweep:
             return
         position = None
@@ -109,10 +92,10 @@ class Loops:
                 advance()
 
     def _fetched(self, loader: Iterable[Item], position: Position | None) -> Iterator[Item]:
-        watcher = self._watcher
-        watcher.fetching()  # making the iterator draws from the RNG already
-        goal = watcher.goal
-        skipped = watcher.iterating(loader, position)
+        observer = self._observer
+        observer.fetching()  # making the iterator draws from the RNG already
+        goal = observer.goal
+        skipped = observer.iterating(loader, position)
         iterator = iter(loader)
         if not _skip(iterator, skipped):
             raise RunError(
@@ -122,16 +105,16 @@ class Loops:
         given = goal.batch if goal is not None else 0
         while True:
             if position is not None:
-                watcher.between_steps(position._replace(batch=given))
-            watcher.fetching()
+                observer.between_steps(position._replace(batch=given))
+            observer.fetching()
             try:
                 batch = next(iterator)
             except StopIteration:
-                watcher.fetch_ended(False)
+                observer.fetch_ended(False)
                 return
             given += 1
-            watcher.fetch_ended(True)
-            watcher.fetched(batch)
+            observer.fetch_ended(True)
+            observer.fetched(batch)
             yield batch
 
 

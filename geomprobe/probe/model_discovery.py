@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from geomprobe.errors import UnsupportedTraining
-from geomprobe.passes.param_groups import described
+from geomprobe.probe.parameters import described
 from geomprobe.probe.probe import Probe
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from geomprobe.distributed.layout import fsdp_modules
 from geomprobe.errors import UnsupportedTraining
+from geomprobe.probe.events import Events
+
+if TYPE_CHECKING:
+    from geomprobe.probe.probe import Probe
 
 
 def measured_parameters(model: nn.Module | None, optimizer: Optimizer) -> dict[str, nn.Parameter]:
@@ -19,7 +25,6 @@ def measured_parameters(model: nn.Module | None, optimizer: Optimizer) -> dict[s
     Raises:
         UnsupportedTraining: for LBFGS, complex parameters, or none at all.
 
-    >>> import torch
     >>> model = torch.nn.Linear(2, 1)
     >>> list(measured_parameters(model, torch.optim.SGD(model.parameters(), lr=0.1)))
     ['weight', 'bias']
@@ -53,39 +58,68 @@ def measured_parameters(model: nn.Module | None, optimizer: Optimizer) -> dict[s
     return found
 
 
-class Membership:
-    """Which parameters an optimizer holds, and of which shapes: fixed for the time of a pass.
+def described(optimizer: Optimizer) -> str:
+    """An optimizer, for a message.
+
+    >>> described(torch.optim.SGD([torch.zeros(2)], lr=0.1))
+    'SGD with 1 tensor (2 values)'
+    """
+    tensors = [p for group in optimizer.param_groups for p in group["params"]]
+    values = sum(t.numel() for t in tensors)
+    return f"{type(optimizer).__name__} with {_count(len(tensors), 'tensor')} ({_count(values, 'value')})"
+
+
+class UpdateChecks(Events):
+    """Refuses an update of which no row could be right, whose parameters or the update before it are not known.
 
     Args:
-        parameters: the measured ones by name.
-        optimizer: the optimizer.
+        probe: just attached: its optimizer's parameters, and their shapes, are fixed for the time of the pass.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:
-        self._parameters, self._optimizer = parameters, optimizer
+    def __init__(self, probe: Probe) -> None:
+        self._probe = probe
         self._sizes, self._shapes = self._now()
 
-    def require(self, step: int) -> None:
-        """Hold the optimizer's parameters to those that it had at the start.
+    def before_update(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
+        """Refuse the update.
 
         Raises:
-            UnsupportedTraining: parameters were added, removed or resized before ``step``.
+            UnsupportedTraining: parameters were added, removed or resized, or the update before it was not finished.
         """
+        self.complete()
         sizes, shapes = self._now()
         if sizes == self._sizes and shapes == self._shapes:
             return
         if sizes != self._sizes:
             what = f"the optimizer's parameter groups held {self._sizes} tensors and now hold {sizes}"
         else:
-            pairs = zip(self._parameters, self._shapes, shapes, strict=True)
+            pairs = zip(self._probe.parameters, self._shapes, shapes, strict=True)
             name, before, now = next(row for row in pairs if row[1] != row[2])
-            what = f"{name} had shape {before} and now has {now}"
+            what = f"{name} had shape {tuple(before)} and now has {tuple(now)}"
         raise UnsupportedTraining(
-            f"The parameters changed before step {step}: {what}. The distance to the final weights is "
+            f"The parameters changed before step {self._probe.step}: {what}. The distance to the final weights is "
             "only defined for a fixed set of parameters. Create all of them before the first step (freezing "
             "one by requires_grad_(False) or grad = None is fine), or record the stages as separate runs."
         )
 
-    def _now(self) -> tuple[list[int], list[tuple[int, ...]]]:
-        sizes = [len(group["params"]) for group in self._optimizer.param_groups]
-        return sizes, [tuple(p.shape) for p in self._parameters.values()]
+    def complete(self) -> None:
+        """Refuse to go on where the optimizer's ``step`` raised, and the script went on.
+
+        Raises:
+            UnsupportedTraining: it did.
+        """
+        probe = self._probe
+        if probe.hook.begun != probe.step:
+            name = type(probe.optimizer).__name__
+            raise UnsupportedTraining(
+                f"{name}.step raised in step {probe.step}, and the script went on. What that step did to the "
+                "weights is not known, so no later one can be measured. Mend what raised, or let it end the script."
+            )
+
+    def _now(self) -> tuple[list[int], list[torch.Size]]:
+        sizes = [len(group["params"]) for group in self._probe.optimizer.param_groups]
+        return sizes, [p.shape for p in self._probe.parameters.values()]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

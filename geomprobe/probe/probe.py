@@ -1,26 +1,27 @@
 """The probe: what a training loop calls, and the optimizer hook that sees each gradient before it is used.
 
-A probe knows nothing of files. It turns what happens in the loop into the events of an `Observer`, which a
-pass implements; where no pass is running, `attach` returns a probe that only does what the loop asked for.
+A probe knows nothing of files. It turns what happens in the loop into `geomprobe.probe.events`, which it reports to
+the running pass; where no pass is running, `attach` returns a probe that only does what the loop asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
-from torch.utils.hooks import RemovableHandle
 
 from geomprobe.errors import UnsupportedTraining, UsageError
+from geomprobe.probe.events import Observer, observing
 from geomprobe.probe.hooks.model_calls import ModelCalls
 from geomprobe.probe.hooks.step_calls import Args, Kwargs, given_closure, nested_step, replace_closure
 from geomprobe.probe.inert import InertProbe
-from geomprobe.probe.loops import Loops, Watcher
-from geomprobe.probe.parameters import Membership, measured_parameters
+from geomprobe.probe.loops import Loops
+from geomprobe.probe.parameters import measured_parameters
 
 Item = TypeVar("Item")
 
@@ -30,39 +31,6 @@ class Oracle(NamedTuple):
 
     loss: Callable[..., Tensor]
     loader: DataLoader[Any] | None
-
-
-class Observer(Watcher, Protocol):
-    """What a pass does at each event of a probe; see `geomprobe.passes.api`."""
-
-    def attached(self, probe: Probe) -> None: ...
-    def begin(self) -> None: ...
-    def entered(self, inputs: Any) -> None: ...
-    def backward(self, loss: Tensor, **options: Any) -> None: ...
-    def before_update(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None: ...
-    def after_update(self) -> None: ...
-    def reference(self, name: str, if_lower: float | None = None) -> None: ...
-    def sharpness_of(self, closure: Callable[[], Tensor]) -> None: ...
-    def detached(self) -> None: ...
-
-
-_current: Observer | None = None
-
-
-def observe(observer: Observer | None) -> Observer | None:
-    """Make ``observer`` the one that `attach` reports to; returns the one before it."""
-    global _current
-    before, _current = _current, observer
-    return before
-
-
-def observing() -> Observer | None:
-    """The running pass, if there is one.
-
-    >>> observing() is None
-    True
-    """
-    return _current
 
 
 def attach(model: nn.Module | None, optimizer: Optimizer, **stateful: Any) -> Probe | InertProbe:
@@ -95,13 +63,13 @@ def attach(model: nn.Module | None, optimizer: Optimizer, **stateful: Any) -> Pr
                 f"attach(..., {name}={type(thing).__name__}): it has no state_dict and load_state_dict, "
                 "so its state can be neither kept nor compared. Pass an object that has both, or leave it out."
             )
-    if _current is None:
+    observer = observing()
+    if observer is None:
         return InertProbe()
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
-    return Probe(
-        model, optimizer, {k: v for k, v in stateful.items() if v is not None}, _current, explicit=True
-    )
+    given = {name: thing for name, thing in stateful.items() if thing is not None}
+    return Probe(model, optimizer, given, observer, explicit=True)
 
 
 class Probe:
@@ -112,6 +80,7 @@ class Probe:
         optimizer: the raw optimizer.
         parameters: the measured parameters by name: those of the optimizer, each once.
         calls: those of the model.
+        hook: on the optimizer's steps.
         step: number of updates so far.
         loops: the script's loops over epochs and batches.
         oracles: the gradients that the script names beside the step's own.
@@ -133,20 +102,14 @@ class Probe:
         self.optimizer = optimizer
         self.stateful = dict(stateful)
         self.parameters = measured_parameters(model, optimizer)
-        self._membership = Membership(self.parameters, optimizer)
         self.oracles: dict[str, Oracle] = {}
         self.step = 0
         self.loops = Loops(observer)
         self._observer = observer
-        self._begun = False
-        self._measured = self._skipped = False
+        self._begun = self._removed = False
         observer.attached(self)
-        self._handles: list[RemovableHandle] = [
-            optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),
-            optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),
-        ]
-        if model is not None:
-            self._handles.append(model.register_load_state_dict_pre_hook(self._loading))
+        self.hook = StepHook(self, observer, self._begin)
+        self._loads = None if model is None else model.register_load_state_dict_pre_hook(self._loading)
         self.calls = ModelCalls(model, self._entered)
 
     @property
@@ -215,7 +178,10 @@ class Probe:
                 no second derivative.
             **options: as for :meth:`torch.Tensor.backward`.
         """
-        self._observer.backward(loss, closure=closure, **options)
+        plain = all(option is None or option is False for option in options.values())
+        self._observer.backward(
+            [loss], functools.partial(loss.backward, **options), plain, closure=closure, named=True
+        )
 
     def reference(self, name: str, if_lower: float | None = None) -> None:
         """Keep the weights as they are now as the reference ``name``, replacing an earlier one.
@@ -255,12 +221,14 @@ class Probe:
 
     def remove(self) -> None:
         """Take the hooks off; the pass ends with the steps seen so far."""
-        for handle in self._handles:
-            handle.remove()
-        if self._handles:
-            self._handles.clear()
-            self.calls.remove()
-            self._observer.detached()
+        if self._removed:
+            return
+        self._removed = True
+        self.hook.remove()
+        self.calls.remove()
+        if self._loads is not None:
+            self._loads.remove()
+        self._observer.detached()
 
     def __enter__(self) -> Probe:
         return self
@@ -268,7 +236,11 @@ class Probe:
     def __exit__(self, *exception: object) -> None:
         self.remove()
 
-    # What the hooks call
+    # What a pass and the hooks call
+
+    def resume_from(self, step: int) -> None:
+        """The state before ``step`` was put back: count on from there."""
+        self.step = self.hook.begun = step
 
     def _begin(self) -> None:
         if not self._begun:
@@ -281,6 +253,47 @@ class Probe:
 
     def _loading(self, *_: Any) -> None:
         self._observer.weights_will_change()
+
+
+class StepHook:
+    """The hooks on the optimizer's ``step``: they show a pass each gradient before it is used, and count the steps.
+
+    Args:
+        probe: whose optimizer.
+        observer: the pass.
+        begin: called before anything else.
+
+    Attributes:
+        begun: updates that were begun, whether or not the optimizer has finished them.
+    """
+
+    def __init__(self, probe: Probe, observer: Observer, begin: Callable[[], None]) -> None:
+        self._probe, self._observer, self._begin = probe, observer, begin
+        self.begun = 0
+        self._measured = self._skipped = False
+        self._handles = [
+            probe.optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),
+            probe.optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def update_due(self) -> None:
+        """A closure was evaluated: the present gradients are the step's.
+
+        Raises:
+            UnsupportedTraining: it was evaluated for the second time in one step.
+        """
+        if self._measured:
+            raise UnsupportedTraining(
+                f"{type(self._probe.optimizer).__name__} evaluated its closure twice in step {self._probe.step}: which "
+                "of the gradients is the step's is not defined. Use an optimizer that evaluates it once."
+            )
+        self._begin()
+        self._measure()
 
     def _before_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         if nested_step(optimizer):
@@ -300,45 +313,22 @@ class Probe:
 
         return replace_closure(args, kwargs, measured_closure)
 
-    def update_due(self) -> None:
-        """A closure has been evaluated: the present gradients are the step's.
-
-        Raises:
-            UnsupportedTraining: it was evaluated for the second time in one step.
-        """
-        if self._measured:
-            raise UnsupportedTraining(
-                f"{type(self.optimizer).__name__} evaluated its closure twice in step {self.step}: which of "
-                "the gradients is the step's is not defined. Use an optimizer that evaluates it once."
-            )
-        self._begin()
-        self._measure()
-
     @torch.no_grad()
     def _measure(self) -> None:
-        self._measured, self._skipped = True, self._overflowed()
+        optimizer = self._probe.optimizer
+        # A fused optimizer under a GradScaler is called on overflow too, and skips on its own. Asking costs
+        # one synchronization, the same that the scaler itself pays with every other optimizer.
+        overflow = getattr(optimizer, "found_inf", None)
+        self._measured, self._skipped = True, overflow is not None and bool(overflow.item())
         if not self._skipped:
-            gradients = [parameter.grad for parameter in self.parameters.values()]
-            self._observer.before_update(gradients, getattr(self.optimizer, "grad_scale", None))
+            gradients = [parameter.grad for parameter in self._probe.parameters.values()]
+            self._observer.before_update(gradients, getattr(optimizer, "grad_scale", None))
+            self.begun += 1
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         if self._measured and not self._skipped and not nested_step(optimizer):
-            self.step += 1
+            self._probe.step += 1
             self._observer.after_update()
-
-    def _overflowed(self) -> bool:
-        # A fused optimizer under a GradScaler is called on overflow too, and skips on its own. Asking costs
-        # one synchronization, the same that the scaler itself pays with every other optimizer.
-        found = getattr(self.optimizer, "found_inf", None)
-        return found is not None and bool(found.item())
-
-    def require_same_parameters(self) -> None:
-        """Hold the optimizer's parameters to those that it had when the probe was attached.
-
-        Raises:
-            UnsupportedTraining: parameters were added, removed or resized.
-        """
-        self._membership.require(self.step)
 
 
 def _length(loader: Iterable[Any]) -> int | None:

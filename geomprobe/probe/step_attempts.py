@@ -3,59 +3,54 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from geomprobe.probe.events import Events
 
-class Training(Protocol):
-    """What is known of the training that a probe is on."""
-
-    @property
-    def step(self) -> int: ...
-    @property
-    def optimizer(self) -> Optimizer: ...
-    @property
-    def parameters(self) -> Mapping[str, Tensor]: ...
+if TYPE_CHECKING:
+    from geomprobe.probe.probe import Probe
 
 
-class StepAttempts:
+class StepAttempts(Events):
     """Counts the steps that were attempted, and sees which gradients were scaled and clipped before them.
 
     An attempt is a call of the optimizer's ``step``, or a GradScaler's for it, which leaves the weights alone where a
     gradient has overflowed. Each attempt that is applied is a step, and a row of the trace.
 
+    Args:
+        report: where clipped gradients and skipped steps are reported, once there is a probe.
+
     Attributes:
         skipped: attempts that were not applied.
         scaled: whether a GradScaler was at work in any of them.
         clipped_by: torch's functions that clipped gradients before an attempt.
-        when_clipping: called before gradients are clipped, with what they are multiplied by.
-        when_skipped: called after an attempt that was not applied.
 
-    >>> updates = StepAttempts()
+    >>> updates = StepAttempts(Events())
     >>> updates.described(applied=3)
     {'attempted': 3, 'applied': 3, 'scaled': False, 'gradient': 'as the optimizer takes it', 'clipped_by': []}
     """
 
-    def __init__(self) -> None:
+    name = "updates"
+
+    def __init__(self, report: Events) -> None:
         self.skipped = 0
         self.scaled = False
         self.clipped_by: list[str] = []
-        self.when_clipping: Callable[[Tensor | None], None] = lambda factor: None
-        self.when_skipped: Callable[[], None] = lambda: None
-        self._probe: Training | None = None
+        self._report = report
+        self._probe: Probe | None = None
         self._early_skips: dict[Any, int] = {}  # before there is a probe, by optimizer
         self._early_clips: dict[str, set[int]] = {}  # and the ids of what was clipped
         self._factor: Tensor | None = None
         self._attempting = False
 
-    def bind(self, probe: Training) -> None:
-        """Only that probe's optimizer and parameters count, of what was seen before it too."""
-        self._probe = probe
-        skips = self._early_skips.pop(probe.optimizer, 0)
-        self.skipped, self.scaled = skips, skips > 0
+    def attached(self, probe: Probe) -> None:
+        self._probe = probe  # only its optimizer and parameters count, of what was seen before it too
+        self.skipped = self._early_skips.pop(probe.optimizer, 0)
+        self.scaled = self.skipped > 0
         own = {id(parameter) for parameter in probe.parameters.values()}
         self.clipped_by = [name for name, ids in self._early_clips.items() if ids & own]
         self._early_skips, self._early_clips = {}, {}
@@ -71,19 +66,16 @@ class StepAttempts:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
         return {"skipped": self.skipped, "scaled": self.scaled, "clipped_by": list(self.clipped_by)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.skipped, self.scaled = state["skipped"], state["scaled"]
         self.clipped_by = list(state["clipped_by"])
 
-    # What is seen
-
     def loss_scaled(self, factor: Tensor) -> None:
-        """The next gradients come multiplied by ``factor``."""
         self._factor = factor
+
+    # What the hooks on scalers and clipping call
 
     def unscaled(self, optimizer: Optimizer) -> None:
         """A GradScaler has divided an optimizer's gradients."""
@@ -108,7 +100,7 @@ class StepAttempts:
             self.scaled = True
             if self._applied == before:
                 self.skipped += 1
-                self.when_skipped()
+                self._report.step_skipped()
 
     def clipping(self, name: str, parameters: Sequence[Tensor]) -> None:
         """The function ``name`` of torch is about to clip the gradients of ``parameters``."""
@@ -120,7 +112,7 @@ class StepAttempts:
             return
         if name not in self.clipped_by:
             self.clipped_by.append(name)
-        self.when_clipping(self._factor)
+        self._report.before_clipping(self._factor)
 
     @property
     def _applied(self) -> int:

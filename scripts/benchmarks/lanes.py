@@ -21,14 +21,12 @@ import torch
 
 import geomprobe
 from geomprobe.distributed.ranks import here
-from geomprobe.measure.options import MeasureOptions
 from geomprobe.passes.lease import own_record
-from geomprobe.passes.options import RecordOptions
-from geomprobe.passes.recording import Recording
+from geomprobe.passes.options import RecordOptions, ReplayOptions
+from geomprobe.passes.recording import recording as recording_session
 from geomprobe.passes.references.loaded import References
-from geomprobe.passes.replaying import Replaying
-from geomprobe.probe.hooks.global_hooks import listening
-from geomprobe.probe.probe import observe
+from geomprobe.passes.replaying import replaying as replaying_session
+from geomprobe.passes.session import Session
 from geomprobe.reproducibility.environment import start_manifest
 from geomprobe.reproducibility.seeding import seed_everything as seed_everything
 from geomprobe.reproducibility.seeding import strict_mode as strict_mode
@@ -38,49 +36,35 @@ SCRIPTS = Path(__file__).resolve().parents[1]
 # The examples' models and the papers' workloads; in front, since another package may have the name of an example.
 sys.path[:0] = [str(SCRIPTS / "examples"), str(SCRIPTS / "experiments")]
 
-Pass = Recording | Replaying
 
-
-def recording(run: Path, checkpoint_every: str = "epoch") -> Recording:
+def recording(run: Path, checkpoint_every: str = "epoch") -> Session:
     """Pass 1 of a lane, into a new run folder."""
     ranks, folder = here(), RunFolder(run)
     manifest = start_manifest(seed=0, strict=True, script={}) | ranks.described()
     folder.stream.mkdir(parents=True, exist_ok=True)
-    return Recording(folder, manifest, RecordOptions(checkpoint_every=checkpoint_every), ranks)
+    return recording_session(folder, manifest, RecordOptions(checkpoint_every=checkpoint_every), ranks)
 
 
-def replaying(run: Path, train: Callable[[], Iterator[None]], **measure: Any) -> Replaying:
+def replaying(run: Path, train: Callable[[], Iterator[None]], **measure: Any) -> Session:
     """Pass 2 of a lane, over a run that is recorded first; ``measure`` are the options of `geomprobe.replay`."""
     geomprobe.record(lambda: [None for _ in train()], run, seed=0).close()
     ranks, folder = here(), RunFolder(run)
     manifest = start_manifest(seed=0, strict=True, script={}) | ranks.described()
     recorded = own_record(folder, ranks)
     folder.stream.mkdir(parents=True, exist_ok=True)
-    options = MeasureOptions(**measure)
-    return Replaying(folder, recorded, References(recorded, {}), manifest, options, ranks=ranks)
+    options = ReplayOptions(**measure)
+    return replaying_session(folder, recorded, References(recorded, {}), manifest, options, ranks=ranks)
 
 
-@contextlib.contextmanager
-def reporting(session: Pass | None) -> Iterator[None]:
-    """Let the training inside report to a pass. A lane enters it for each of its steps, since only one pass can listen.
-
-    This is the only place that knows how a pass listens.
-    """
-    if session is None:
-        yield
-        return
-    before = observe(session)
-    try:
-        with listening(session):
-            yield
-    finally:
-        observe(before)
+def reporting(session: Session | None) -> contextlib.AbstractContextManager[None]:
+    """Let the training inside report to a pass; entered for each step, since only one pass at a time can listen."""
+    return contextlib.nullcontext() if session is None else session.reporting()
 
 
 class Lane:
     """A training that takes one step a call, and the pass that it reports to, if any."""
 
-    def __init__(self, training: Iterator[None], session: Pass | None = None) -> None:
+    def __init__(self, training: Iterator[None], session: Session | None = None) -> None:
         self._training, self._session = training, session
 
     def __call__(self) -> None:

@@ -18,7 +18,7 @@ from geomprobe import open_trace
 from geomprobe.cli import main
 from geomprobe.distributed import heartbeat, watchdog
 from geomprobe.distributed.heartbeat import SILENCE_S, FailureDetector, Heartbeat
-from geomprobe.distributed.progress import Followed, Place, ProgressMarker
+from geomprobe.distributed.progress import Place, ProgressMarker
 from geomprobe.trace.record import open_record
 
 PATIENCE_S = 6.0
@@ -237,22 +237,6 @@ def test_a_process_that_has_left_is_named_where_the_others_wait_in_vain() -> Non
     said = heard(detector, {0: WAITING, 1: Place(6, 0, False, "", 0.0, left=True)}, 11)
     assert said is not None
     assert "rank 0 stands at step 7, in the backward pass, train.py:9; rank 1 left before step 6." in said
-
-
-def test_each_event_of_a_pass_is_noted_as_a_move_and_passed_on() -> None:
-    class Pass:
-        steps = 5
-
-        def fetching(self) -> str:
-            return "fetched"
-
-    whereabouts = ProgressMarker()
-    followed: Any = Followed(Pass(), whereabouts)
-    assert followed.fetching() == "fetched"
-    assert whereabouts.look(1.0)[:2] == (5, 1)
-    assert [whereabouts.look(1.0).still for _ in range(2)] == [1.0, 2.0]
-    followed.fetching()
-    assert whereabouts.look(1.0).still == 0.0
 
 
 def test_a_store_that_does_not_answer_is_noticed_though_its_calls_heed_no_time_limit() -> None:

@@ -1,139 +1,182 @@
-"""Brings a training to where a checkpoint was taken of it, and puts the checkpoint back."""
+"""Bring a training to where a checkpoint was taken of it, and put the checkpoint back."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from geomprobe.distributed.layout import Layout
+from geomprobe.distributed.manifest import across_ranks
 from geomprobe.errors import RunError
 from geomprobe.passes.checkpoint import store as checkpoint
 from geomprobe.passes.checkpoint.ddp_buckets import WarmUp, require_buckets
 from geomprobe.passes.checkpoint.resume_point import ResumePoint
-from geomprobe.passes.checkpoint.training_state import restore, restore_streams, streams
-from geomprobe.probe.loops import Position
+from geomprobe.passes.checkpoint.training_state import capture, restore, restore_streams, streams
+from geomprobe.probe.events import Events
+from geomprobe.probe.loops import TOP, Position
 from geomprobe.probe.probe import Probe
 from geomprobe.reproducibility.environment import training_manifest
 from geomprobe.reproducibility.environment_check import FIRST_STEP_SECTIONS, require_same, require_same_kind
 from geomprobe.reproducibility.fingerprint import StepFingerprint
 
+if TYPE_CHECKING:
+    from geomprobe.passes.session import Session
 
-class Restore:
-    """What a pass needs to go on in the middle of a run, and to take checkpoints that allow it.
+TRAINING = "training"  # the entry of a checkpoint's contents for the state of the script's own training
+
+
+class Resumer(Events):
+    """Takes a pass to the middle of a run, and knows what a checkpoint needs so that another process can do so.
 
     Args:
-        resumption: where to go on, or None for the start of the run.
+        session: of the pass; its `goal` is where the script's loops have to get to.
+        probe: on the training.
+        fingerprint: of its steps.
+        point: where to go on; None for the start of the run.
 
     Attributes:
-        goal: where the script's loops have to get to before the checkpoint is put back; None once they are there.
-        loaders: those made before the loops, in an order that every process of the run shares.
-        sweep: the loader that is looped over, and the random streams before its iterator was made.
+        position: where the script's loops stand between two steps; None before the first time.
     """
 
-    def __init__(self, resumption: ResumePoint | None) -> None:
-        self._resumption = resumption
-        self.goal = resumption.position if resumption is not None else None
-        self.loaders: list[DataLoader[Any]] = []
-        self.sweep: tuple[Any, dict[str, Any]] | None = None
+    name = "loops"
+
+    def __init__(
+        self, session: Session, probe: Probe, fingerprint: StepFingerprint, point: ResumePoint | None
+    ) -> None:
+        self._session, self._probe, self._fingerprint = session, probe, fingerprint
+        self._point = point if point is not None else ResumePoint({})
+        self._begun_loop: tuple[Any, dict[str, Any]] | None = (
+            None  # its loader, and the streams before its iterator
+        )
+        self._first = True
+        self.position: Position | None = None
+
+    @property
+    def loops_over_batches(self) -> bool:
+        """Whether the script's loops are known, down to the batches: then each place between two steps is reported."""
+        return self._begun_loop is not None and self._probe.loops.named
 
     def iterating(self, loader: Any, position: Position | None) -> int:
-        """A loop over a loader begins; gives how many of its batches to skip."""
-        if position is None or self.goal is None:
-            self.sweep = (loader, streams([loader])) if position is not None else None
+        """A loop over a loader begins, at a position if it may take steps; gives how many of its batches to skip."""
+        goal = self._session.goal
+        if position is None or goal is None:
+            self._begun_loop = (loader, streams([loader])) if position is not None else None
             return 0
-        _, rest = self._stored
-        restore_streams([loader], rest["sweep"])
-        self.sweep = loader, rest["sweep"]
-        if rest["loader"] is None:
-            return self.goal.batch
-        loader.load_state_dict(rest["loader"])
+        then = self._stored[self.name]
+        restore_streams([loader], then["streams"])
+        self._begun_loop = loader, then["streams"]
+        if then["loader"] is None:
+            return goal.batch
+        loader.load_state_dict(then["loader"])
         return 0
 
-    def put_back(self, probe: Probe, evidence: StepFingerprint, layout: Layout) -> dict[str, Any]:
-        """The goal is reached: put the state back, and hold it to the digests that were taken of it.
+    def between_steps(self, position: Position) -> None:
+        self.position = position
 
-        Args:
-            probe: of the training.
-            evidence: its digests.
-            layout: how it is spread.
-
-        Returns:
-            What the checkpoint holds that is no tensor.
+    def goal_reached(self) -> None:
+        """Put the state back, and compare it with the digests that were taken of it.
 
         Raises:
             RunError: the training is not the one that the checkpoint is of.
         """
-        assert self._resumption is not None
-        tensors, rest = self._stored
+        contents, step = self._stored, self._point.step
         del self._stored
-        own = [self.sweep[0]] if self.sweep is not None else []
-        restore(probe, [*self.loaders, *own], tensors, rest)
-        evidence.go_on_from(rest["pending"])
-        probe.step = self._resumption.step
-        self.goal = None
-        found, then = evidence.state(), self._resumption.digests or {}
-        for component, digests in found.items():
-            if digests != then.get(component):
-                names = evidence.layout[component][-len(digests) :]
-                pairs = zip(names, digests, then.get(component, []), strict=False)
-                name = next((name for name, a, b in pairs if a != b), "the number of entries")
-                raise RunError(
-                    f"{self._resumption.checkpoint} was put back, but the {component} ({name}) is not what it was. "
-                    "Build the model, optimizer and attached objects as they were built when the run began."
-                )
-        WarmUp(layout.replicas, probe.step)
-        return rest
+        loaders = [
+            *self._session.passes.made,
+            *([self._begun_loop[0]] if self._begun_loop is not None else []),
+        ]
+        restore(self._probe, loaders, *contents[TRAINING])
+        self._session.load_state_dict(contents)
+        self._probe.resume_from(step)
+        self._session.goal = None
+        if (different := self._fingerprint.differs_from(self._point.digests or {})) is not None:
+            raise RunError(
+                f"{self._point.checkpoint} was put back, but the {different[0]} ({different[1]}) is not what it was. "
+                "Build the model, optimizer and attached objects as they were built when the run began."
+            )
+        WarmUp(self._session.layout.replicas, step)
 
-    def require_same_sums(self, layout: Layout) -> None:
-        """Hold the order of sums over the processes, which the first backward pass has settled, to the run's.
+    def before_update(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
+        """Complete the manifest at the first update here, as the run's first update had it, and open the files.
 
         Raises:
-            RunError: it is another.
-        """
-        if self._resumption is not None and self._resumption.buckets:
-            require_buckets(self._resumption.buckets, layout.replicas)
-
-    def manifest(
-        self, probe: Probe, loader: DataLoader[Any] | None, across: dict[str, Any]
-    ) -> dict[str, Any]:
-        """What is known of the training at its first update here, as the run's first update had it.
-
-        Args:
-            probe: on the training.
-            loader: the one that gave the update's batch, if one did.
-            across: sections on how it lies across processes.
-
-        Raises:
+            RunError: a step comes before the loops are where the checkpoint was taken, or sums over the processes would
+                come in another order.
             EnvironmentMismatch: it is another training than the one that the checkpoint is of.
         """
-        found = training_manifest(probe.model, probe.optimizer, probe.parameters, loader) | across
-        if self._resumption is None or self._resumption.checkpoint is None:
-            return found
-        # The learning rate moves on, and the loader that gives the first batch may be another one.
-        before, what = self._resumption.manifest, self._resumption.checkpoint
-        require_same(before, found, ("flags", "model", "ranks"), what, "go on")
-        require_same_kind(before["optimizer"], found["optimizer"], what)
-        return found | {name: before[name] for name in FIRST_STEP_SECTIONS if name in before}
+        if not self._first:
+            return
+        self._require_goal()
+        self._first = False
+        session, probe, point = self._session, self._probe, self._point
+        across = across_ranks(probe.model, probe.parameters, session.layout, session.ranks)
+        found = (
+            training_manifest(probe.model, probe.optimizer, probe.parameters, session.passes.loader) | across
+        )
+        if point.checkpoint is not None:
+            # The learning rate moves on, and the loader that gives the first batch may be another one.
+            require_same(point.manifest, found, ("flags", "model", "ranks"), point.checkpoint, "go on")
+            require_same_kind(point.manifest["optimizer"], found["optimizer"], point.checkpoint)
+            found |= {name: point.manifest[name] for name in FIRST_STEP_SECTIONS if name in point.manifest}
+        session.manifest |= found
+        if point.buckets:
+            require_buckets(point.buckets, session.layout.replicas)
+        session.first_update()
 
-    def require_goal(self) -> None:
-        """Refuse a step, or the end, before the goal is reached.
+    def complete(self) -> None:
+        self._require_goal()
 
-        Raises:
-            RunError: it is not.
-        """
-        if self.goal is not None:
+    def capture(self) -> dict[str, Any]:
+        """The training's own state, between two steps."""
+        loop = self._loop()
+        return {
+            TRAINING: capture(
+                self._probe, [*self._session.passes.made, *([loop[0]] if loop is not None else [])]
+            )
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `iterating` needs before all else is put back: the streams before the loop's iterator was made."""
+        loop = self._loop()
+        if loop is None:
+            return {"streams": None, "loader": None}
+        loader, before = loop
+        # accelerate's wrapper has the methods whether or not the loader in it does
+        own = hasattr(getattr(loader, "base_dataloader", loader), "load_state_dict")
+        return {"streams": before, "loader": loader.state_dict() if own else None}
+
+    def _loop(self) -> tuple[Any, dict[str, Any]] | None:
+        """The loop over batches that the script stands in the middle of."""
+        return None if self.position is None or self.position.sweep == TOP else self._begun_loop
+
+    def _require_goal(self) -> None:
+        if (goal := self._session.goal) is not None:
             raise RunError(
-                f"the script takes a step, or ends, before its loop over epochs is back at epoch {self.goal.epoch}, "
+                f"the script takes a step, or ends, before its loop over epochs is back at epoch {goal.epoch}, "
                 "where the checkpoint was taken. Take all steps inside `for epoch in probe.epochs(n)`, with the same "
                 "n, and the batches from probe.batches(loader). As it is, this run can only be made anew, with --force."
             )
 
     @functools.cached_property
-    def _stored(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        assert self._resumption is not None
-        assert self._resumption.checkpoint is not None
-        tensors, rest = checkpoint.read(self._resumption.checkpoint)
-        return tensors, checkpoint.unpacked(rest)
+    def _stored(self) -> dict[str, Any]:
+        assert self._point.checkpoint is not None  # there is a goal only where there is a checkpoint
+        return read_contents(self._point.checkpoint)
+
+
+def submit_contents(
+    writer: checkpoint.Writer, step: int, contents: Mapping[str, Any], facts: Mapping[str, Any]
+) -> None:
+    """Begin to write a checkpoint's contents, in the form that the store takes."""
+    tensors, rest = contents[TRAINING]
+    packed = checkpoint.packed({**contents, TRAINING: rest})
+    writer.submit(step, tensors, packed, facts)
+
+
+def read_contents(path: Path) -> dict[str, Any]:
+    """What `submit_contents` was given."""
+    tensors, packed = checkpoint.read(path)
+    contents: dict[str, Any] = checkpoint.unpacked(packed)
+    return {**contents, TRAINING: (tensors, contents[TRAINING])}

@@ -69,7 +69,7 @@ def find_resume_point(
     ranks = Ranks() if ranks is None else ranks
     for attempt in itertools.count():
         step, facts = _last_whole(run, latest)
-        steps = ranks.said_by_all(f"last checkpoint/{attempt}", step)
+        steps = ranks.all_gather(f"last checkpoint/{attempt}", step)
         latest = min(steps)
         if latest == max(steps):
             break

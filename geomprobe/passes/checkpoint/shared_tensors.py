@@ -37,7 +37,7 @@ def parted(
     """
     shared = {name: tensor for name, tensor in tensors.items() if name.startswith(_KINDS)}
     digest = _digest(shared)
-    if ranks.said_by_first(path.name, digest) != digest:
+    if ranks.broadcast(path.name, digest) != digest:
         return tensors, None
     if ranks.first:
         return tensors, checkpoint.Alike(tuple(shared), digest)

@@ -73,7 +73,7 @@ class KeptReferences:
             return lower
         # Each rank may have a value of its own, and all have to keep their shards of the same weights.
         self._asked += 1
-        taken: bool = self._ranks.said_by_first(f"{name} is lowest/{self._asked}", lower)
+        taken: bool = self._ranks.broadcast(f"{name} is lowest/{self._asked}", lower)
         return taken
 
     def take(self, name: str, weights: Mapping[str, Tensor], step: int) -> None:
@@ -102,7 +102,7 @@ class KeptReferences:
         """
         if not self.sharded:
             return []
-        found = self._ranks.said_by_all("references", self._steps)
+        found = self._ranks.all_gather("references", self._steps)
         chimeras = [name for name, step in found[0].items() if any(of.get(name) != step for of in found)]
         self._steps = {name: step for name, step in self._steps.items() if name not in chimeras}
         if chimeras and self._ranks.first:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,37 +19,21 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
 
+from geomprobe.probe.events import Observer, observe
 from geomprobe.probe.hooks import grad_scaler as gradient_calls
 from geomprobe.probe.hooks.mute import is_muted, unless_muted
-from geomprobe.probe.hooks.step_calls import Args, Kwargs
-
-
-class Listener(gradient_calls.Listener, Protocol):
-    """What a pass does with what is seen."""
-
-    def backward_called(self, losses: Sequence[Tensor], run: Callable[[], None], plain: bool) -> None: ...
-    def gradients_dropped(self) -> None: ...
-    def loader_made(self, loader: DataLoader[Any]) -> None: ...
-    def loader_iterated(self, loader: DataLoader[Any], iterator: Iterator[Any]) -> None: ...
-    def batch_came(self, iterator: Iterator[Any]) -> None: ...
-    def fetching(self) -> None: ...
-    def fetch_ended(self, came: bool) -> None: ...
-    def optimizer_stepping(
-        self, optimizer: Optimizer, args: Args, kwargs: Kwargs
-    ) -> tuple[Args, Kwargs] | None: ...
-    def module_entered(self, module: nn.Module, inputs: Any) -> bool: ...
-
 
 # What torch.compile says of hooks on all modules; their being called for the compiled one is what they are for.
 _TWICE = r"Using `torch.compile\(module\)` when there are global hooks"
 
 
 @contextlib.contextmanager
-def listening(listener: Listener) -> Iterator[None]:
-    """Report to ``listener`` while inside."""
+def listening(observer: Observer) -> Iterator[None]:
+    """Report to ``observer``, and to it alone, while inside."""
     from torch.utils.data.dataloader import _BaseDataLoaderIter
 
     with contextlib.ExitStack() as stack:
+        stack.callback(observe, observe(observer))
         for owner, name, wrap in (
             (torch.autograd, "backward", _backward),
             (Optimizer, "zero_grad", _zero_grad),
@@ -58,68 +42,68 @@ def listening(listener: Listener) -> Iterator[None]:
             (_BaseDataLoaderIter, "__next__", _next),
         ):
             original = getattr(owner, name)
-            setattr(owner, name, torch.compiler.disable(unless_muted(original, wrap(original, listener))))
+            setattr(owner, name, torch.compiler.disable(unless_muted(original, wrap(original, observer))))
             stack.callback(setattr, owner, name, original)
-        hook = register_optimizer_step_pre_hook(torch.compiler.disable(listener.optimizer_stepping))
+        hook = register_optimizer_step_pre_hook(torch.compiler.disable(observer.optimizer_stepping))
         stack.callback(hook.remove)
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message=_TWICE)
-        modules = _OutermostModules(listener.module_entered)
+        modules = _OutermostModules(observer.module_entered)
         stack.callback(modules.stop)
-        stack.enter_context(gradient_calls.listening_to_gradients(listener))
+        stack.enter_context(gradient_calls.listening_to_gradients(observer))
         yield
 
 
-def _backward(original: Callable[..., None], listener: Listener) -> Callable[..., None]:
+def _backward(original: Callable[..., None], observer: Observer) -> Callable[..., None]:
     @functools.wraps(original)
     def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
         losses = [tensors] if isinstance(tensors, Tensor) else list(tensors)
         plain = all(option is None or option is False for option in (*args, *kwargs.values()))
-        listener.backward_called(losses, functools.partial(original, tensors, *args, **kwargs), plain)
+        observer.backward(losses, functools.partial(original, tensors, *args, **kwargs), plain)
 
     return backward
 
 
-def _zero_grad(original: Callable[..., None], listener: Listener) -> Callable[..., None]:
+def _zero_grad(original: Callable[..., None], observer: Observer) -> Callable[..., None]:
     @functools.wraps(original)
     def zero_grad(self: Optimizer, *args: Any, **kwargs: Any) -> None:
-        listener.gradients_dropped()
+        observer.gradients_dropped()
         original(self, *args, **kwargs)
 
     return zero_grad
 
 
-def _make(original: Callable[..., None], listener: Listener) -> Callable[..., None]:
+def _make(original: Callable[..., None], observer: Observer) -> Callable[..., None]:
     @functools.wraps(original)
     def make(self: DataLoader[Any], *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        listener.loader_made(self)
+        observer.loader_made(self)
 
     return make
 
 
-def _iterate(original: Callable[..., Any], listener: Listener) -> Callable[..., Any]:
+def _iterate(original: Callable[..., Any], observer: Observer) -> Callable[..., Any]:
     @functools.wraps(original)
     def iterate(self: DataLoader[Any]) -> Any:
-        listener.fetching()  # making the iterator draws from the RNG already
+        observer.fetching()  # making the iterator draws from the RNG already
         iterator = original(self)
-        listener.loader_iterated(self, iterator)
+        observer.loader_iterated(self, iterator)
         return iterator
 
     return iterate
 
 
-def _next(original: Callable[..., Any], listener: Listener) -> Callable[..., Any]:
+def _next(original: Callable[..., Any], observer: Observer) -> Callable[..., Any]:
     @functools.wraps(original)
     def next_batch(self: Any) -> Any:
-        listener.fetching()
+        observer.fetching()
         came = False
         try:
             batch = original(self)
             came = True
-            listener.batch_came(self)
+            observer.batch_came(self)
         finally:
-            listener.fetch_ended(came)
+            observer.fetch_ended(came)
         return batch
 
     return next_batch

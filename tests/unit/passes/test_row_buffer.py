@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from geomprobe.passes import row_buffer as rows
 from geomprobe.passes.row_buffer import CAPACITY, INTERVAL, Block, RowBuffer
+from geomprobe.reproducibility.columns import Columns
 
 CPU = torch.device("cpu")
 
@@ -29,22 +33,34 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return standing
 
 
-def collector(floats: int = 2, integers: int = 1) -> tuple[RowBuffer, list[Block]]:
+COLUMNS = [
+    Columns("values", "floats", ("a", "b"), "float64", on_device=True),
+    Columns("digests", "integers", ("c",), "int64", on_device=True),
+    Columns("numbers", "host floats", ("d",), "float64", on_device=False),
+    Columns("counts", "host integers", ("e", "f"), "int64", on_device=False),
+]
+
+
+def collector(columns: Sequence[Columns] = COLUMNS) -> tuple[RowBuffer, list[Block]]:
     blocks: list[Block] = []
-    return RowBuffer(CPU, floats, integers, blocks.append), blocks
+    return RowBuffer(CPU, columns, blocks.append), blocks
+
+
+def row(step: int) -> dict[str, Any]:
+    return {
+        "values": torch.tensor([step, -step], dtype=torch.float64),
+        "digests": torch.tensor([2**62 + step]),
+        "numbers": [step / 2],
+        "counts": [2**63 - 1 - step, -(2**63) + step],
+    }
 
 
 def append(collecting: RowBuffer, step: int) -> None:
-    collecting.append(
-        torch.tensor([step, -step], dtype=torch.float64),
-        torch.tensor([2**62 + step]),
-        [step / 2],
-        [2**63 - 1 - step, -(2**63) + step],
-    )
+    collecting.append(row(step))
 
 
 def steps(block: Block) -> list[int]:
-    return [int(row[0]) for row in block.floats]
+    return [int(values[0]) for values in block["floats"]]
 
 
 def test_a_block_comes_when_it_is_full(clock: Clock) -> None:
@@ -52,7 +68,7 @@ def test_a_block_comes_when_it_is_full(clock: Clock) -> None:
     for step in range(2 * CAPACITY + 5):
         append(collecting, step)
         assert len(blocks) == (step + 1) // CAPACITY
-    assert [len(block.floats) for block in blocks] == [CAPACITY] * 2
+    assert [len(block["floats"]) for block in blocks] == [CAPACITY] * 2
     collecting.flush()
     assert CAPACITY == 64
     assert [step for block in blocks for step in steps(block)] == list(range(2 * CAPACITY + 5))
@@ -64,11 +80,28 @@ def test_every_value_comes_out_as_it_went_in(clock: Clock) -> None:
         append(collecting, step)
     collecting.flush()
     (block,) = blocks
-    np.testing.assert_array_equal(block.floats, [[0, 0], [1, -1], [2, -2]])
-    np.testing.assert_array_equal(block.integers, [[2**62], [2**62 + 1], [2**62 + 2]])
-    np.testing.assert_array_equal(block.host_floats, [[0], [0.5], [1]])
-    np.testing.assert_array_equal(block.host_integers, [[2**63 - 1 - s, -(2**63) + s] for s in range(3)])
-    assert [array.dtype.name for array in block] == ["float64", "int64", "float64", "int64"]
+    np.testing.assert_array_equal(block["floats"], [[0, 0], [1, -1], [2, -2]])
+    np.testing.assert_array_equal(block["integers"], [[2**62], [2**62 + 1], [2**62 + 2]])
+    np.testing.assert_array_equal(block["host floats"], [[0], [0.5], [1]])
+    np.testing.assert_array_equal(block["host integers"], [[2**63 - 1 - s, -(2**63) + s] for s in range(3)])
+    assert [array.dtype.name for array in block.values()] == ["float64", "int64", "float64", "int64"]
+
+
+def test_a_tables_columns_have_the_order_in_which_they_are_named_wherever_they_are(clock: Clock) -> None:
+    collecting, blocks = collector([each._replace(table=each.dtype) for each in reversed(COLUMNS)])
+    assert [(table.name, table.columns) for table in collecting.tables] == [
+        ("int64", ("e", "f", "c")),
+        ("float64", ("d", "a", "b")),
+    ]
+    append(collecting, 3)
+    collecting.flush()
+    np.testing.assert_array_equal(blocks[0]["float64"], [[1.5, 3, -3]])
+    np.testing.assert_array_equal(blocks[0]["int64"], [[2**63 - 4, -(2**63) + 3, 2**62 + 3]])
+
+
+def test_two_columns_of_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="two columns of a row have one name"):
+        collector([COLUMNS[0], COLUMNS[0]._replace(table="another")])
 
 
 def test_a_block_comes_with_the_first_row_after_a_second(clock: Clock) -> None:
@@ -109,27 +142,27 @@ def test_a_delivered_block_is_not_written_over_by_later_rows(clock: Clock) -> No
 
 def test_a_row_is_taken_when_it_is_appended(clock: Clock) -> None:
     collecting, blocks = collector()
-    floats, integers = torch.ones(2, dtype=torch.float64), torch.ones(1, dtype=torch.int64)
-    collecting.append(floats, integers, [], [])
-    floats.zero_()
-    integers.zero_()
+    first = row(1)
+    collecting.append(first)
+    first["values"].zero_()
+    first["digests"].zero_()
     collecting.flush()
-    assert (blocks[0].floats.tolist(), blocks[0].integers.tolist()) == ([[1, 1]], [[1]])
+    assert (blocks[0]["floats"].tolist(), blocks[0]["integers"].tolist()) == ([[1, -1]], [[2**62 + 1]])
 
 
 def test_tables_without_columns_keep_their_number_of_rows(clock: Clock) -> None:
-    collecting, blocks = collector(0, 0)
+    collecting, blocks = collector([each._replace(columns=()) for each in COLUMNS])
     for _ in range(3):
-        collecting.append(torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.int64), [], [])
+        collecting.append({"values": torch.empty(0), "digests": torch.empty(0), "numbers": [], "counts": []})
     collecting.flush()
-    assert [array.shape for array in blocks[0]] == [(3, 0)] * 4
+    assert [array.shape for array in blocks[0].values()] == [(3, 0)] * 4
 
 
 def test_after_an_append_that_was_cut_off_nothing_more_comes(clock: Clock) -> None:
     collecting, blocks = collector()
     append(collecting, 0)
     with pytest.raises(RuntimeError):
-        collecting.append(torch.zeros(3, dtype=torch.float64), torch.zeros(1, dtype=torch.int64), [], [])
+        collecting.append(row(1) | {"values": torch.zeros(3, dtype=torch.float64)})
     collecting.flush()
     assert blocks == []
 
@@ -141,7 +174,7 @@ def test_a_block_that_could_not_be_delivered_is_not_delivered_again(clock: Clock
         calls.append(block)
         raise OSError("no space left")
 
-    collecting = RowBuffer(CPU, 2, 1, refuse)
+    collecting = RowBuffer(CPU, COLUMNS, refuse)
     for step in range(CAPACITY - 1):
         append(collecting, step)
     with pytest.raises(OSError, match="no space left"):

@@ -23,10 +23,11 @@ from torch.utils.data import DataLoader
 import geomprobe
 from geomprobe.errors import UnsupportedTraining, UsageError
 from geomprobe.probe import progress_bar as progress
+from geomprobe.probe.events import observe, observing
 from geomprobe.probe.inert import InertProbe
 from geomprobe.probe.loops import Position
-from geomprobe.probe.parameters import measured_parameters
-from geomprobe.probe.probe import Probe, attach, observe, observing
+from geomprobe.probe.parameters import UpdateChecks, measured_parameters
+from geomprobe.probe.probe import Probe, attach
 
 
 class Log:
@@ -50,9 +51,9 @@ class Log:
         self.events.append("between_steps")
         self.positions.append(position)
 
-    def backward(self, loss: Tensor, closure: Any = None, **options: Any) -> None:
+    def backward(self, losses: Any, run: Callable[[], None], plain: bool, **_: Any) -> None:
         self.events.append("backward")
-        loss.backward(**options)
+        run()
 
     def before_update(self, gradients: Any, grad_scale: Any) -> None:
         assert not torch.is_grad_enabled()
@@ -417,6 +418,8 @@ def test_what_cannot_be_measured_is_refused(log: Log, optimizer: Any, says: str)
 @pytest.mark.parametrize("change", ["added", "resized"])
 def test_parameters_that_change_are_told(log: Log, change: str) -> None:
     training = Training()
+    checks = UpdateChecks(training.probe)
+    checks.before_update([], None)
     if change == "added":
         training.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
     else:
@@ -426,7 +429,7 @@ def test_parameters_that_change_are_told(log: Log, change: str) -> None:
         "resized": r"0.bias had shape \(8,\) and now has",
     }
     with pytest.raises(UnsupportedTraining, match=says[change]):
-        training.probe.require_same_parameters()
+        checks.before_update([], None)
 
 
 # Where nothing is recorded or replayed
@@ -477,7 +480,7 @@ def test_the_inert_probe_does_all_that_the_probe_does() -> None:
     def public(kind: type) -> set[str]:
         return {name for name in vars(kind) if not name.startswith("_")}
 
-    of_passes = {"update_due", "require_same_parameters", "weights", "buffers"}
+    of_passes = {"resume_from", "weights", "buffers"}
     assert public(Probe) - of_passes == public(InertProbe)
     assert public(PlainProbe) <= public(InertProbe)
 

@@ -17,7 +17,8 @@ from geomprobe.errors import RunError
 from geomprobe.passes.checkpoint import store as checkpoint
 from geomprobe.passes.checkpoint.retention import RetentionPolicy
 from geomprobe.passes.checkpoint.training_state import capture, restore
-from geomprobe.probe.probe import Observer, Probe
+from geomprobe.probe.events import Observer
+from geomprobe.probe.probe import Probe
 from geomprobe.reproducibility.isolation import keep_rng
 
 
