@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from geomprobe.passes.checkpoint import store as checkpoint
 from geomprobe.passes.checkpoint.ddp_buckets import buckets
 from geomprobe.passes.checkpoint.resume_point import ResumePoint
 from geomprobe.passes.checkpoint.retention import CheckpointTimer, RecordOptions
-from geomprobe.passes.checkpoint.shared_tensors import parted
 from geomprobe.passes.checkpoint.training_state import capture
 from geomprobe.passes.references.averages import Averages
 from geomprobe.passes.references.kept import KeptReferences
@@ -63,7 +62,7 @@ class Recording(Session):
         self._references = KeptReferences(self._run, self.ranks)
         self._due = CheckpointTimer(options.keeping)
         self._run.stream.mkdir(parents=True, exist_ok=True)
-        self._checkpoints = checkpoint.Writer(self._run.checkpoints, options.keeping.too_many, self._parted)
+        self._checkpoints = checkpoint.Writer(self._run.checkpoints, options.keeping.too_many)
         self._clock = StepBarrier(self.ranks, "checkpoint")
         self._overdue = self._ends = False
         self._stream: AttemptLog | None = None
@@ -75,6 +74,8 @@ class Recording(Session):
     def attached(self, probe: Probe) -> None:
         super().attached(probe)
         self._references.sharded = self.layout.sharded
+        if self.layout.kind == "DDP" and not self.ranks.alone:
+            self._checkpoints.shared = checkpoint.SharedByFirst(self.ranks, self._first_checkpoints)
 
     def begin(self) -> None:
         assert self.probe is not None
@@ -262,10 +263,9 @@ class Recording(Session):
         loader, before = None, None
         if position is not None and position.sweep != TOP and self.restart.sweep is not None:
             loader, before = self.restart.sweep
-        tensors, rest = capture(
-            self.probe, [*self.restart.loaders, *([loader] if loader is not None else [])]
-        )
-        rest["pending"] = self.evidence.pending
+        own = [loader] if loader is not None else []
+        rest: dict[str, Any] = {"training": capture(self.probe, [*self.restart.loaders, *own])}
+        rest["pending"] = self.evidence.pending._asdict()
         rest["sweep"] = before
         rest["updates"] = self.updates.state_dict()
         rest["loader"] = None
@@ -284,16 +284,9 @@ class Recording(Session):
         }
         if self._rows is not None:
             self._rows.flush()  # so that they reach as far as the checkpoint, whatever comes
-        self._checkpoints.submit(self.steps, tensors, checkpoint.packed(rest), facts)
+        self._checkpoints.submit(self.steps, rest, facts)
         self._due.taken(self.steps)
         self._overdue = False
-
-    def _parted(
-        self, path: Path, tensors: Mapping[str, Tensor]
-    ) -> tuple[Mapping[str, Tensor], checkpoint.Alike | None]:
-        if self.layout.kind != "DDP":
-            return tensors, None
-        return parted(self.ranks, self._first_checkpoints / path.name, tensors)
 
     def _seal(self, status: str) -> None:
         self._close_stream()

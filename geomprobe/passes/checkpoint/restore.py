@@ -7,7 +7,6 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from geomprobe.distributed.layout import Layout
@@ -20,7 +19,7 @@ from geomprobe.probe.loops import Position
 from geomprobe.probe.probe import Probe
 from geomprobe.reproducibility.environment import training_manifest
 from geomprobe.reproducibility.environment_check import FIRST_STEP_SECTIONS, require_same, require_same_kind
-from geomprobe.reproducibility.fingerprint import StepFingerprint
+from geomprobe.reproducibility.fingerprint import Pending, StepFingerprint
 
 
 class Restore:
@@ -46,7 +45,7 @@ class Restore:
         if position is None or self.goal is None:
             self.sweep = (loader, streams([loader])) if position is not None else None
             return 0
-        _, rest = self._stored
+        rest = self._stored
         restore_streams([loader], rest["sweep"])
         self.sweep = loader, rest["sweep"]
         if rest["loader"] is None:
@@ -72,11 +71,11 @@ class Restore:
             RunError: the training is not the one that the checkpoint is of.
         """
         assert self._resumption is not None
-        tensors, rest = self._stored
+        rest = self._stored
         del self._stored
         own = [self.sweep[0]] if self.sweep is not None else []
-        restore(probe, [*self.loaders, *own], tensors, rest)
-        evidence.go_on_from(rest["pending"])
+        restore(probe, [*self.loaders, *own], rest["training"])
+        evidence.go_on_from(Pending(**rest["pending"]))
         probe.step = self._resumption.step
         self.goal = None
         found, then = evidence.state(), self._resumption.digests or {}
@@ -137,11 +136,10 @@ class Restore:
             )
 
     @functools.cached_property
-    def _stored(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _stored(self) -> dict[str, Any]:
         assert self._resumption is not None
         assert self._resumption.checkpoint is not None
-        tensors, rest = checkpoint.read(self._resumption.checkpoint)
-        return tensors, checkpoint.unpacked(rest)
+        return checkpoint.read(self._resumption.checkpoint)
 
 
 @contextlib.contextmanager

@@ -60,13 +60,13 @@ def state_of(probe: Probe) -> dict[str, str]:
 
 
 def save(checkpoints: Path, probe: Probe) -> Path:
-    tensors, rest = capture(probe, [])
-    return checkpoint.write(checkpoints, probe.step, tensors, checkpoint.packed(rest), {})
+    state = capture(probe, [])
+    return checkpoint.write(checkpoints, probe.step, {"training": state}, {})
 
 
 def load(path: Path, probe: Probe) -> None:
-    tensors, rest = checkpoint.read(path)
-    restore(probe, [], tensors, checkpoint.unpacked(rest))
+    state = checkpoint.read(path)["training"]
+    restore(probe, [], state)
 
 
 def adam(parameters: Any) -> torch.optim.Optimizer:
@@ -211,8 +211,8 @@ def test_the_writer_keeps_the_state_as_it_was_and_thins_what_lies_closest(tmp_pa
     for step in range(8):
         probe.step = step
         states[step] = state_of(probe)
-        tensors, rest = capture(probe, [])
-        writer.submit(step, tensors, checkpoint.packed(rest), {"step": step})
+        state = capture(probe, [])
+        writer.submit(step, {"training": state}, {"step": step})
         train_on(probe)  # while it is being written
     writer.close()
     kept = checkpoint.saved(tmp_path)
@@ -229,7 +229,7 @@ def test_what_the_writer_could_not_write_is_told_at_the_next_occasion(tmp_path: 
     file = tmp_path / "checkpoints"
     file.write_text("in the way")
     writer = checkpoint.Writer(file, lambda steps: [])
-    writer.submit(0, {"weight": torch.ones(2)}, b"", {})
+    writer.submit(0, {"weight": torch.ones(2)}, {})
     with pytest.raises(RunError, match=r"cannot write .*step-00000000"):
         writer.close()
 
