@@ -145,7 +145,8 @@ class _Encoder:
             return {_TAG: "DTensor", **spread, "shape": shape, "stride": stride, "value": local}
         if type(tensor) not in (Tensor, nn.Parameter):
             raise self._refusal(tensor, path)
-        values, of = _on_host(tensor), {}
+        values = _on_host(tensor)
+        of: dict[str, Any] = {}
         if tensor.device.type != "cpu":
             of["device"] = str(tensor.device)
         if tensor.requires_grad:
@@ -206,8 +207,14 @@ def _untagged(entry: dict[str, Any]) -> Any:
         layout, shape = entry["layout"], entry["shape"]
         if layout == torch.sparse_coo:
             coalesced = entry["coalesced"]
-            return torch.sparse_coo_tensor(*value, shape, is_coalesced=coalesced, check_invariants=False)
-        return torch.sparse_compressed_tensor(*value, shape, layout=layout, check_invariants=False)
+            indices, values = value
+            return torch.sparse_coo_tensor(
+                indices, values, shape, is_coalesced=coalesced, check_invariants=False
+            )
+        compressed, plain, values = value
+        return torch.sparse_compressed_tensor(
+            compressed, plain, values, shape, layout=layout, check_invariants=False
+        )
     if kind == "Tensor":
         tensor = value.to(entry.get("device", "cpu"))
         if entry.get("parameter"):
