@@ -19,10 +19,9 @@ from geomprobe.passes import finalize
 from geomprobe.passes.attempts import AttemptLog
 from geomprobe.passes.checkpoint import store as checkpoint
 from geomprobe.passes.checkpoint.ddp_buckets import buckets
-from geomprobe.passes.checkpoint.restore import Resumer, submit_contents
+from geomprobe.passes.checkpoint.restore import Resumer
 from geomprobe.passes.checkpoint.resume_point import ResumePoint
 from geomprobe.passes.checkpoint.retention import CheckpointTimer, RetentionPolicy
-from geomprobe.passes.checkpoint.shared_tensors import parted
 from geomprobe.passes.options import RecordOptions
 from geomprobe.passes.references.averages import Averages
 from geomprobe.passes.references.kept import KeptReferences
@@ -67,13 +66,15 @@ def recording(
         averages = [AverageKeeper(probe, options, references)] if options.ema or options.average else []
         taken = [name for each in averages for name in each.averages.weights]
         rows = RecordWriter(session, probe, own, fingerprint)
+        replicated = session.layout.kind == "DDP" and not ranks.alone
+        shared = checkpoint.SharedByFirst(ranks, run.checkpoints) if replicated else None
         return [
             SourceDigests(manifest),
             FinalWeights(probe, references),
             *averages,
             ReferenceKeeper(session, probe, frozenset(options.reference_steps), references, taken),
             rows,
-            Checkpointer(session, fingerprint, resumer, rows, options.keeping, own, run.checkpoints),
+            Checkpointer(session, fingerprint, resumer, rows, options.keeping, own, shared),
             RecordSealer(session, own, rows, references),
         ]
 
@@ -266,11 +267,11 @@ class Checkpointer(Events):
     rows: RecordWriter
     policy: RetentionPolicy
     run: RunFolder
-    of_first: Path  # the checkpoints of rank 0
+    shared: checkpoint.SharedByFirst | None  # what rank 0 writes for all
 
     def __post_init__(self) -> None:
         self.run.stream.mkdir(parents=True, exist_ok=True)
-        self._writer = checkpoint.Writer(self.run.checkpoints, self.policy.too_many, self._shared)
+        self._writer = checkpoint.Writer(self.run.checkpoints, self.policy.too_many, self.shared)
         self._timer = CheckpointTimer(self.policy)
         self._clock = StepBarrier(self.session.ranks, "checkpoint")
         self._never = self.policy.every == "never"
@@ -344,17 +345,9 @@ class Checkpointer(Events):
             "buckets": buckets(self.session.layout.replicas),
         }
         self.rows.flush()  # so that they reach as far as the checkpoint, whatever comes
-        submit_contents(self._writer, self.session.steps, contents, facts)
+        self._writer.submit(self.session.steps, contents, facts)
         self._timer.taken(self.session.steps)
         self._overdue = False
-
-    def _shared(
-        self, path: Path, tensors: Mapping[str, Tensor]
-    ) -> tuple[Mapping[str, Tensor], checkpoint.Alike | None]:
-        """What of a checkpoint this process keeps itself; called by the writer's thread."""
-        if self.session.layout.kind != "DDP":
-            return tensors, None
-        return parted(self.session.ranks, self.of_first / path.name, tensors)
 
 
 @dataclass(eq=False)

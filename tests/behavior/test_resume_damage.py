@@ -57,7 +57,7 @@ def last_checkpoint(path):
 # Damage
 
 
-@pytest.mark.parametrize("pattern", ["*.distcp", ".metadata", "geomprobe.json"])
+@pytest.mark.parametrize("pattern", ["state.pt", "geomprobe.json"])
 def test_a_checkpoint_with_a_flipped_bit_is_named_and_an_earlier_one_taken(bench, killed, pattern):
     last = last_checkpoint(killed)
     (file,) = last.glob(pattern)
@@ -70,7 +70,7 @@ def test_a_checkpoint_with_a_flipped_bit_is_named_and_an_earlier_one_taken(bench
 
 
 def test_a_segment_whose_checkpoint_has_a_flipped_bit_starts_from_an_earlier_one(bench, recorded):
-    (file,) = checkpoint.folder(recorded / "checkpoints", 60).glob("*.distcp")
+    (file,) = checkpoint.folder(recorded / "checkpoints", 60).glob("state.pt")
     flip(file)
     result = bench.replay(recorded, "--segment", "2/2")
     assert (result.code, result.out.splitlines()[0]) == (0, "begins at step 50")

@@ -105,7 +105,7 @@ def test_a_checkpoint_that_one_rank_has_lost_is_passed_over_by_all(wholes: Any, 
     whole, cut = wholes("FSDP2", 2), tmp_path / "cut"
     start(2, recorded, tmp_path, KINDS["FSDP2"](at=(0, 9), do="die"), cut, {})
     latest = checkpoint.saved(cut / "checkpoints" / "rank-0001")[-1]
-    flip_a_bit(next(checkpoint.folder(cut / "checkpoints" / "rank-0001", latest).glob("*.distcp")))
+    flip_a_bit(next(checkpoint.folder(cut / "checkpoints" / "rank-0001", latest).glob("state.pt")))
     begun = held(start(2, recorded, tmp_path, KINDS["FSDP2"](), cut, {"resume": True}))
     assert set(begun) == {latest - 2}
     assert_same(cut / "record.h5", whole / "record.h5")
@@ -117,14 +117,12 @@ def test_replicas_keep_the_weights_once(wholes: Any) -> None:
         whole / "checkpoints" / "step-00000008",
         whole / "checkpoints" / "rank-0001" / "step-00000008",
     )
-    stored = "weights/module.0.0.weight"
-    of_first, _ = checkpoint.read(first)
-    of_second, _ = checkpoint.read(second)
-    assert torch.equal(of_first[stored], of_second[stored])
-    assert not torch.equal(
-        of_first["buffers/module.0.1.running_mean"], of_second["buffers/module.0.1.running_mean"]
-    )
-    sizes = [sum(file.stat().st_size for file in path.glob("*.distcp")) for path in (first, second)]
+    states = [checkpoint.read(path)["training"] for path in (first, second)]
+    of_first, of_second = (state["replicated"]["weights"]["module.0.0.weight"] for state in states)
+    assert torch.equal(of_first, of_second)
+    of_first, of_second = (state["buffers"]["module.0.1.running_mean"]["values"] for state in states)
+    assert not torch.equal(of_first, of_second)
+    sizes = [sum(file.stat().st_size for file in path.glob("state.pt")) for path in (first, second)]
     assert sizes[1] < sizes[0]
     facts = json.loads((first / checkpoint.FACTS).read_text())
     (first / checkpoint.FACTS).unlink()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -88,7 +87,7 @@ class Resumer(Events):
             *self._session.passes.made,
             *([self._begun_loop[0]] if self._begun_loop is not None else []),
         ]
-        restore(self._probe, loaders, *contents[TRAINING])
+        restore(self._probe, loaders, contents[TRAINING])
         self._session.load_state_dict(contents)
         self._probe.resume_from(step)
         self._session.goal = None
@@ -163,20 +162,4 @@ class Resumer(Events):
     @functools.cached_property
     def _stored(self) -> dict[str, Any]:
         assert self._point.checkpoint is not None  # there is a goal only where there is a checkpoint
-        return read_contents(self._point.checkpoint)
-
-
-def submit_contents(
-    writer: checkpoint.Writer, step: int, contents: Mapping[str, Any], facts: Mapping[str, Any]
-) -> None:
-    """Begin to write a checkpoint's contents, in the form that the store takes."""
-    tensors, rest = contents[TRAINING]
-    packed = checkpoint.packed({**contents, TRAINING: rest})
-    writer.submit(step, tensors, packed, facts)
-
-
-def read_contents(path: Path) -> dict[str, Any]:
-    """What `submit_contents` was given."""
-    tensors, packed = checkpoint.read(path)
-    contents: dict[str, Any] = checkpoint.unpacked(packed)
-    return {**contents, TRAINING: (tensors, contents[TRAINING])}
+        return checkpoint.read(self._point.checkpoint)

@@ -1,49 +1,44 @@
-"""Checkpoints on disk: one torch.distributed.checkpoint folder a step, checked by digest, whole or not there."""
+"""Checkpoints on disk: one file of ``torch.save`` a step, checked by digest before it is read, whole or not there."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import math
 import os
 import shutil
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
+from geomprobe.distributed.ranks import Ranks
 from geomprobe.errors import RunError
+from geomprobe.passes.checkpoint.plain_values import decode, encode
 
-FACTS = "geomprobe.json"
+FACTS, STATE = "geomprobe.json", "state.pt"
 
-_BYTES = "tensors"  # the entry for all tensors' bytes, one after the other
-_LAYOUT = "layout"  # and for their names, types and shapes, pickled
-_REST = "rest"  # the entry for everything that is no tensor, pickled
 _PREFIX = "step-"
 
 
 @dataclass(frozen=True)
-class Alike:
-    """Tensors that several processes' checkpoints of one step have in common.
+class SharedByFirst:
+    """A part of the contents that is the same on every process of a run, so that only rank 0 writes it.
 
     Attributes:
-        names: of these tensors.
-        digest: SHA-256 of them.
-        at: the checkpoint that holds them; None for this one.
+        ranks: the processes of the run.
+        checkpoints: rank 0's folder of checkpoints.
+        part: the keys that lead to it.
     """
 
-    names: tuple[str, ...]
-    digest: str
-    at: Path | None = None
-
-
-Parted = Callable[[Path, Mapping[str, Tensor]], tuple[Mapping[str, Tensor], Alike | None]]
+    ranks: Ranks
+    checkpoints: Path
+    part: tuple[str, ...] = ("training", "replicated")
 
 
 def folder(checkpoints: Path, step: int) -> Path:
@@ -69,84 +64,51 @@ def saved(checkpoints: Path) -> list[int]:
 def write(
     checkpoints: Path,
     step: int,
-    tensors: Mapping[str, Tensor],
-    rest: bytes,
+    contents: Mapping[str, Any],
     facts: Mapping[str, Any],
-    alike: Alike | None = None,
+    shared: SharedByFirst | None = None,
 ) -> Path:
     """Write a state aside, sync it, and rename it, so that a folder that has its name is whole.
 
     Args:
         checkpoints: the run's folder of checkpoints.
         step: names the folder; one that is there already is replaced.
-        tensors: by name.
-        rest: everything else, pickled.
+        contents: the state; see `encode` for what it may hold.
         facts: what is to be known of the state without loading it; JSON.
-        alike: tensors that another checkpoint has in common with this one, or holds for it.
+        shared: what rank 0 writes for the other processes; it is waited for.
 
     Returns:
         The new folder.
 
     Raises:
-        RunError: the disk is full, or a tensor cannot be kept.
+        RunError: the disk is full, or the state holds what cannot be kept.
     """
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.state_dict_saver import save
-
-    target = folder(checkpoints, step)
-    aside = target.with_name(f"{target.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    _quiet()
-    try:
-        save({**_joined(tensors), _REST: rest}, checkpoint_id=aside, no_dist=True)
-        _describe(aside, facts, _told(alike, checkpoints))
-        shutil.rmtree(target, ignore_errors=True)
-        aside.rename(target)
-        _sync(checkpoints)
-    except OSError as error:
-        raise _unwritten(target, error) from error
-    except CheckpointException as error:  # torch wraps whatever was raised, and derives it from BaseException
-        cause, _ = next(iter(error.failures.values()))
-        raise _unwritten(target, cause) from error
-    return target
+    return _write(checkpoints, step, encode(dict(contents)), facts, shared)
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], bytes]:
-    """A state's tensors, on the CPU, and the rest, pickled.
+def read(path: Path) -> dict[str, Any]:
+    """The contents of a checkpoint; no code in it is ever run.
 
     Args:
-        path: what `write` returned; verify it first.
+        path: what `write` returned.
 
     Raises:
-        RunError: it cannot be read.
+        RunError: it is damaged, or cannot be read.
     """
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    _quiet()
-    try:
-        stored = FileSystemReader(path).read_metadata().state_dict_metadata
-        state: dict[str, Any] = {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype)
-            if isinstance(entry, TensorStorageMetadata)
-            else b""
-            for name, entry in stored.items()
-        }
-        load(state, checkpoint_id=path, no_dist=True)
-    except (OSError, CheckpointException) as error:
-        raise RunError(f"checkpoint {path} cannot be read: {error}") from error
-    rest = state.pop(_REST)
-    alike = _description(path)["alike"]
-    if alike["at"] is None:
-        return _parted(state), rest
-    elsewhere, _ = read(path.parent / alike["at"])
-    return {**{name: elsewhere[name] for name in alike["names"]}, **_parted(state)}, rest
+    described = _description(path)
+    contents = _load(path, described["sha256"])
+    shared = described["shared"]
+    if shared is not None and shared["checkpoint"] is not None:
+        other = path.parent / shared["checkpoint"]
+        whole = _load(other, _holder(path, shared)["sha256"])
+        *above, last = shared["part"]
+        _at(contents, above)[last] = _at(whole, shared["part"])
+    found: dict[str, Any] = decode(contents)
+    return found
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """Hold every file of a checkpoint against the digest that was taken when it was written.
+    """Compare a checkpoint with the digests that were taken when it was written.
 
     Returns:
         Its facts.
@@ -155,19 +117,12 @@ def verify(path: Path) -> dict[str, Any]:
         RunError: a file is missing, or a bit of it has changed; the message names it.
     """
     described = _description(path)
-    for name, digest in described["files"].items():
-        try:
-            found = _sha256(path / name)
-        except OSError as error:
-            raise RunError(f"checkpoint {path} is damaged: {name}: {error.strerror}") from error
-        if found != digest:
-            raise RunError(f"checkpoint {path} is damaged: {name} is not what was written")
-    alike = described["alike"]
-    if alike["at"] is not None:
-        other = path.parent / alike["at"]
-        if _description(other)["alike"]["digest"] != alike["digest"]:
-            raise RunError(f"checkpoint {path} is damaged: {other.resolve()} does not hold what it left out")
-    return described["facts"]
+    with _whole(path, described["sha256"]):
+        pass
+    if described["shared"] is not None and described["shared"]["checkpoint"] is not None:
+        _holder(path, described["shared"])
+    found: dict[str, Any] = described["facts"]
+    return found
 
 
 def facts(path: Path) -> dict[str, Any]:
@@ -176,34 +131,38 @@ def facts(path: Path) -> dict[str, Any]:
     Raises:
         RunError: that is missing or damaged.
     """
-    return _description(path)["facts"]
+    found: dict[str, Any] = _description(path)["facts"]
+    return found
 
 
 class Writer:
-    """Writes checkpoints behind the training: the state is copied at once, and written by another thread.
+    """Writes checkpoints behind the training: the state is copied at once, and another thread writes it.
 
     Args:
         checkpoints: the run's folder of checkpoints.
-        written: called with the steps on disk after each checkpoint; gives those to remove.
-        parted: called with a checkpoint's folder and its tensors; gives those to keep, and what others have of them.
+        written: called in the thread with the steps on disk after each checkpoint; gives those to remove.
+        shared: what rank 0 writes for all processes; may be set later, before the first `submit`.
     """
 
     def __init__(
-        self, checkpoints: Path, written: Callable[[list[int]], list[int]], parted: Parted | None = None
+        self,
+        checkpoints: Path,
+        written: Callable[[list[int]], list[int]],
+        shared: SharedByFirst | None = None,
     ) -> None:
-        self._checkpoints, self._thin, self._parted = checkpoints, written, parted
+        self.shared = shared
+        self._checkpoints, self._written = checkpoints, written
         self._pool = ThreadPoolExecutor(1, "geomprobe-checkpoint")
         self._pending: Future[None] | None = None
 
-    def submit(self, step: int, tensors: Mapping[str, Tensor], rest: bytes, facts: Mapping[str, Any]) -> None:
-        """Begin to write a state, once the one before it is written.
+    def submit(self, step: int, contents: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        """Copy a state, once the one before it is written, and begin to write it.
 
         Raises:
-            RunError: the one before it could not be written.
+            RunError: the one before it could not be written, or this one holds what cannot be kept.
         """
         self.wait()
-        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-        self._pending = self._pool.submit(self._write, step, copies, rest, dict(facts))
+        self._pending = self._pool.submit(self._run, step, encode(dict(contents)), dict(facts))
 
     def wait(self) -> None:
         """Wait until everything is on disk.
@@ -226,12 +185,9 @@ class Writer:
         finally:
             self._pool.shutdown()
 
-    def _write(self, step: int, tensors: Mapping[str, Tensor], rest: bytes, facts: Mapping[str, Any]) -> None:
-        alike = None
-        if self._parted is not None:
-            tensors, alike = self._parted(folder(self._checkpoints, step), tensors)
-        write(self._checkpoints, step, tensors, rest, facts, alike)
-        for old in self._thin(saved(self._checkpoints)):
+    def _run(self, step: int, plain: dict[str, Any], facts: Mapping[str, Any]) -> None:
+        _write(self._checkpoints, step, plain, facts, self.shared)
+        for old in self._written(saved(self._checkpoints)):
             remove(self._checkpoints, old)
 
 
@@ -241,68 +197,75 @@ def remove(checkpoints: Path, step: int) -> None:
     shutil.rmtree(folder(checkpoints, step), ignore_errors=True)
 
 
-def packed(rest: Any) -> bytes:
-    """Pickle what is no tensor, at once, so that later changes do not reach it.
+class _DigestedFile:
+    """What ``torch.save`` writes to: digests what goes by, and keeps the disk's own error, which torch would hide."""
 
-    Raises:
-        RunError: it holds something that cannot be pickled.
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._digest = file, hashlib.sha256()
+        self._error: OSError | None = None
 
-    >>> unpacked(packed({"a": torch.ones(1)}))
-    {'a': tensor([1.])}
-    """
-    buffer = io.BytesIO()
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        try:
+            if self._error is None:
+                self._file.write(data)
+        except OSError as error:
+            self._error = error
+        return len(data)
+
+    def flush(self) -> None:
+        """For torch, which calls it; `finish` does it."""
+
+    def finish(self) -> str:
+        """Bring it to the disk; gives the digest."""
+        if self._error is not None:
+            raise self._error
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._digest.hexdigest()
+
+
+def _write(
+    checkpoints: Path,
+    step: int,
+    plain: dict[str, Any],
+    facts: Mapping[str, Any],
+    shared: SharedByFirst | None,
+) -> Path:
+    target = folder(checkpoints, step)
+    described: dict[str, Any] = {"facts": dict(facts), "shared": None}
+    if shared is not None:
+        digest = _digest(_at(plain, shared.part))
+        if shared.ranks.broadcast(target.name, digest) == digest:
+            at = None
+            if not shared.ranks.first:
+                at = os.path.relpath(shared.checkpoints / target.name, checkpoints)
+                *above, last = shared.part
+                _at(plain, above)[last] = None
+            described["shared"] = {"part": shared.part, "digest": digest, "checkpoint": at}
+    aside = target.with_name(f"{target.name}.part")
     try:
-        torch.save(rest, buffer)
-    except Exception as error:  # pickle raises whatever an object's own methods raise
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        with open(aside / STATE, "wb", buffering=0) as file:
+            digested = _DigestedFile(file)
+            torch.save(plain, digested)  # type: ignore[arg-type]
+            described["sha256"] = digested.finish()
+        text = json.dumps(described)
+        with open(aside / FACTS, "w") as facts_file:
+            json.dump({"sha256": hashlib.sha256(text.encode()).hexdigest(), "text": text}, facts_file)
+            facts_file.flush()
+            os.fsync(facts_file.fileno())
+        _sync(aside)
+        shutil.rmtree(target, ignore_errors=True)
+        aside.rename(target)
+        _sync(checkpoints)
+    except OSError as error:
         raise RunError(
-            f"the training's state cannot be kept: {type(error).__name__}: {error}. Does an object given to attach "
-            "hold something that cannot be pickled? Leave it out, or take that out of its state_dict."
+            f"cannot write {target}: {error.strerror}. Checkpoints written before it are whole. Free space on that "
+            "disk, or choose another, and go on with --resume."
         ) from error
-    return buffer.getvalue()
-
-
-def unpacked(rest: bytes) -> Any:
-    """What `packed` was given."""
-    return torch.load(io.BytesIO(rest), weights_only=False)
-
-
-def _joined(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """All tensors as the bytes of one, since saving costs as much for each tensor as for a hundred thousand numbers."""
-    layout = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    raw = [tensor.detach().reshape(-1).view(torch.uint8) for tensor in tensors.values()]
-    return {_BYTES: torch.cat(raw) if raw else torch.empty(0, dtype=torch.uint8), _LAYOUT: packed(layout)}
-
-
-def _parted(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What was `_joined`."""
-    found, end = {}, 0
-    for name, dtype, shape in unpacked(state[_LAYOUT]):
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        # A copy, since a view of another type has to begin where its type may.
-        found[name] = state[_BYTES][begin:end].clone().view(dtype).reshape(shape)
-    return found
-
-
-def _quiet() -> None:
-    """Keep torch from warning that one process without a process group is meant, which it is."""
-    # For good, since a context that puts the filters back is not one for threads.
-    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-
-
-def _told(alike: Alike | None, checkpoints: Path) -> dict[str, Any]:
-    if alike is None:
-        return {"digest": None, "at": None}
-    at = None if alike.at is None else os.path.relpath(alike.at, checkpoints)
-    return {"digest": alike.digest, "at": at, "names": [] if at is None else alike.names}
-
-
-def _describe(path: Path, facts: Mapping[str, Any], alike: Mapping[str, Any]) -> None:
-    files = {str(file.relative_to(path)): _sha256(file) for file in sorted(path.iterdir())}
-    text = json.dumps({"facts": dict(facts), "files": files, "alike": alike})
-    with open(path / FACTS, "w") as file:
-        json.dump({"sha256": hashlib.sha256(text.encode()).hexdigest(), "text": text}, file)
-        file.flush()
-        os.fsync(file.fileno())
+    return target
 
 
 def _description(path: Path) -> dict[str, Any]:
@@ -315,14 +278,74 @@ def _description(path: Path) -> dict[str, Any]:
         raise RunError(f"checkpoint {path} cannot be read: {FACTS}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"checkpoint {path} is damaged: {FACTS} is not what was written") from error
+    if "sha256" not in found:
+        raise RunError(
+            f"checkpoint {path} was written by an older geomprobe, in a format that this one does not read. Use that "
+            "version, or record anew with --force"
+        )
     return found
 
 
-def _sha256(path: Path) -> str:
+def _holder(path: Path, shared: Mapping[str, Any]) -> dict[str, Any]:
+    """The description of the checkpoint that holds what another left out: it must hold it itself."""
+    other = path.parent / shared["checkpoint"]
+    described = _description(other)
+    theirs = described["shared"] or {}
+    if theirs.get("checkpoint", "") is not None or theirs["digest"] != shared["digest"]:
+        raise RunError(f"checkpoint {path} is damaged: {other.resolve()} does not hold what it left out")
+    return described
+
+
+@contextmanager
+def _whole(path: Path, digest: str) -> Iterator[IO[bytes]]:
+    """The file of a checkpoint, open, with the digest that it was written with."""
+    try:
+        with open(path / STATE, "rb") as file:
+            found = hashlib.sha256()
+            while block := file.read(1 << 20):
+                found.update(block)
+            if found.hexdigest() != digest:
+                raise RunError(f"checkpoint {path} is damaged: {STATE} is not what was written")
+            file.seek(0)
+            yield file
+    except OSError as error:
+        raise RunError(f"checkpoint {path} is damaged: {STATE}: {error.strerror}") from error
+
+
+def _load(path: Path, digest: str) -> dict[str, Any]:
+    with _whole(path, digest) as file:
+        try:
+            found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        except (UnpicklingError, RuntimeError, EOFError) as error:
+            raise RunError(
+                f"checkpoint {path} cannot be read: {STATE} holds more than tensors and plain values, and no pickled "
+                "code is run"
+            ) from error
+    return found
+
+
+def _at(contents: Any, keys: Sequence[str]) -> Any:
+    for key in keys:
+        contents = contents[key]
+    return contents
+
+
+def _digest(plain: Any) -> str:
+    """SHA-256 of a nest as `encode` makes it, keys and shapes included."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+
+    def take(value: Any) -> None:
+        if isinstance(value, Tensor):
+            digest.update(f"{value.dtype} {list(value.shape)}".encode())
+            digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+        elif isinstance(value, (dict, list, tuple)):
+            digest.update(f"{type(value).__name__} {len(value)}".encode())
+            for item in value.items() if isinstance(value, dict) else value:
+                take(item)
+        else:
+            digest.update(repr(value).encode())
+
+    take(plain)
     return digest.hexdigest()
 
 
@@ -332,11 +355,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _unwritten(target: Path, cause: BaseException) -> RunError:
-    why = cause.strerror if isinstance(cause, OSError) else f"{type(cause).__name__}: {cause}"
-    return RunError(
-        f"cannot write {target}: {why}. Checkpoints written before it are whole. Free space on that disk, or choose "
-        "another, and go on with --resume."
-    )

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from geomprobe.distributed.dtensor import held, is_dtensor, placed
 from geomprobe.errors import RunError
+from geomprobe.passes.checkpoint.plain_values import HostTensor, StateOf
 from geomprobe.probe.probe import Probe
 from geomprobe.reproducibility.rng import RNGState, capture_rng, restore_rng
 
 
-def capture(probe: Probe, loaders: Sequence[Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state of a probe's training: its tensors, which are not copied, and everything else.
+def capture(probe: Probe, loaders: Sequence[Any]) -> dict[str, Any]:
+    """The state of a probe's training, for `store.Writer.submit`, which copies its tensors.
 
     Of tensors that are spread over several processes it is what this one holds.
 
@@ -24,60 +25,77 @@ def capture(probe: Probe, loaders: Sequence[Any]) -> tuple[dict[str, Tensor], di
         loaders: those whose random generators count, in an order that a second process shares.
 
     Returns:
-        Tensors by name (weights, buffers, gradients, optimizer state), and a dict that can be pickled.
+        A nest; what is under ``replicated`` is the same on every process of a run under DDP.
     """
-    tensors: dict[str, Tensor] = {}
-    rest: dict[str, Any] = {"sparse": {}, "optimizer": {}, "placement": {}, "spread": {}}
-    for name, weight in probe.weights.items():
-        tensors[f"weights/{name}"] = held(weight)
-        if weight.grad is not None:
-            _put(tensors, rest, f"gradients/{name}", weight.grad)
-    for name, buffer in probe.buffers.items():
-        _put(tensors, rest, f"buffers/{name}", buffer)
-    for name, parameter in probe.parameters.items():
-        for key, value in probe.optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                _put(tensors, rest, f"optimizer/{name}/{key}", value)
-            else:
-                rest["optimizer"][name, key] = value
-    groups = probe.optimizer.param_groups
-    rest["groups"] = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-    rest["stateful"] = {name: thing.state_dict() for name, thing in probe.stateful.items()}
-    rest["requires_grad"] = {name: weight.requires_grad for name, weight in probe.weights.items()}
-    rest["training"] = {name: module.training for name, module in _modules(probe.model)}
-    rest["extra"] = {name: m.get_extra_state() for name, m in _modules(probe.model) if _has_extra_state(m)}
-    rest["streams"] = streams(loaders)
-    return tensors, rest
+    weights, optimizer = probe.weights, probe.optimizer
+    state = {name: optimizer.state.get(parameter, {}) for name, parameter in probe.parameters.items()}
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    plain = {
+        name: {key: value for key, value in entries.items() if not isinstance(value, Tensor)}
+        for name, entries in state.items()
+    }
+    extra = {name: m.get_extra_state() for name, m in _modules(probe.model) if _has_extra_state(m)}
+    return {
+        "replicated": {
+            "weights": {name: HostTensor(held(weight)) for name, weight in weights.items()},
+            "gradients": {name: _kept(w.grad, w) for name, w in weights.items() if w.grad is not None},
+            "optimizer": {
+                name: {
+                    key: _kept(value, probe.parameters[name])
+                    for key, value in entries.items()
+                    if isinstance(value, Tensor)
+                }
+                for name, entries in state.items()
+            },
+        },
+        "optimizer": StateOf("the optimizer", {"groups": groups, "state": plain}),
+        "buffers": {name: _kept(buffer, buffer) for name, buffer in probe.buffers.items()},
+        "requires_grad": {name: weight.requires_grad for name, weight in weights.items()},
+        "training": {name: module.training for name, module in _modules(probe.model)},
+        "extra": {
+            name: StateOf(f"the extra state of module {name!r}", value) for name, value in extra.items()
+        },
+        "stateful": {
+            name: StateOf(f"the state_dict of {name!r}, which attach was given,", thing.state_dict())
+            for name, thing in probe.stateful.items()
+        },
+        "streams": streams(loaders),
+    }
 
 
-def restore(
-    probe: Probe, loaders: Sequence[Any], tensors: Mapping[str, Tensor], rest: Mapping[str, Any]
-) -> None:
+def restore(probe: Probe, loaders: Sequence[Any], state: Mapping[str, Any]) -> None:
     """Put a state back into an equal training that another process has built; the random streams come last.
+
+    Args:
+        probe: of the training.
+        loaders: as for `capture`.
+        state: what `store.read` gave of what `capture` gave.
 
     Raises:
         RunError: the training is not equal: a tensor is missing, too much, or of another shape.
     """
-    weights = probe.weights
-    _require_same_names(weights, {n.removeprefix("weights/") for n in tensors if n.startswith("weights/")})
+    weights, stored = probe.weights, state["replicated"]
+    _require_same_names(weights, set(stored["weights"]))
     with torch.no_grad():
         for name, weight in weights.items():
-            _require_same_shape(name, held(weight), tensors[f"weights/{name}"])
-            held(weight).copy_(tensors[f"weights/{name}"])
-            weight.requires_grad_(rest["requires_grad"][name])
-            weight.grad = _get(tensors, rest, f"gradients/{name}", weight)
+            values = stored["weights"][name]
+            _require_same_shape(name, held(weight), values)
+            held(weight).copy_(values)
+            weight.requires_grad_(state["requires_grad"][name])
+            gradient = stored["gradients"].get(name)
+            weight.grad = None if gradient is None else _rebuilt(gradient, weight)
         for name, buffer in probe.buffers.items():
-            _restore_buffer(probe.model, name, buffer, _get(tensors, rest, f"buffers/{name}", buffer))
-    _restore_optimizer(probe, tensors, rest)
+            _restore_buffer(probe.model, name, buffer, state["buffers"].get(name))
+    _restore_optimizer(probe, stored["optimizer"], state["optimizer"])
     for name, module in _modules(probe.model):
-        module.training = rest["training"][name]
-        if name in rest["extra"]:
-            module.set_extra_state(rest["extra"][name])
+        module.training = state["training"][name]
+        if name in state["extra"]:
+            module.set_extra_state(state["extra"][name])
     for name, thing in probe.stateful.items():
-        if name not in rest["stateful"]:
+        if name not in state["stateful"]:
             raise RunError(f"the checkpoint holds no state of {name!r}, which attach is given now")
-        thing.load_state_dict(rest["stateful"][name])
-    restore_streams(loaders, rest["streams"])
+        thing.load_state_dict(state["stateful"][name])
+    restore_streams(loaders, state["streams"])
 
 
 def streams(loaders: Sequence[Any]) -> dict[str, Any]:
@@ -112,7 +130,9 @@ def restore_streams(loaders: Sequence[Any], states: Mapping[str, Any]) -> None:
     restore_rng(RNGState(states["python"], states["numpy"], states["torch"], tuple(states["cuda"])))
 
 
-def _restore_optimizer(probe: Probe, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
+def _restore_optimizer(
+    probe: Probe, tensors: Mapping[str, Mapping[str, Any]], rest: Mapping[str, Any]
+) -> None:
     # By hand: load_state_dict would cast float32 state of a bfloat16 parameter down, and alias what it is given.
     optimizer = probe.optimizer
     then, now = len(rest["groups"]), len(optimizer.param_groups)
@@ -126,50 +146,39 @@ def _restore_optimizer(probe: Probe, tensors: Mapping[str, Tensor], rest: Mappin
         group.update(kept)
     optimizer.__dict__["_opt_called"] = True  # or a scheduler would warn that the optimizer has not stepped
     optimizer.state.clear()
-    names = [name for name in (*tensors, *rest["sparse"]) if name.startswith("optimizer/")]
-    for name in names:
-        _, parameter, key = _split(name)
-        owner = probe.parameters[parameter]
-        optimizer.state[owner][key] = _get(tensors, rest, name, owner)
-    for (parameter, key), value in rest["optimizer"].items():
-        optimizer.state[probe.parameters[parameter]][key] = value
+    for name, parameter in probe.parameters.items():
+        entries = {key: _rebuilt(kept, parameter) for key, kept in tensors[name].items()}
+        if entries := entries | rest["state"][name]:
+            optimizer.state[parameter] = entries
 
 
-def _split(name: str) -> tuple[str, str, str]:
-    kind, _, rest = name.partition("/")
-    parameter, _, key = rest.rpartition("/")
-    return kind, parameter, key
-
-
-def _put(tensors: dict[str, Tensor], rest: dict[str, Any], name: str, tensor: Tensor) -> None:
-    if tensor.layout != torch.strided:
-        rest["sparse"][name] = tensor.detach()
-        return
-    tensors[name] = own = held(tensor)
+def _kept(tensor: Tensor, beside: Tensor) -> dict[str, Any]:
+    """A tensor's values and how they lie; ``beside`` is the one whose device it usually has."""
+    own = held(tensor)
+    kept: dict[str, Any] = {"values": HostTensor(own)}
+    kept["device"] = None if own.device == beside.device else str(own.device)
     # In memory order too, or a channels_last moment would come back in another one, and with other bits to read.
-    rest["placement"][name] = str(own.device), tuple(own.stride())
+    kept["stride"] = list(own.stride()) if own.layout == torch.strided else None
     if is_dtensor(tensor):
-        rest["spread"][name] = tensor.placements, tuple(tensor.shape), tuple(tensor.stride())  # type: ignore[attr-defined]
+        kept["spread"] = [tensor.placements, list(tensor.shape), list(tensor.stride())]  # type: ignore[attr-defined]
+    return kept
 
 
-def _get(tensors: Mapping[str, Tensor], rest: Mapping[str, Any], name: str, beside: Tensor) -> Tensor | None:
-    """A stored tensor as it was, spread over the processes that ``beside`` is spread over."""
-    if name in rest["sparse"]:
-        sparse: Tensor = rest["sparse"][name]
-        return sparse
-    if name not in tensors:
-        return None
-    stored, (device, stride) = tensors[name], rest["placement"][name]
-    if 0 in stride and stored.numel():  # an expanded tensor: its elements share memory
-        own = stored.to(device)
+def _rebuilt(kept: Mapping[str, Any], beside: Tensor) -> Tensor:
+    """A tensor as it was, spread over the processes that ``beside`` is spread over."""
+    values, stride = kept["values"], kept["stride"]
+    device = beside.device if kept["device"] is None else kept["device"]
+    if stride is None or (0 in stride and values.numel()):  # sparse, or expanded: its elements share memory
+        own: Tensor = values.to(device)
     else:
-        own = torch.empty_strided(stored.shape, stride, dtype=stored.dtype, device=device).copy_(stored)
-    return placed(own, beside, *rest["spread"][name]) if name in rest["spread"] else own
+        own = torch.empty_strided(values.shape, stride, dtype=values.dtype, device=device).copy_(values)
+    return placed(own, beside, *kept["spread"]) if "spread" in kept else own
 
 
-def _restore_buffer(model: nn.Module | None, name: str, buffer: Tensor, stored: Tensor | None) -> None:
-    if stored is None:
+def _restore_buffer(model: nn.Module | None, name: str, buffer: Tensor, kept: Any) -> None:
+    if kept is None:
         raise RunError(f"the checkpoint holds no buffer {name!r}, which the model has now")
+    stored = _rebuilt(kept, buffer)
     if buffer.shape == stored.shape and buffer.dtype == stored.dtype:
         held(buffer).copy_(held(stored))
         return

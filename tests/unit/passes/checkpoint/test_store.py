@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import pickle
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -61,13 +65,13 @@ def state_of(probe: Probe) -> dict[str, str]:
 
 
 def save(checkpoints: Path, probe: Probe) -> Path:
-    tensors, rest = capture(probe, [])
-    return checkpoint.write(checkpoints, probe.step, tensors, checkpoint.packed(rest), {})
+    state = capture(probe, [])
+    return checkpoint.write(checkpoints, probe.step, {"training": state}, {})
 
 
 def load(path: Path, probe: Probe) -> None:
-    tensors, rest = checkpoint.read(path)
-    restore(probe, [], tensors, checkpoint.unpacked(rest))
+    state = checkpoint.read(path)["training"]
+    restore(probe, [], state)
 
 
 def adam(parameters: Any) -> torch.optim.Optimizer:
@@ -212,8 +216,8 @@ def test_the_writer_keeps_the_state_as_it_was_and_thins_what_lies_closest(tmp_pa
     for step in range(8):
         probe.step = step
         states[step] = state_of(probe)
-        tensors, rest = capture(probe, [])
-        writer.submit(step, tensors, checkpoint.packed(rest), {"step": step})
+        state = capture(probe, [])
+        writer.submit(step, {"training": state}, {"step": step})
         train_on(probe)  # while it is being written
     writer.close()
     kept = checkpoint.saved(tmp_path)
@@ -230,7 +234,7 @@ def test_what_the_writer_could_not_write_is_told_at_the_next_occasion(tmp_path: 
     file = tmp_path / "checkpoints"
     file.write_text("in the way")
     writer = checkpoint.Writer(file, lambda steps: [])
-    writer.submit(0, {"weight": torch.ones(2)}, b"", {})
+    writer.submit(0, {"weight": torch.ones(2)}, {})
     with pytest.raises(RunError, match=r"cannot write .*step-00000000"):
         writer.close()
 
@@ -275,3 +279,110 @@ def test_every_case_of_the_two_passes_can_be_saved(tmp_path: Path) -> None:
     for case in CASES:
         Loop(case, Saving())
     assert len(list(tmp_path.iterdir())) == len(CASES)
+
+
+def rewritten(path: Path, **changed: Any) -> None:
+    """Change what a checkpoint says of itself, with the digest that fits."""
+    text = json.loads((path / checkpoint.FACTS).read_text())["text"]
+    text = json.dumps({**json.loads(text), **changed})
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    (path / checkpoint.FACTS).write_text(json.dumps({"sha256": digest, "text": text}))
+
+
+class Code:
+    """Unpickled, it would leave a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self._path),)
+
+
+def test_pickled_code_is_never_run_though_its_digest_is_right(tmp_path: Path) -> None:
+    path = checkpoint.write(tmp_path, 1, {"a": 1}, {})
+    for save in (torch.save, lambda thing, file: file.write_bytes(pickle.dumps(thing, 2))):
+        save({"a": Code(tmp_path / "ran")}, path / checkpoint.STATE)
+        with pytest.raises(RunError, match=r"damaged: state\.pt is not what was written"):
+            checkpoint.read(path)
+        rewritten(path, sha256=hashlib.sha256((path / checkpoint.STATE).read_bytes()).hexdigest())
+        with pytest.raises(RunError, match="no pickled code is run"):
+            checkpoint.read(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_of_an_older_format_is_refused_with_words(tmp_path: Path) -> None:
+    path = checkpoint.write(tmp_path, 1, {"a": 1}, {})
+    text = json.dumps({"facts": {}, "files": {"state.pt": "0"}, "alike": {"at": None}})
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    (path / checkpoint.FACTS).write_text(json.dumps({"sha256": digest, "text": text}))
+    for use in (checkpoint.read, checkpoint.verify, checkpoint.facts):
+        with pytest.raises(RunError, match=r"older geomprobe.*record anew"):
+            use(path)
+
+
+class InTurn:
+    """Ranks of one process: rank 0 says, and the other hears."""
+
+    def __init__(self, first: bool, told: dict[str, Any]) -> None:
+        self.first, self._told = first, told
+
+    def broadcast(self, name: str, value: Any = None) -> Any:
+        return self._told.setdefault(name, value)
+
+
+def two_ranks(folder: Path, of_second: float = 1.0) -> tuple[Path, Path]:
+    """Checkpoints of two processes, of which the second may have other weights."""
+    told: dict[str, Any] = {}
+    paths = []
+    for rank, where in enumerate((folder, folder / "rank-0001")):
+        shared = checkpoint.SharedByFirst(InTurn(rank == 0, told), folder)  # type: ignore[arg-type]
+        weights = {"w": torch.full((1000,), of_second if rank else 1.0)}
+        contents = {"training": {"replicated": weights, "own": torch.full((3,), float(rank))}}
+        paths.append(checkpoint.write(where, 4, contents, {}, shared))
+    return paths[0], paths[1]
+
+
+def test_what_two_processes_share_is_written_once_and_read_by_both(tmp_path: Path) -> None:
+    first, second = two_ranks(tmp_path)
+    states = [checkpoint.read(path)["training"] for path in (first, second)]
+    assert [state["replicated"]["w"][0].item() for state in states] == [1, 1]
+    assert [state["own"][0].item() for state in states] == [0, 1]
+    assert (second / checkpoint.STATE).stat().st_size + 3000 < (first / checkpoint.STATE).stat().st_size
+
+
+def test_what_differs_is_written_by_both(tmp_path: Path) -> None:
+    first, second = two_ranks(tmp_path, of_second=2.0)
+    checkpoint.remove(tmp_path, 4)
+    assert not first.exists()
+    assert checkpoint.read(second)["training"]["replicated"]["w"][0] == 2
+
+
+@pytest.mark.parametrize("other", ["itself", "circle", "another state"])
+def test_a_checkpoint_that_leads_to_no_whole_one_is_damaged(tmp_path: Path, other: str) -> None:
+    first, second = two_ranks(tmp_path)
+    digest = json.loads(json.loads((second / checkpoint.FACTS).read_text())["text"])["shared"]["digest"]
+    shared = {"part": ["training", "replicated"], "digest": digest}
+    if other == "itself":
+        rewritten(second, shared={**shared, "checkpoint": second.name})
+    elif other == "circle":
+        rewritten(first, shared={**shared, "checkpoint": f"rank-0001/{second.name}"})
+    else:
+        rewritten(first, shared={**shared, "digest": "0", "checkpoint": None})
+    for use in (checkpoint.read, checkpoint.verify):
+        with pytest.raises(RunError, match="does not hold what it left out"):
+            use(second)
+
+
+def test_an_object_whose_state_cannot_be_kept_is_named_when_the_checkpoint_is_taken(tmp_path: Path) -> None:
+    class Sampler:
+        def state_dict(self) -> dict[str, Any]:
+            return {"order": [Sampler()]}
+
+    probe = trained(mlp, adam, 0)
+    probe.stateful["sampler"] = Sampler()
+    writer = checkpoint.Writer(tmp_path, lambda steps: [])
+    with pytest.raises(RunError, match=r"state_dict of 'sampler'.*Sampler at \['order'\]\[0\]"):
+        writer.submit(0, {"training": capture(probe, [])}, {})
+    writer.close()
+    assert checkpoint.saved(tmp_path) == []
