@@ -144,11 +144,12 @@ def run_name(path: Path) -> str:
     >>> run_name(Path("runs/a")), run_name(Path("runs/a/trace.h5"))
     ('a', 'a')
     """
-    path = _without_file(path.absolute())
+    path = without_file(path.absolute())
     return path.stem if path.is_file() else path.name
 
 
-def _without_file(path: Path) -> Path:
+def without_file(path: Path) -> Path:
+    """The folder of a run, for it or for its sealed files; any other path as it is."""
     return path.parent if path.name in (RECORD_FILE, TRACE_FILE) else path
 
 
@@ -156,7 +157,7 @@ def labels(traces: Sequence[Trace]) -> list[str]:
     """A short name for each run: that of its folder, and the settings and script options in which these runs differ."""
     names = [run_name(trace.path) for trace in traces]
     if len(set(names)) < len(names):
-        names = [str(_without_file(trace.path)) for trace in traces]
+        names = [str(without_file(trace.path)) for trace in traces]
     settings = _differing([_settings(trace.manifest) for trace in traces])
     if len({Path(_script(trace).get("path", "")).name for trace in traces}) == 1:
         asked = _differing([_arguments(_script(trace).get("argv", [])) for trace in traces])

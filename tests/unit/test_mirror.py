@@ -55,7 +55,7 @@ TESTED_BY: dict[tuple[str, ...], str] = {
         "unit/report/html/test_page.py",
     ): "report/html/elements report/html/figures report/html/style report/html/svg",
     ("unit/report/summary/test_summary.py",): (
-        "report/summary/commands report/summary/facts report/summary/text report/summary/verdict report/table"
+        "report/summary/text report/table"
     ),
     ("unit/report/verify/test_verify.py",): (
         "report/verify/any_optimizer report/verify/check report/verify/plain_sgd report/verify/rounding"

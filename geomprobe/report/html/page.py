@@ -15,11 +15,8 @@ from geomprobe.report.corridors import THRESHOLDS
 from geomprobe.report.curves import run_name
 from geomprobe.report.html.figures import RESIDUAL, galleries, typeset
 from geomprobe.report.output import refuse_existing, written_aside
-from geomprobe.report.summary.commands import again
-from geomprobe.report.summary.facts import facts
 from geomprobe.report.summary.summary import Summary, summarize
-from geomprobe.report.summary.text import next_command
-from geomprobe.report.summary.verdict import Verdict, verdict
+from geomprobe.report.summary.text import Verdict, again, facts, next_command, verdict
 from geomprobe.report.table import number, percent, size
 from geomprobe.trace.reader import open_trace
 from geomprobe.trace.schema import describe
