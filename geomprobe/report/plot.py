@@ -157,7 +157,7 @@ def _scale(panel: Any, column: str, curves: list[Curve]) -> None:
 
 
 def _label(column: str) -> str:
-    described = describe(column if "/" in column else f"steps/{column}")
+    described = describe(column)
     name = column_name(described.name)
     place = column.rpartition("/")[0]
     bare = described.units in ("1", described.name)

@@ -139,9 +139,7 @@ class Trace:
             xarray = importlib.import_module("xarray")
         except ImportError as error:
             raise UsageError("to_xarray needs xarray: pip install 'geomprobe[xarray]'") from error
-        columns = {
-            name: ("step", self[name], schema.describe(f"steps/{name}").attributes) for name in self.columns
-        }
+        columns = {name: ("step", self[name], schema.describe(name).attributes) for name in self.columns}
         facts = {"status": self.status, "num_parameters": self.num_parameters, "schema": schema.TRACE_SCHEMA}
         return xarray.Dataset(columns, attrs=facts)
 

@@ -115,7 +115,7 @@ def _row(column: Summary) -> list[str]:
     name = column["name"]
     keys = ("first", "last", "minimum", "maximum", "mean")
     numbers = ["–" if column[key] is None else number(column[key]) for key in keys]
-    meaning = describe(name if "/" in name else f"steps/{name}").long_name
+    meaning = describe(name).long_name
     return [name, *numbers, str(column["missing"]), typeset(column["units"]), meaning]
 
 

@@ -120,7 +120,7 @@ def _column(name: str, values: NDArray[np.float64]) -> Summary:
         "mean": finite.mean() if len(finite) else np.nan,
     }
     stated = {key: float(value) if np.isfinite(value) else None for key, value in numbers.items()}
-    described = {"name": name, "units": describe(name if "/" in name else f"steps/{name}").units}
+    described = {"name": name, "units": describe(name).units}
     return {**described, **stated, "missing": int(np.isnan(values).sum()), "measured": len(finite)}
 
 
