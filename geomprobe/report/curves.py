@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from geomprobe.errors import UsageError
 from geomprobe.trace import geometry
+from geomprobe.trace.reader import Trace, group_statistics
 from geomprobe.trace.schema import RECORD_FILE, TRACE_FILE
-
-if TYPE_CHECKING:
-    from geomprobe.trace.reader import Trace
 
 Array = NDArray[np.float64]
 
@@ -42,14 +40,8 @@ class Groups:
 
     def curve(self, values: Array) -> Curve:
         """Mean, minimum and maximum of each group's numbers (all [groups], NaN where it has none)."""
-        shape = (3, len(self.x))
-        mean, low, high = np.full(shape, np.nan)
-        for group in range(len(self.x)):
-            chosen = values[self.of_row == group]
-            chosen = chosen[np.isfinite(chosen)]
-            if len(chosen):
-                mean[group], low[group], high[group] = chosen.mean(), chosen.min(), chosen.max()
-        return Curve(self.x, mean, low, high)
+        finite = np.where(np.isfinite(values), values, np.nan)
+        return Curve(self.x, *group_statistics(finite, self.of_row, len(self.x))[:3])
 
 
 @dataclass(frozen=True)

@@ -77,24 +77,18 @@ def atomic_hdf5(path: Path) -> Iterator[Any]:
             raise WriteFailed(
                 f"cannot create {aside}: {reason(error)}. Make room, or the folder, there"
             ) from error
-        with _abandoned_on_failure(file, path):
+        try:
             yield file
+            file.flush()
+        except BaseException as error:
+            abandon(file)
+            if isinstance(error, (OSError, RuntimeError)) and not isinstance(error, WriteFailed):
+                raise WriteFailed(
+                    f"cannot write {path}: {reason(error)}. What was there before is untouched; "
+                    "free space on that disk and try again"
+                ) from error
+            raise
         file.close()
-
-
-@contextmanager
-def _abandoned_on_failure(file: Any, path: Path) -> Iterator[None]:
-    try:
-        yield
-        file.flush()
-    except BaseException as error:
-        abandon(file)
-        if isinstance(error, (OSError, RuntimeError)) and not isinstance(error, WriteFailed):
-            raise WriteFailed(
-                f"cannot write {path}: {reason(error)}. What was there before is untouched; "
-                "free space on that disk and try again"
-            ) from error
-        raise
 
 
 def _sync(path: Path, flags: int) -> None:

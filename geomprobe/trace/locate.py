@@ -58,11 +58,6 @@ def find(path: Path, kind: str) -> Source:
 
     Raises:
         RunError: there is nothing of that kind; the message says what there is instead.
-
-    >>> find(Path("nowhere"), "geomprobe-trace")
-    Traceback (most recent call last):
-        ...
-    geomprobe.errors.RunError: nowhere does not exist
     """
     if not path.exists():
         raise RunError(f"{path} does not exist")
@@ -114,17 +109,13 @@ def _of_file(path: Path, file: Path, kind: str) -> Source:
     if state == "foreign":
         raise RunError(f"{file} is no HDF5 file; name a run folder, or a file that geomprobe wrote")
     if state == "closed":
-        attributes = _attributes(file)
+        with damage_named("the header", file), h5py.File(file, "r") as opened:
+            attributes = dict(opened.attrs)
         _check(file, kind, attributes)
         if "tables" not in attributes:
             with damage_named("the header", file):
                 return Source(path, attributes["status"], **_facts(attributes), file=file)
     return _of_parts(path, (read_header(file),), kind)
-
-
-def _attributes(path: Path) -> dict[str, Any]:
-    with damage_named("the header", path), h5py.File(path, "r") as file:
-        return dict(file.attrs)
 
 
 def _of_parts(path: Path, parts: tuple[Header, ...], kind: str) -> Source:

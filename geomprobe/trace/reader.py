@@ -36,6 +36,22 @@ class PerEpoch:
     count: NDArray[np.int64]
 
 
+def group_statistics(
+    values: Array, of_row: NDArray[np.intp], groups: int
+) -> tuple[Array, Array, Array, NDArray[np.int64]]:
+    """Mean, minimum, maximum and count of each group's numbers; a row of group -1, or that is NaN, does not count."""
+    inside = (of_row >= 0) & ~np.isnan(values)
+    of_row, values = of_row[inside], values[inside]
+    count = np.bincount(of_row, minlength=groups)
+    low, high = np.full(groups, np.inf), np.full(groups, -np.inf)
+    np.minimum.at(low, of_row, values)
+    np.maximum.at(high, of_row, values)
+    with np.errstate(all="ignore"):
+        mean = np.bincount(of_row, weights=values, minlength=groups) / count
+    low[count == 0] = high[count == 0] = np.nan
+    return mean, low, high, count
+
+
 class Trace:
     """What a replay measured, one row a step; `open_trace` makes it.
 
@@ -114,20 +130,10 @@ class Trace:
         Raises:
             UnknownColumn: this trace has no such column.
         """
-        epoch, values = self["epoch"], self[name]
-        known = ~np.isnan(epoch)
-        epochs, place = np.unique(epoch[known], return_inverse=True)
-        values = values[known]
-        measured = ~np.isnan(values)
-        place, values = place[measured], values[measured]
-        count = np.bincount(place, minlength=len(epochs))
-        least, most = np.full(len(epochs), np.inf), np.full(len(epochs), -np.inf)
-        np.minimum.at(least, place, values)
-        np.maximum.at(most, place, values)
-        with np.errstate(all="ignore"):
-            mean = np.bincount(place, weights=values, minlength=len(epochs)) / count
-        empty = count == 0
-        return PerEpoch(epochs, mean, np.where(empty, np.nan, least), np.where(empty, np.nan, most), count)
+        epoch = self["epoch"]
+        epochs = np.unique(epoch[~np.isnan(epoch)])
+        of_row = np.where(np.isnan(epoch), -1, np.searchsorted(epochs, epoch))
+        return PerEpoch(epochs, *group_statistics(self[name], of_row, len(epochs)))
 
     def to_xarray(self) -> Any:
         """The columns of ``/steps`` as an ``xarray.Dataset`` over ``step``, with their attributes.

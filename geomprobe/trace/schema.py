@@ -84,10 +84,11 @@ def _columns(text: str) -> tuple[Column, ...]:
     """
     columns = []
     for line in text.strip().splitlines():
-        *meaning, made = [field.strip() for field in line.split(" | ")] + [""] * (line.count(" | ") == 4)
-        function, _, inputs = made.rpartition("(")
+        name, long_name, units, formula, source, *made = [field.strip() for field in line.split(" | ")]
+        function, _, inputs = "".join(made).rpartition("(")
         compute = getattr(geometry, function) if function else _same if inputs else None
-        columns.append(Column(*meaning, inputs.rstrip(")").replace(",", ""), compute))
+        inputs = inputs.rstrip(")").replace(",", "")
+        columns.append(Column(name, long_name, units, formula, source, inputs, compute))
     return tuple(columns)
 
 

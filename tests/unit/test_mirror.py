@@ -58,7 +58,7 @@ TESTED_BY: dict[tuple[str, ...], str] = {
         "report/summary/text report/table"
     ),
     ("unit/report/verify/test_verify.py",): (
-        "report/verify/any_optimizer report/verify/check report/verify/plain_sgd report/verify/rounding"
+        "report/verify/any_optimizer report/verify/check report/verify/plain_sgd"
     ),
     ("unit/report/watch/test_terminal.py",): "report/watch/braille",
     ("unit/reproducibility/test_environment.py",): "reproducibility/environment_check",

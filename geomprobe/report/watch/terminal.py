@@ -14,7 +14,7 @@ from geomprobe.report.curves import WIDE, column_name
 from geomprobe.report.table import number
 from geomprobe.report.watch.snapshot import COLUMNS, SAME, Snapshot
 from geomprobe.trace.derive import Array
-from geomprobe.trace.lock_holders import Writer
+from geomprobe.trace.run_lock import Writer
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType

@@ -115,9 +115,6 @@ def begun_parts(paths: Iterable[Path], timeout_s: float = TIMEOUT_S) -> list[Hea
 
     Raises:
         RunError: one is missing, no part, or damaged.
-
-    >>> begun_parts([])
-    []
     """
     headers = []
     for path in paths:
@@ -136,11 +133,6 @@ def read_part(path: Path, timeout_s: float = TIMEOUT_S) -> Part:
     Raises:
         PartNotBegun: its writer has not begun.
         RunError: it is missing, no part, or damaged.
-
-    >>> read_part(Path("nowhere.h5"))
-    Traceback (most recent call last):
-        ...
-    geomprobe.errors.RunError: nowhere.h5 does not exist
     """
     with stream_part(path, timeout_s=timeout_s) as (header, blocks):
         whole = list(blocks)

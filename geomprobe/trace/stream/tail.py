@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from geomprobe.errors import RunError
-from geomprobe.trace.lock_holders import present
+from geomprobe.trace.run_lock import present
 from geomprobe.trace.schema import TABLES, Kind
 from geomprobe.trace.stream.reader import Block, Header, PartNotBegun, stream_part
 
@@ -46,7 +46,7 @@ class _Known:
 
 
 class Following:
-    """Reads the growing parts of a pass, each row once, with one short-lived process a part that has grown.
+    """Reads the growing parts of a pass, each row once, and only of the parts that have grown.
 
     Parts may grow several at a time, be cut off, vanish, and be replaced by others under the same name. Their
     writers are not disturbed, and need not be alive.
@@ -148,11 +148,7 @@ class Following:
 
 
 def parts(stream: Path, kind: Kind) -> list[Path]:
-    """The parts of a pass that are there now.
-
-    >>> parts(Path("nowhere"), "trace")
-    []
-    """
+    """The parts of a pass that are there now."""
     return present(stream, f"{kind}-*[0-9].h5")
 
 

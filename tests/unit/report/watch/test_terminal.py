@@ -10,7 +10,7 @@ import pytest
 from geomprobe.errors import UsageError
 from geomprobe.report.watch.snapshot import Last, Snapshot
 from geomprobe.report.watch.terminal import console, draw, render
-from geomprobe.trace.lock_holders import Writer
+from geomprobe.trace.run_lock import Writer
 
 pytest.importorskip("rich")
 from rich.console import Console
