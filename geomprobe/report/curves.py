@@ -59,18 +59,6 @@ def groups(trace: Trace, *, skip_last_epoch: bool = False) -> Groups:
 
     Raises:
         UsageError: ``skip_last_epoch`` of a trace without two epochs.
-
-    >>> import tempfile
-    >>> from pathlib import Path
-    >>> from geomprobe.trace.reader import open_trace
-    >>> from geomprobe.trace.stream.writer import PartWriter, Table
-    >>> path = Path(tempfile.mkdtemp()) / "part.h5"
-    >>> table = Table("values", ("steps/epoch", "steps/loss"), "float64")
-    >>> with PartWriter(path, schema="geomprobe-trace", tables=[table], attributes={}) as part:
-    ...     part.append({"values": np.array([[0, 4.0], [0, 2.0], [1, 1.0]])})
-    >>> trace = open_trace(path)
-    >>> groups(trace).curve(trace["loss"]).mean.tolist()
-    [3.0, 1.0]
     """
     epoch = trace["epoch"] if "epoch" in trace else np.full(trace.num_steps, np.nan)
     epochs = np.unique(epoch[np.isfinite(epoch)])

@@ -44,14 +44,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON, whole or not at all.
-
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "x.json"
-    >>> write_json(path, {"steps": 3})
-    >>> path.read_text()
-    '{"steps": 3}'
-    """
+    """Write a value as JSON, whole or not at all."""
     with atomic_file(path) as aside:
         aside.write_text(json.dumps(value))
 
@@ -62,13 +55,6 @@ def atomic_hdf5(path: Path) -> Iterator[Any]:
 
     Raises:
         WriteFailed: the disk is full or refused a write.
-
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "x.h5"
-    >>> with atomic_hdf5(path) as file:
-    ...     file["a"] = 1
-    >>> path.exists()
-    True
     """
     with atomic_file(path) as aside:
         try:

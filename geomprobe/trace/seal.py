@@ -106,18 +106,6 @@ def seal_record(
     Raises:
         RunError: parts or references are missing, damaged, unlike one another, or do not join.
         WriteFailed: the disk refused a write.
-
-    >>> import tempfile
-    >>> from geomprobe.trace.stream.writer import PartWriter, Table
-    >>> run = Path(tempfile.mkdtemp())
-    >>> tables = [Table("steps", ("loss",), "float64"), Table("fingerprints/loss", ("loss",), "int64")]
-    >>> with PartWriter(run / "part.h5", schema="geomprobe-record", tables=tables, attributes={}) as part:
-    ...     part.append({"steps": np.array([[0.5]]), "fingerprints/loss": np.array([[77]])})
-    >>> facts = {"status": "failed", "num_parameters": 1, "manifest": {}, "references": {}}
-    >>> seal_record([run / "part.h5"], run / "record.h5", **facts)
-    >>> with h5py.File(run / "record.h5") as file:
-    ...     file["fingerprints/loss"][:].tolist()
-    [[77]]
     """
     joined = _joined(parts, schema.RECORD_SCHEMA, num_steps, timeout_s)
     steps, tables = joined[-1].stop_step, joined[0].part.tables

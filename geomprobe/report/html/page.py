@@ -43,18 +43,6 @@ def write(run: Path, output: Path, *, force: bool = False) -> Verdict:
             figures to draw and matplotlib is not installed.
         RunError: there is nothing of geomprobe at ``run``, or ``output`` cannot be written; what was there before
             stays.
-
-    >>> import tempfile
-    >>> import numpy as np
-    >>> from geomprobe.trace.stream.writer import PartWriter, Table
-    >>> folder = Path(tempfile.mkdtemp())
-    >>> tables = [Table("values", ("steps/loss",), "float64")]
-    >>> with PartWriter(folder / "part.h5", schema="geomprobe-trace", tables=tables, attributes={}) as part:
-    ...     part.append({"values": np.array([[np.nan]])})
-    >>> write(folder / "part.h5", folder / "report.html").headline
-    'The replay has not finished'
-    >>> "<h1>part</h1>" in (folder / "report.html").read_text()
-    True
     """
     refuse_existing(output, force)
     template = _template()

@@ -28,16 +28,6 @@ def summarize(path: Path) -> Summary:
 
     Raises:
         RunError: there is nothing of geomprobe at ``path``.
-
-    >>> import tempfile
-    >>> from geomprobe.trace.stream.writer import PartWriter, Table
-    >>> path = Path(tempfile.mkdtemp()) / "part.h5"
-    >>> table = Table("values", ("steps/loss",), "float64")
-    >>> with PartWriter(path, schema="geomprobe-trace", tables=[table], attributes={}) as part:
-    ...     part.append({"values": np.array([[0.5], [0.25]])})
-    >>> summary = summarize(path)
-    >>> summary["record"], summary["trace"]["status"], summary["trace"]["num_steps"]
-    (None, 'incomplete', 2)
     """
     is_file = path.is_file()
     is_record = is_file and _is_record(path)

@@ -181,17 +181,6 @@ class Watch:
 
     Raises:
         RunError: there is no run.
-
-    >>> import tempfile
-    >>> from geomprobe.trace.stream.writer import PartWriter, Table
-    >>> run = Path(tempfile.mkdtemp())
-    >>> (run / "stream").mkdir()
-    >>> table, part = Table("values", ("steps/loss",), "float64"), run / "stream" / "trace-00000000.h5"
-    >>> with PartWriter(part, schema="geomprobe-trace", tables=[table], attributes={}) as writer:
-    ...     writer.append({"values": np.array([[4.0], [2.0]])})
-    >>> snapshot = Watch(run).look()
-    >>> snapshot.kind, snapshot.state, snapshot.steps, snapshot.last["loss"]
-    ('trace', 'stopped', 2, Last(step=1, value=2.0))
     """
 
     def __init__(

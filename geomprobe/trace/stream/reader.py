@@ -96,14 +96,6 @@ def read_header(path: Path, timeout_s: float = TIMEOUT_S) -> Header:
     Raises:
         PartNotBegun: its writer has not begun.
         RunError: it is missing, no part, or damaged.
-
-    >>> import tempfile
-    >>> from geomprobe.trace.stream.writer import PartWriter
-    >>> path = Path(tempfile.mkdtemp()) / "part.h5"
-    >>> with PartWriter(path, schema="geomprobe-record", tables=[], attributes={}, first_step=5):
-    ...     header = read_header(path)
-    >>> header.first_step, header.rows
-    (5, 0)
     """
     with stream_part(path, stop=0, timeout_s=timeout_s) as (header, blocks):
         list(blocks)  # there are none, and the child, at the end of its answer, serves the next read

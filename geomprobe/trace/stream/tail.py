@@ -57,20 +57,6 @@ class Following:
 
     Attributes:
         problems: by part, why it cannot be read; it is not tried again before it has changed.
-
-    >>> import tempfile
-    >>> from geomprobe.trace.stream.writer import PartWriter, Table
-    >>> class Losses(list):
-    ...     def take(self, header, block): self += block["values"][:, 0].tolist()
-    >>> losses, stream = Losses(), Path(tempfile.mkdtemp())
-    >>> following = Following(stream, "trace")
-    >>> table = Table("values", ("steps/loss",), "float64")
-    >>> with PartWriter(stream / "trace-00000000.h5", schema="geomprobe-trace", tables=[table], attributes={}) as part:
-    ...     part.append({"values": np.array([[4.0], [2.0]])})
-    ...     first = following.look(losses)
-    ...     part.append({"values": np.array([[1.0]])})
-    >>> following.look(losses)[0].rows, losses
-    (3, [4.0, 2.0, 1.0])
     """
 
     def __init__(self, stream: Path, kind: Kind) -> None:
