@@ -256,14 +256,17 @@ def _parameter_product(c: Columns, parameter: str, name: str) -> Array:
 
 def _check_cauchy_schwarz(c: Columns, p: Precision) -> Check:
     """``|a.b| <= ||a|| ||b||`` for every pair of vectors measured, by reference and by parameter."""
-    checks = []
-    for reference in c.trace.references:
-        find = partial(_product, c, reference)
-        checks += [_cauchy_schwarz(p, reference, find, pair) for pair in ("w.g", "g.d", "w.d")]
-    for parameter in c.trace.parameters:
-        find = partial(_parameter_product, c, parameter)
-        checks += [_cauchy_schwarz(p, parameter, find, pair) for pair in ("w.g", "g.d", "w.d", "g.Hg")]
-    checks.append(_cauchy_schwarz(p, FINAL, partial(_product, c, FINAL), "g.Hg"))
+    pairs = ("w.g", "g.d", "w.d")
+    checks = [
+        _cauchy_schwarz(p, reference, partial(_product, c, reference), pair)
+        for reference in c.trace.references
+        for pair in (*pairs, *(["g.Hg"] if reference == FINAL else []))
+    ]
+    checks += [
+        _cauchy_schwarz(p, parameter, partial(_parameter_product, c, parameter), pair)
+        for parameter in c.trace.parameters
+        for pair in (*pairs, "g.Hg")
+    ]
     return worst_of("Cauchy-Schwarz", checks)
 
 
@@ -323,9 +326,8 @@ def _check_parameters(c: Columns, p: Precision) -> Check:
     for product in WEIGHTS + GRADIENT:
         a, b = product.split(".")
         whole = c[f"inner_products/{product}"]
-        total = sum(
-            (_parameter_product(c, each, product) for each in c.trace.parameters), np.zeros(len(whole))
-        )
+        parts = (_parameter_product(c, each, product) for each in c.trace.parameters)
+        total = sum(parts, np.zeros(len(whole)))
         scale = np.sqrt(c[f"inner_products/{a}.{a}"] * c[f"inner_products/{b}.{b}"])
         gap = np.abs(total - whole) / np.where(scale == 0, 1.0, scale)
         checks.append(compare(product, gap, 2 * p.sums, np.isfinite(whole)))

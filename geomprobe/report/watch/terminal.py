@@ -136,7 +136,7 @@ def _condition(snapshot: Snapshot) -> str:
         "starting": f"starting: {others}{lost}, no row yet",
         "running": f"running: {others or 'its process'}{lost}{age}",
         "stopped": f"stopped: nobody is writing{lost}{age}",
-        "unknown": f"{others}{lost}, which cannot be asked from this machine{age}",
+        "unknown": f"{others}{lost}, which cannot be seen from this machine{age}",
     }[snapshot.state]
 
 

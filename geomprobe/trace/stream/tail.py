@@ -67,14 +67,11 @@ class Following:
 
     def look(self, reader: Reader) -> list[Header]:
         """Hand over what is new, and give the parts that have begun, each with the rows that were read of it."""
-        try:
-            self._read_all(reader)
-        except _Rewritten:
-            self._known.clear()
-            reader.forget()
+        for _ in range(2):  # a part that is rewritten the second time, too, is for the next look
             try:
                 self._read_all(reader)
-            except _Rewritten:  # again, while it was read; the next look sees it
+                break
+            except _Rewritten:
                 self._known.clear()
                 reader.forget()
         return [known.header for known in self._known.values()]

@@ -140,7 +140,7 @@ def test_a_terminal_that_knows_only_ascii_gets_only_that():
         ),
         ({"writers": tuple(Writer(i, "desk", True) for i in range(8))}, "running: 8 processes, last row"),
         ({"state": "waiting", "writers": (), "last": {}, "curves": {}}, "recorded; its replay has not begun"),
-        ({"state": "unknown"}, "process 17 on desk, which cannot be asked from this machine"),
+        ({"state": "unknown"}, "process 17 on desk, which cannot be seen from this machine"),
     ],
 )
 def test_each_state_says_who_writes(changes, said):
