@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import h5py
+import numpy as np
+from numpy.typing import NDArray
 
 from geomprobe.errors import RunError
 from geomprobe.trace import schema
 from geomprobe.trace.hdf5_errors import damage_named
-from geomprobe.trace.stream.reader import Header, begun_parts, part_state, read_header
+from geomprobe.trace.stream.reader import Header, begun_parts, part_state, read_header, stream_part
+from geomprobe.trace.stream.writer import Table
 
 T = TypeVar("T")
 
@@ -102,6 +105,22 @@ def spans(parts: Sequence[Header]) -> list[Span]:
             found.append(Span(part, step - part.first_step, part.rows))
             step = part.stop_step
     return found
+
+
+def read_rows(
+    found: Sequence[Span], table: Table, start: int = 0, stop: int | None = None
+) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """Steps [rows] and a table [rows, columns] of parts, of the steps from ``start`` to before ``stop``."""
+    steps, values = [np.empty(0, np.int64)], [np.empty((0, len(table.columns)), table.dtype)]
+    for span in found:
+        first = max(start - span.part.first_step, span.start)
+        last = span.stop if stop is None else min(stop - span.part.first_step, span.stop)
+        if first < last:
+            with stream_part(span.part.path, tables=[table.name], start=first, stop=last) as (_, blocks):
+                for block in blocks:
+                    steps.append(block["step"])
+                    values.append(block[table.name])
+    return np.concatenate(steps), np.concatenate(values)
 
 
 def _of_file(path: Path, file: Path, kind: str) -> Source:

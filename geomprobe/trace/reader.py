@@ -18,8 +18,7 @@ from geomprobe.trace import schema
 from geomprobe.trace.certificate import Certificate
 from geomprobe.trace.derive import Array, Derived
 from geomprobe.trace.hdf5_errors import damage_named
-from geomprobe.trace.locate import Source, read_settled, spans
-from geomprobe.trace.stream.reader import stream_part
+from geomprobe.trace.locate import Source, read_rows, read_settled, spans
 
 
 @dataclass(frozen=True)
@@ -185,25 +184,14 @@ def open_trace(path: str | os.PathLike[str]) -> Trace:
 
 def _read(source: Source) -> Trace:
     if source.file is None:
-        return Trace(source, {}, _streamed(source))
+        table = source.parts[0].tables[schema.VALUES]
+        steps, values = read_rows(spans(source.parts), table)
+        return Trace(source, {}, Derived(steps, dict(zip(table.columns, values.T, strict=True))))
     with damage_named("the list of columns", source.file), h5py.File(source.file, "r") as file:
         columns = _SealedColumns(source.file, _datasets(file))
     with damage_named("the certificate", source.file), h5py.File(source.file, "r") as file:
         certificate = Certificate.read(file)
     return Trace(source, certificate, columns)
-
-
-def _streamed(source: Source) -> Derived:
-    steps: list[NDArray[np.int64]] = []
-    values: list[Array] = []
-    for span in spans(source.parts):
-        with stream_part(span.part.path, start=span.start, stop=span.stop) as (_, blocks):
-            for block in blocks:
-                steps.append(block["step"])
-                values.append(block[schema.VALUES])
-    names = source.parts[0].tables[schema.VALUES].columns
-    table = np.concatenate([np.empty((0, len(names))), *values])
-    return Derived(np.concatenate([np.empty(0, np.int64), *steps]), dict(zip(names, table.T, strict=True)))
 
 
 class _SealedColumns(Mapping[str, Array]):

@@ -18,8 +18,7 @@ from geomprobe.errors import RunError
 from geomprobe.trace import schema
 from geomprobe.trace.derive import Array
 from geomprobe.trace.hdf5_errors import damage_named
-from geomprobe.trace.locate import Source, Span, read_settled, spans
-from geomprobe.trace.stream.reader import stream_part
+from geomprobe.trace.locate import Source, Span, read_rows, read_settled, spans
 from geomprobe.trace.weights import read_reference
 
 Reference = dict[str, tuple[NDArray[Any], str]]
@@ -200,15 +199,7 @@ class _Streaming(Record):
             return read_reference(file)
 
     def _rows(self, path: str, start: int, stop: int) -> NDArray[Any]:
-        table = self._tables[path]
-        found = [np.empty((0, len(table.columns)), table.dtype)]
-        for span in self._spans:
-            first = max(start - span.part.first_step, span.start)
-            last = min(stop - span.part.first_step, span.stop)
-            if first < last:
-                with stream_part(span.part.path, tables=[path], start=first, stop=last) as (_, blocks):
-                    found += [block[path] for block in blocks]
-        return np.concatenate(found)
+        return read_rows(self._spans, self._tables[path], start, stop)[1]
 
 
 def _contiguous(found: list[Span]) -> list[Span]:
