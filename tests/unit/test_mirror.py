@@ -33,6 +33,7 @@ TESTED_BY: dict[tuple[str, ...], str] = {
         "probe/model_discovery"
     ),
     ("behavior/test_packaging.py",): "_package",
+    ("behavior/test_light_import.py",): "_lazy",
     ("behavior/integrations/test_frameworks.py",): (
         "integrations/accelerate integrations/lightning integrations/transformers"
     ),
@@ -50,20 +51,12 @@ TESTED_BY: dict[tuple[str, ...], str] = {
     ),
     # Parts of what the test file of a neighbor looks at as a whole.
     ("unit/probe/test_probe.py",): "probe/inert probe/parameters probe/progress_bar",
-    ("unit/report/test_diff.py",): "report/diff_text",
-    (
-        "unit/report/html/test_page.py",
-    ): "report/html/elements report/html/figures report/html/style report/html/svg",
-    ("unit/report/summary/test_summary.py",): (
-        "report/summary/commands report/summary/facts report/summary/text report/summary/verdict report/table"
-    ),
-    ("unit/report/verify/test_verify.py",): (
-        "report/verify/any_optimizer report/verify/check report/verify/plain_sgd report/verify/rounding"
-    ),
-    ("unit/report/watch/test_terminal.py",): "report/watch/braille",
+    ("unit/report/html/test_page.py",): "report/html/figures report/html/svg",
+    ("unit/report/test_export.py",): "report/output",
+    ("unit/report/summary/test_summary.py",): ("report/summary/text report/table"),
+    ("unit/report/verify/test_verify.py",): ("report/verify/check report/verify/plain_sgd"),
     ("unit/reproducibility/test_environment.py",): "reproducibility/environment_check",
     ("unit/trace/stream/test_kills.py",): "trace/stream/checksum",
-    ("unit/trace/test_seal.py",): "trace/atomic_file",
     ("unit/trace/stream/test_disk_full.py",): "trace/hdf5_errors",
 }
 """By the test files that go through them, the modules without a test file of their own."""
