@@ -10,19 +10,13 @@ from torch import Tensor
 
 from geomprobe.distributed.dtensor import is_dtensor, local_gradient
 from geomprobe.distributed.layout import Layout
-from geomprobe.measure.before_clipping import BeforeClipping
 from geomprobe.measure.curvature.autograd_graph import CurvatureUnavailable
-from geomprobe.measure.curvature.step_curvature import StepCurvature
-from geomprobe.measure.finite_step import FiniteStep
-from geomprobe.measure.full_gradient import FullGradient
-from geomprobe.measure.held_out import HeldOutGradient
-from geomprobe.measure.hg import HessianGradient
+from geomprobe.measure.curvature.step_curvature import FiniteStep, HessianGradient, Sharpness, StepCurvature
+from geomprobe.measure.gradient_products import BeforeClipping, PerRankProducts, ReferenceProducts
 from geomprobe.measure.options import MeasureOptions
-from geomprobe.measure.per_rank import PerRankProducts
 from geomprobe.measure.quantity import Combine, Part, Quantity, Recorded, References, Step, Training
-from geomprobe.measure.reference_products import ReferenceProducts
-from geomprobe.measure.sharpness import Sharpness
-from geomprobe.probe.hooks.mute import muted
+from geomprobe.measure.side_gradient import FullGradient, HeldOutGradient
+from geomprobe.probe.hooks.global_hooks import muted
 from geomprobe.probe.probe import Probe
 from geomprobe.trace.record import Record
 

@@ -33,7 +33,7 @@ from geomprobe.probe.probe import Probe
 from geomprobe.reproducibility.columns import Columns
 from geomprobe.reproducibility.comparison import Comparison
 from geomprobe.reproducibility.digest import same_bits
-from geomprobe.reproducibility.environment_check import FIRST_STEP_SECTIONS, require_same
+from geomprobe.reproducibility.environment import FIRST_STEP_SECTIONS, require_same
 from geomprobe.reproducibility.fingerprint import StepFingerprint
 from geomprobe.trace.atomic_file import write_json
 from geomprobe.trace.record import Record

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from geomprobe.probe.hooks.step_calls import Args, Kwargs
-
 if TYPE_CHECKING:
+    from geomprobe.probe.hooks.step_calls import Args, Kwargs
+    from geomprobe.probe.listeners import StepAttempts
     from geomprobe.probe.loops import Position
     from geomprobe.probe.probe import Probe
-    from geomprobe.probe.step_attempts import StepAttempts
 
 Closure = Callable[[], Tensor]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from geomprobe.distributed.dtensor import local
 from geomprobe.probe.events import Events
-from geomprobe.probe.loss_tracker import LossTracker
+from geomprobe.probe.listeners import LossTracker
 from geomprobe.probe.probe import Probe
 from geomprobe.reproducibility.columns import Columns, by_table, column_names
 from geomprobe.reproducibility.digest import TensorDigests, fold, host_digest, leaves, rng_digests

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from geomprobe.measure.measurement import Measurement
 from geomprobe.measure.options import MeasureOptions
-from geomprobe.probe.hooks.grad_scaler import tag_scaled
+from geomprobe.probe.hooks.global_hooks import tag_scaled
 from geomprobe.probe.parameters import measured_parameters
 
 STEPS, SAMPLES = 5, 24

@@ -1,7 +1,8 @@
-"""The losses of the present step, kept so that Hg, finite steps and sharpness can be taken of them."""
+"""Hg, finite steps and sharpness: the quantities of second order, and the losses of the step, kept for them."""
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from zlib import crc32
@@ -9,15 +10,20 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
+from geomprobe.distributed.dtensor import local
 from geomprobe.distributed.layout import Layout
 from geomprobe.errors import GeomprobeError
 from geomprobe.measure.curvature.autograd_graph import CurvatureUnavailable, inspect_graph
 from geomprobe.measure.curvature.global_loss import fail_together
 from geomprobe.measure.curvature.hessian_gradient import Curvature
+from geomprobe.measure.curvature.lanczos import top_eigenvalue
+from geomprobe.measure.inner_products import dots
 from geomprobe.measure.options import MeasureOptions
-from geomprobe.probe.hooks.grad_scaler import unscaled
+from geomprobe.measure.quantity import Combine, Part, Quantity, Recorded, Step
+from geomprobe.probe.hooks.global_hooks import unscaled
 from geomprobe.probe.probe import Probe
-from geomprobe.reproducibility.rng import RNGState, capture_rng
+from geomprobe.reproducibility.isolation import RNGState, capture_rng
+from geomprobe.trace.schema import parameter_column, product_column
 
 
 class StepCurvature:
@@ -169,3 +175,78 @@ def _all_ready(
     if state == 2:
         fail_together(layout, blocked, device)
     return state == 0
+
+
+class FiniteStep(Quantity):
+    """``secant_residual`` and ``linear_decrease_gap``: what a whole step changes on its own minibatch.
+
+    The one is the turn of the gradient, the other the loss above its linear decrease; see `SideLoss.over_step`.
+    """
+
+    name = "finite_step"
+    option, cadence = "finite_step", "curvature_interval"
+    columns = ("steps/secant_residual", "steps/linear_decrease_gap")
+
+    def local(self, step: Step) -> dict[str, Part] | None:
+        lr = float(self.training.probe.optimizer.param_groups[0].get("lr", 0.0))
+        if (curvature := self.training.curvature.ready) is None or not lr:
+            return None
+        if (change := curvature.over_step(step.vectors, lr)) is None:
+            return None
+        g, turn = step.vectors, change.turned
+        return {
+            "squares": Part(dots([(g, g), (turn, turn)], self.training.layout.owned), Combine.SUM),
+            "gap": Part(change.gap, Combine.SAME),
+        }
+
+    def finish(self, whole: Mapping[str, Tensor]) -> Tensor:
+        of_gradient, of_turn = whole["squares"]
+        return torch.stack([(of_turn / of_gradient).sqrt(), whole["gap"]])
+
+
+class Sharpness(Quantity):
+    """``sharpness``: the top eigenvalue of the Hessian of the minibatch's loss, or of one that the script names."""
+
+    name = "sharpness"
+    option, cadence = "sharpness_every", "sharpness_every"
+    columns = ("steps/sharpness",)
+
+    def local(self, step: Step) -> dict[str, Part] | None:
+        losses = self.training.curvature
+        product: Callable[[list[Tensor]], list[Tensor]]
+        if losses.fixed_loss is not None and losses.curvature is not None:
+            product = losses.curvature.products_of(losses.fixed_loss)
+        elif losses.fixed_loss is None and losses.ready is not None:
+            product = functools.partial(losses.ready.product, keep=True)
+        else:
+            return None
+        like = [local(parameter) for parameter in self.training.parameters]
+        value = top_eigenvalue(product, like, total=self.training.layout.total).value
+        found = torch.tensor([value], dtype=torch.float64, device=like[0].device)
+        return {"sharpness": Part(found, Combine.SAME)}
+
+
+class HessianGradient(Quantity):
+    """``g.Hg`` and ``Hg.Hg``; of each parameter tensor too, if asked for. It frees the graphs of the step's losses."""
+
+    PRODUCTS = ("g.Hg", "Hg.Hg")
+    name = "hg"
+    option, cadence = "curvature_interval", "curvature_interval"
+
+    def open(self, recorded: Recorded) -> None:
+        columns = [product_column(product) for product in self.PRODUCTS]
+        if self.training.options.per_parameter:
+            names = self.training.probe.parameters
+            columns += [parameter_column(name, product) for name in names for product in self.PRODUCTS]
+        self.columns = tuple(columns)
+
+    def local(self, step: Step) -> dict[str, Part] | None:
+        if (curvature := self.training.curvature.ready) is None:
+            return None
+        g, hg = step.vectors, curvature.product(step.vectors)
+        owned, per_parameter = self.training.layout.owned, self.training.options.per_parameter
+        return {"products": Part(dots([(g, hg), (hg, hg)], owned, per_parameter=per_parameter), Combine.SUM)}
+
+    def finish(self, whole: Mapping[str, Tensor]) -> Tensor:
+        products = whole["products"]
+        return torch.cat([products[0], products[1:].reshape(-1)]) if products.dim() > 1 else products

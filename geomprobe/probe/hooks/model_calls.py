@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from geomprobe.probe.hooks.mute import is_muted
+from geomprobe.probe.hooks.global_hooks import is_muted
 
 
 class ModelCalls:
