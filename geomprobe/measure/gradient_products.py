@@ -80,7 +80,7 @@ class BeforeClipping(Quantity):
         )
 
     @torch.no_grad()
-    def clipping(self, factor: Tensor | None) -> None:
+    def before_clipping(self, factor: Tensor | None) -> None:
         if self._measured is not None or self._kept is not None or not self.due(self.training.probe.step):
             return  # another call has clipped them already, or the step is not measured
         gradients = [local_gradient(p.grad, p) for p in self.training.parameters]
@@ -99,10 +99,10 @@ class BeforeClipping(Quantity):
         self._kept = None
         self._measured = torch.full((len(self.PRODUCTS),), torch.nan, dtype=torch.float64, device=device)
 
-    def skipped(self) -> None:
+    def step_skipped(self) -> None:
         self._kept = self._measured = None
 
-    dropped = skipped
+    gradients_dropped = step_skipped
 
     def local(self, step: Step) -> dict[str, Part]:
         values = self._measured
@@ -160,7 +160,7 @@ class PerRankProducts(Quantity):
     def after_backward(self) -> None:
         self._own.unwatch()
 
-    def dropped(self) -> None:
+    def gradients_dropped(self) -> None:
         self._own.clear()
 
     def local(self, step: Step) -> dict[str, Part]:

@@ -16,6 +16,7 @@ from geomprobe.measure.gradient_products import BeforeClipping, PerRankProducts,
 from geomprobe.measure.options import MeasureOptions
 from geomprobe.measure.quantity import Combine, Part, Quantity, Recorded, References, Step, Training
 from geomprobe.measure.side_gradient import FullGradient, HeldOutGradient
+from geomprobe.probe.events import Closure, Events
 from geomprobe.probe.hooks.global_hooks import muted
 from geomprobe.probe.probe import Probe
 from geomprobe.trace.record import Record
@@ -33,8 +34,8 @@ QUANTITIES: tuple[type[Quantity], ...] = (
 """All that a replay can measure, in the order in which a step measures it."""
 
 
-class Measurement:
-    """The quantities that one replay measures. A pass owns it and calls everything from the thread that trains.
+class Measurement(Events):
+    """The quantities that one replay measures: a listener of its pass, called in the thread that trains.
 
     Args:
         probe: whose parameters are measured.
@@ -65,12 +66,17 @@ class Measurement:
             of.name: of(training) for of in quantities if not of.option or getattr(options, of.option)
         }
         self.columns: dict[str, tuple[str, ...]] = {}
-        self._before_backward = self._listeners(Quantity.before_backward)
-        self._after_backward = self._listeners(Quantity.after_backward)
-        self._clipping = self._listeners(Quantity.clipping)
-        self._clipping_missed = self._listeners(Quantity.clipping_missed)
-        self._skipped = self._listeners(Quantity.skipped)
-        self._dropped = self._listeners(Quantity.dropped)
+        self._before_backward = self._overriding(Quantity.before_backward)
+        self._after_backward = self._overriding(Quantity.after_backward)
+        self._before_clipping = self._overriding(Quantity.before_clipping)
+        self._clipping_missed = self._overriding(Quantity.clipping_missed)
+        self._step_skipped = self._overriding(Quantity.step_skipped)
+        self._gradients_dropped = self._overriding(Quantity.gradients_dropped)
+
+    def _overriding(self, event: Callable[..., None]) -> list[Callable[..., None]]:
+        """The methods of the quantities that define an event of their own: the others cost a step no call."""
+        name = event.__name__
+        return [getattr(q, name) for q in self._quantities.values() if getattr(type(q), name) is not event]
 
     def open(self, references: References, *, record: Record | None = None, seed: int = 0) -> None:
         """Make ready to measure; called once, before the first update.
@@ -102,24 +108,17 @@ class Measurement:
 
     # Events
 
-    def fetched(self) -> None:
-        """A batch has come."""
-        self._curvature.fetched()
+    def fetch_ended(self, came: bool) -> None:
+        if came and torch.is_grad_enabled():
+            self._curvature.fetched()
 
-    def entered(self) -> None:
-        """The model is about to run."""
+    def entered(self, inputs: Any) -> None:
         self._curvature.entered()
 
-    def backward(
-        self, loss: Tensor, closure: Callable[[], Tensor] | None, run: Callable[[], None], plain: bool
+    def differentiate(
+        self, loss: Tensor, closure: Closure | None, run: Callable[[], None], plain: bool
     ) -> None:
-        """Run ``backward`` on a loss, to the same bits, keeping what the quantities need of it.
-
-        Args:
-            loss: what it is called on.
-            closure: evaluates the same loss again, or None.
-            run: the backward pass as the script asked for it.
-            plain: whether that is ``loss.backward()``, without options.
+        """Run a backward pass, keeping what the quantities need of it; see `Events.differentiate`.
 
         Raises:
             CurvatureUnavailable: Hg was required and has no exact route.
@@ -133,29 +132,25 @@ class Measurement:
             for after in self._after_backward:
                 after()
 
-    def clipping(self, factor: Tensor | None) -> None:
-        """The gradients, which are multiplied by ``factor``, are about to be clipped."""
-        for clipping in self._clipping:
-            clipping(factor)
+    def before_clipping(self, factor: Tensor | None) -> None:
+        for before in self._before_clipping:
+            before(factor)
 
     def clipping_missed(self) -> None:
-        """The gradients have been clipped, before anything was there to measure them."""
+        """The gradients have been clipped, before there was anything to measure them."""
         for missed in self._clipping_missed:
             missed()
 
-    def skipped(self) -> None:
-        """A step was attempted, and its gradients have overflowed."""
-        for skipped in self._skipped:
+    def step_skipped(self) -> None:
+        for skipped in self._step_skipped:
             skipped()
 
-    def dropped(self) -> None:
-        """The gradients so far were thrown away."""
+    def gradients_dropped(self) -> None:
         self._curvature.dropped()
-        for dropped in self._dropped:
+        for dropped in self._gradients_dropped:
             dropped()
 
-    def sharpness_of(self, closure: Callable[[], Tensor]) -> None:
-        """Take the sharpness of the loss that ``closure`` evaluates, instead of the minibatch's."""
+    def sharpness_of(self, closure: Closure) -> None:
         self._curvature.fixed_loss = closure
 
     # The row of a step
@@ -180,7 +175,7 @@ class Measurement:
         number = self._probe.step
         with muted():
             parts = self._parts(number, gradients, grad_scale)
-            self.dropped()
+            self.gradients_dropped()
             for name, values in (means or {}).items():
                 parts[name] = {name: Part(values, Combine.MEAN)}
             whole = self._combined(parts)
@@ -234,8 +229,3 @@ class Measurement:
         if not sent:
             return torch.empty(0, dtype=torch.float64, device=self._parameters[0].device)
         return torch.cat([values.reshape(-1) for _, _, values in sent])
-
-    def _listeners(self, event: Callable[..., None]) -> list[Callable[..., None]]:
-        """The methods of the quantities that define an event of their own: the others cost a step no call."""
-        name = event.__name__
-        return [getattr(q, name) for q in self._quantities.values() if getattr(type(q), name) is not event]

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from geomprobe.errors import UsageError
 from geomprobe.probe.events import Observer, observing
-from geomprobe.probe.hooks.model_calls import ModelCalls
+from geomprobe.probe.hooks.global_hooks import ModelCalls
 from geomprobe.probe.hooks.step_calls import StepHook
 from geomprobe.probe.inert import InertProbe
 from geomprobe.probe.loops import Loops

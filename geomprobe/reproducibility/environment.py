@@ -57,9 +57,9 @@ _UNCERTIFIED = " (`replay --uncertified` goes on without a certificate.)"
 
 _NOTHING = {"replay": "nothing was replayed", "go on": "nothing was done"}
 
-# Sections of the manifest whose every entry must be equal for a replay to be the same run.
-# "host" and "measure" are there to read; they change no bits of the training.
-BINDING_SECTIONS = ("seed", "strict", "script", "sources", "software", "hardware", "environment", "flags")
+# Sections of the manifest whose every entry must be equal for a replay to be the same run: those that are known at the
+# start, and those of the first step. "host" and "measure" are there to read; they change no bits of the training.
+START_SECTIONS = ("seed", "strict", "script", "software", "hardware", "environment")
 FIRST_STEP_SECTIONS = ("flags", "optimizer", "model", "loader", "ranks")
 
 
@@ -72,13 +72,9 @@ def file_digest(path: Path) -> str | None:
 
 
 def source_digests(root: Path) -> dict[str, str]:
-    """SHA-256 of every imported module's file below ``root``: the user's own code beside the script.
+    """SHA-256 of every imported module's file below the script's folder ``root``, by path relative to it.
 
-    Args:
-        root: the script's folder.
-
-    Returns:
-        Digests by path relative to ``root``; installed packages below it are left out.
+    It is the user's own code beside the script; installed packages below the folder are left out.
     """
     found = {}
     for module in list(sys.modules.values()):
@@ -93,11 +89,7 @@ def source_digests(root: Path) -> dict[str, str]:
 
 
 def function_script(train: Callable[[], Any]) -> dict[str, Any]:
-    """Describe a function as what is run; its source counts where Python can find it.
-
-    >>> function_script(flags)["path"]
-    'flags'
-    """
+    """Describe a function as what is run; its source counts where Python can find it."""
     try:
         digest = hashlib.sha256(inspect.getsource(train).encode()).hexdigest()
     except (OSError, TypeError):
@@ -146,11 +138,7 @@ def start_manifest(*, seed: int, strict: bool, script: Mapping[str, Any]) -> dic
 
 
 def flags() -> dict[str, Any]:
-    """torch's switches that move bits, as they stand now.
-
-    >>> flags()["num_threads"] == torch.get_num_threads()
-    True
-    """
+    """torch's switches that move bits, as they stand now."""
     return {
         "num_threads": torch.get_num_threads(),
         "num_interop_threads": torch.get_num_interop_threads(),
@@ -161,12 +149,8 @@ def flags() -> dict[str, Any]:
         "cudnn": bool(torch.backends.cudnn.enabled),
         "cudnn_benchmark": bool(torch.backends.cudnn.benchmark),
         "cudnn_deterministic": bool(torch.backends.cudnn.deterministic),
-        "flush_denormal": _flushes_denormals(),
+        "flush_denormal": float(torch.tensor(1e-310, dtype=torch.float64) * 1.0) == 0.0,
     }
-
-
-def _flushes_denormals() -> bool:
-    return float(torch.tensor(1e-310, dtype=torch.float64) * 1.0) == 0.0
 
 
 def training_manifest(
@@ -182,10 +166,6 @@ def training_manifest(
         optimizer: the optimizer.
         parameters: the measured ones by name.
         loader: the one that gave the first step's batch, if one did.
-
-    >>> parameters = {"w": torch.zeros(3)}
-    >>> training_manifest(None, torch.optim.SGD(parameters.values(), lr=0.1), parameters, None)["model"]["dtype"]
-    'float32'
     """
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters.values()})
     groups = optimizer.param_groups
@@ -250,8 +230,7 @@ def require_same_start(
             f"{_NOTHING[doing]}. Restore the recorded version, or record anew."
             f"{_UNCERTIFIED if doing == 'replay' else ''}"
         )
-    sections = tuple(s for s in BINDING_SECTIONS if s not in FIRST_STEP_SECTIONS and s != "sources")
-    require_same(recorded, manifest, sections, run, doing)
+    require_same(recorded, manifest, START_SECTIONS, run, doing)
 
 
 def changed_sources(recorded: Mapping[str, str], root: Path) -> list[str]:
@@ -286,12 +265,9 @@ def _difference(name: str, recorded: Any, present: Any) -> tuple[str, Any, Any] 
 
 
 def require_same_kind(recorded: Mapping[str, Any], present: Mapping[str, Any], what: Path) -> None:
-    """Refuse another optimizer than the one that a checkpoint is of; its hyperparameters may have moved on.
+    """Refuse another optimizer than the one that a checkpoint, ``what``, is of; its hyperparameters may have moved on.
 
-    Args:
-        recorded: the manifest's section ``optimizer``.
-        present: the same of this process.
-        what: the checkpoint.
+    Both are sections ``optimizer`` of a manifest.
 
     Raises:
         EnvironmentMismatch: its class or the sizes of its groups differ.
@@ -317,11 +293,9 @@ def require_same(
     """Refuse to replay a run, or to go on with it, in an environment that differs from the recording's.
 
     Args:
-        recorded: the manifest of the recording.
-        present: what is found now.
+        recorded, run, doing: as for `require_same_start`.
+        present: the manifest as it is now.
         sections: which sections count.
-        run: what was recorded.
-        doing: what is refused: ``"replay"`` or ``"go on"``.
 
     Raises:
         EnvironmentMismatch: naming the entry and both values.

@@ -64,12 +64,6 @@ def keep_state(module: nn.Module | None) -> Iterator[None]:
     """Put every random generator and every buffer of ``module`` back on leaving.
 
     A pass of autograd moves them where activation checkpointing runs a part of the forward pass again.
-
-    >>> norm = nn.BatchNorm1d(2)
-    >>> with keep_state(norm):
-    ...     _ = norm(torch.rand(8, 2))
-    >>> norm.running_mean, norm.num_batches_tracked
-    (tensor([0., 0.]), tensor(0))
     """
     owners = list(module.modules()) if module is not None else []
     slots = [(owner._buffers, name, b) for owner in owners for name, b in owner._buffers.items()]
@@ -88,14 +82,7 @@ def keep_state(module: nn.Module | None) -> Iterator[None]:
 
 @contextmanager
 def keep_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Put every ``.grad`` back on leaving. Inside all are None, so that they can be filled and zeroed.
-
-    >>> w = torch.ones(1, requires_grad=True)
-    >>> with keep_gradients([w]):
-    ...     w.sum().backward()
-    >>> w.grad is None
-    True
-    """
+    """Put every ``.grad`` back on leaving. Inside all are None, so that they can be filled and zeroed."""
     kept = [(parameter, parameter.grad) for parameter in parameters]
     try:
         for parameter, _ in kept:
@@ -111,12 +98,6 @@ def side_computation(module: nn.Module | None, parameters: Sequence[Tensor]) -> 
     """Put random generators, buffers, training modes and every ``.grad`` back on leaving: a user's loss may touch all.
 
     Inside, the gradients are None.
-
-    >>> model = nn.Linear(1, 1)
-    >>> with side_computation(model, list(model.parameters())):
-    ...     model.eval()(torch.ones(1)).backward()
-    >>> model.training, model.weight.grad
-    (True, None)
     """
     members = {*parameters, *(module.parameters() if module is not None else ())}
     modes = [(part, part.training) for part in (module.modules() if module is not None else ())]

@@ -229,7 +229,7 @@ def backward(case: Case, wrapped: nn.Module, part: Any, measurement: Measurement
     if measurement is None:
         loss.backward()
     else:
-        measurement.backward(loss, closure if case.closure else None, loss.backward, True)
+        measurement.differentiate(loss, closure if case.closure else None, loss.backward, True)
     return value
 
 

@@ -162,7 +162,7 @@ def _run_halting(wrap: Any, operation: str, measured: bool) -> tuple[Tensor, lis
         if measurement is None:
             loss.backward()
         else:
-            measurement.backward(loss, None, loss.backward, True)
+            measurement.differentiate(loss, None, loss.backward, True)
             with torch.no_grad():
                 row = measurement.row([p.grad for p in parameters.values()], None)
             rows.append(all(bool(values.isfinite().all()) for values in row.values()))
@@ -244,7 +244,7 @@ def half_seen() -> list[bool]:
         probe.optimizer.zero_grad()
         loss = wrapped(torch.randn(6, 5)).square().mean()
         plain = not (hidden and dist.get_rank() == 2)
-        measurement.backward(loss, None, loss.backward, plain)
+        measurement.differentiate(loss, None, loss.backward, plain)
         with torch.no_grad():
             row = measurement.row([p.grad for p in wrapped.parameters()], None)
         found.append(all(bool(values.isfinite().all()) for values in row.values()))

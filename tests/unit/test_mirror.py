@@ -26,9 +26,7 @@ TESTED_BY: dict[tuple[str, ...], str] = {
         "passes/checkpoint/restore passes/checkpoint/retention passes/checkpoint/shared_tensors "
         "passes/checkpoint/training_state passes/lease passes/sigterm trace/run_folder"
     ),
-    ("behavior/test_unmodified_script.py",): (
-        "probe/hooks/global_hooks probe/hooks/model_calls probe/hooks/step_calls"
-    ),
+    ("behavior/test_unmodified_script.py",): "probe/hooks/global_hooks probe/hooks/step_calls",
     ("behavior/test_packaging.py",): "_package",
     ("behavior/integrations/test_frameworks.py",): (
         "integrations/accelerate integrations/lightning integrations/transformers"

@@ -40,11 +40,6 @@ class SingleProcess:
     Attributes:
         later: whether the graph of a loss's gradients is only made where products are taken of it.
         blocker: what stops all of it, if anything does.
-
-    >>> w = torch.ones(1)
-    >>> with SingleProcess([w]).tensors() as tensors:
-    ...     tensors[0] is w
-    True
     """
 
     later = False
@@ -135,11 +130,7 @@ class ReplicatedDTensors(SingleProcess):
 
 
 def global_loss(parameters: Sequence[Tensor], layout: Layout, module: nn.Module | None) -> SingleProcess:
-    """What differentiates the global loss of a training that is laid out as ``layout`` says.
-
-    >>> type(global_loss([torch.ones(1)], Layout(), None)).__name__
-    'SingleProcess'
-    """
+    """What differentiates the global loss of a training that is laid out as ``layout`` says."""
     if layout.kind == "DDP":
         return DataParallel(parameters, layout)
     if layout.kind == "FSDP2":
@@ -197,19 +188,13 @@ class LocalGradients:
 
 
 class Reduction:
-    """Finds the factor between the mean of the processes' gradients and what becomes of them.
+    """Measures, once, the factor between the mean of the processes' gradients and the gradient that the optimizer gets.
 
-    Args:
-        global_loss: whose gradients they are.
-        layout: of the processes.
+    DDP and FSDP2 take the mean. A communication hook, ``set_gradient_divide_factor`` or the like may take a
+    sum, or any multiple; whatever it is, the Hessian must be that of the same loss as the gradient.
 
     Attributes:
         factor: None until it is known.
-
-    >>> w = torch.ones(1, requires_grad=True)
-    >>> reduction = Reduction(SingleProcess([w]), Layout())
-    >>> reduction.factor
-    1.0
     """
 
     def __init__(self, global_loss: SingleProcess, layout: Layout) -> None:
@@ -232,10 +217,7 @@ class Reduction:
     def find(self, tensors: Sequence[Tensor]) -> float:
         """The factor; where it is unknown, from the backward passes watched since the last `discard`.
 
-        Every process must call this at once.
-
-        Args:
-            tensors: what the losses were differentiated by.
+        Every process must call this at once, with what its losses were differentiated by.
 
         Raises:
             CurvatureUnavailable: the reduced gradient is no multiple of the mean.
@@ -253,7 +235,15 @@ class Reduction:
         if not skew < _SKEW**2:
             used = {f"parameter {i}": tensor in self._own.of for i, tensor in enumerate(tensors)}
             self._layout.require_same_use(used, self._loss.parameters[0].device)
-            raise CurvatureUnavailable(_skewed(factor, skew**0.5))
+            raise CurvatureUnavailable(
+                Blocker(
+                    "the reduction of the gradients",
+                    "gives no multiple of the mean of the processes' gradients (the sine of the angle between them is "
+                    f"{skew**0.5:.3g}, the factor along it {factor:.3g})",
+                    "Average them by DDP or fully_shard within the last backward of a step, without a lossy "
+                    "communication hook.",
+                )
+            )
         counts = factor * self._layout.world_size
         near = abs(counts - round(counts)) <= _ROUND * counts
         self.factor = round(counts) / self._layout.world_size if near else factor
@@ -266,29 +256,13 @@ class Reduction:
         self._reduced = []
 
 
-def _skewed(factor: float, skew: float) -> Blocker:
-    return Blocker(
-        "the reduction of the gradients",
-        f"gives no multiple of the mean of the processes' gradients (the sine of the angle between them is "
-        f"{skew:.3g}, the factor along it {factor:.3g})",
-        "Average them by DDP or fully_shard within the last backward of a step, without a lossy communication hook.",
-    )
-
-
 def fail_together(layout: Layout, failure: Exception | None, device: torch.device) -> None:
     """Raise on every process if one has failed, so that none waits for another's product.
-
-    Args:
-        layout: of the processes.
-        failure: what this process failed with, if it did.
-        device: of the one number that is exchanged.
 
     Raises:
         CurvatureUnavailable: this or another process's loss has no exact product.
         ElsewhereFailed: another process failed in a way that ends it.
-        Exception: ``failure``.
-
-    >>> fail_together(Layout(), None, torch.device("cpu"))
+        Exception: ``failure``, with which this process failed.
     """
     reasons = layout.failures(failure, device)
     mild = failure is None or isinstance(failure, CurvatureUnavailable)
@@ -307,13 +281,6 @@ def without_gradients(parameters: Iterable[Tensor], module: nn.Module | None) ->
     """Whether no backward pass has left a gradient: none in the parameters, and none that FSDP2 holds back.
 
     It keeps those of a micro-batch to itself where they are not to be reduced before the last one's.
-
-    Args:
-        parameters: which.
-        module: what they are of.
-
-    >>> without_gradients([torch.ones(1)], None)
-    True
     """
     for parameter in parameters:
         if parameter.grad is not None:

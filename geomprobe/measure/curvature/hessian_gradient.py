@@ -136,10 +136,6 @@ class Curvature:
             vectors: one per parameter, of its shape and dtype, such as the gradient; None stands for zero.
             keep: leave everything fit for another product with the same ``H``.
 
-        Returns:
-            One tensor per parameter, of its shape, to be read only; zeros where the gradient does not depend
-            on the parameter.
-
         Raises:
             UsageError: there was no `backward` to take the product of.
             CurvatureUnavailable: naming the operation without a second derivative, and the way round.

@@ -69,7 +69,7 @@ class StepCurvature:
     def backward(
         self, loss: Tensor, closure: Callable[[], Tensor] | None, run: Callable[[], None], plain: bool
     ) -> None:
-        """Run ``backward`` on a loss; see `Measurement.backward`."""
+        """Run ``backward`` on a loss; see `Measurement.differentiate`."""
         wanted = self._wanted()
         curvature = self.curvature
         if not wanted or curvature is None or not plain or loss.numel() != 1 or self._blocked is not None:
@@ -107,9 +107,8 @@ class StepCurvature:
         self._same_use_checked = True
         ready = self._complete and self._caught > 0
         if self._layout.world_size > 1:
-            used = {p: g is not None for p, g in zip(self._probe.parameters, gradients, strict=True)}
             try:
-                ready = _all_ready(self._layout, ready, self._blocked, used, self._parameters[0].device)
+                ready = self._all_ready(ready, gradients)
             except CurvatureUnavailable as error:
                 self.give_up(error)
                 return
@@ -152,29 +151,24 @@ class StepCurvature:
         else:
             self._blocked = error  # the others learn of it in `settle`: now they are in their backward pass
 
+    def _all_ready(self, ready: bool, gradients: Sequence[Tensor | None]) -> bool:
+        """Whether every process has caught all losses of the step, ``ready`` where this one has.
 
-def _all_ready(
-    layout: Layout,
-    whole: bool,
-    blocked: CurvatureUnavailable | None,
-    used: Mapping[str, bool],
-    device: torch.device,
-) -> bool:
-    """Whether every process has caught a step's losses: ``whole`` here, and never where it is ``blocked``.
-
-    Raises:
-        CurvatureUnavailable: one of them is blocked.
-        UnsupportedTraining: they used different parameters, and the optimizer has what comes of it.
-    """
-    # Ready, partly caught, blocked: the largest over all processes holds.
-    state = 2 if blocked is not None else 0 if whole else 1
-    mark = crc32(bytes(used.values()))
-    state, largest, smallest = layout.largest([state, mark, -mark], device)
-    if largest != -smallest:
-        layout.require_same_use(used, device)
-    if state == 2:
-        fail_together(layout, blocked, device)
-    return state == 0
+        Raises:
+            CurvatureUnavailable: one of them is blocked.
+            UnsupportedTraining: they used different parameters, and the optimizer has what comes of it.
+        """
+        layout, device = self._layout, self._parameters[0].device
+        used = {p: g is not None for p, g in zip(self._probe.parameters, gradients, strict=True)}
+        # Ready, partly caught, blocked: the largest over all processes holds.
+        state = 2 if self._blocked is not None else 0 if ready else 1
+        mark = crc32(bytes(used.values()))
+        state, largest, smallest = layout.largest([state, mark, -mark], device)
+        if largest != -smallest:
+            layout.require_same_use(used, device)
+        if state == 2:
+            fail_together(layout, self._blocked, device)
+        return state == 0
 
 
 class FiniteStep(Quantity):

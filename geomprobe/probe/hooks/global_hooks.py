@@ -1,7 +1,7 @@
 """What a pass sees without the script's help: losses, loaders, scalers, clipping, optimizers and module calls.
 
-Everything here is put in place for the time of a pass and taken away after it. It serves the script that
-has no `attach` in it, and the calls around a probe that a script makes in its own way.
+`listening` puts hooks and wrappers in place for the time of a pass. They serve the script that has no `attach` in it,
+and the calls around a probe that a script makes in its own way. `ModelCalls` follows the model of a probe.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.nn.utils import clip_grad
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
+from torch.utils.hooks import RemovableHandle
 
 from geomprobe.probe.events import Observer, observe
 
@@ -35,23 +36,13 @@ _entered = 0
 
 @contextlib.contextmanager
 def muted() -> Iterator[None]:
-    """Inside, models run, gradients are taken and loaders are iterated without an event of the run.
-
-    >>> with muted():
-    ...     is_muted()
-    True
-    """
+    """Inside, models run, gradients are taken and loaders are iterated without an event of the run."""
     global _entered
     _entered += 1
     try:
         yield
     finally:
         _entered -= 1
-
-
-def is_muted() -> bool:
-    """Whether what happens now is no event of the run."""
-    return _entered > 0
 
 
 @contextlib.contextmanager
@@ -256,10 +247,69 @@ class _OutermostModules:
         if torch.compiler.is_compiling():
             return
         evaluating = not torch.is_grad_enabled()  # which is not part of a step
-        if self._depth == 0 and not evaluating and not is_muted() and not self._report(module, inputs):
+        if self._depth == 0 and not evaluating and not _entered and not self._report(module, inputs):
             self.stop()
         self._depth += 1
 
     def _leave(self, *_: Any) -> None:
         if not torch.compiler.is_compiling():
             self._depth -= 1
+
+
+class ModelCalls:
+    """Reports the inputs of each call of a model that may lead to a step.
+
+    The model's own hook does, unless the call is compiled: there it would be compiled too, or break the graph in two.
+    Then the module that `torch.compile` returned is followed instead. ``model.compile()`` returns none, and its calls
+    are not seen.
+
+    Args:
+        model: the trained module, or None.
+        report: called with the inputs: the positional ones, or a pair of these and the keyword ones.
+
+    >>> model = nn.Linear(2, 1)
+    >>> calls = ModelCalls(model, lambda inputs: print(len(inputs)))
+    >>> _ = model(torch.ones(1, 2))
+    1
+    """
+
+    def __init__(self, model: nn.Module | None, report: Callable[[Any], None]) -> None:
+        self._model, self._report = model, report
+        self._seen = model is None
+        self._handles: list[RemovableHandle] = [] if model is None else [self._follow(model)]
+
+    def met(self, module: nn.Module, inputs: Any) -> bool:
+        """A module is called from outside any other; gives whether to look at the next one, too."""
+        if self._seen:
+            return False
+        if _compiled_from(module) is not self._model:
+            return True
+        self._handles.append(self._follow(module))
+        self._entered(module, inputs, {})  # of this call, the hooks are gathered already
+        return False
+
+    def remove(self) -> None:
+        """See no more of them."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _follow(self, module: nn.Module) -> RemovableHandle:
+        return module.register_forward_pre_hook(self._entered, with_kwargs=True)
+
+    def _entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        self._seen = True
+        if torch.is_grad_enabled() and not _entered:  # evaluation is not part of the step
+            self._report((args, kwargs) if kwargs else args)
+
+
+def _compiled_from(module: nn.Module) -> nn.Module | None:
+    """What a module was compiled from, below the wrappers that call it ``module``."""
+    compiled = False
+    while isinstance(
+        inner := getattr(module, "_orig_mod", None) or getattr(module, "module", None), nn.Module
+    ):
+        compiled |= hasattr(module, "_orig_mod")
+        module = inner
+    return module if compiled else None

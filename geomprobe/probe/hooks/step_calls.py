@@ -38,21 +38,13 @@ def nested_step(optimizer: Optimizer) -> bool:
 
 
 def given_closure(args: Args, kwargs: Kwargs) -> Callable[[], Any] | None:
-    """The closure in a call of ``Optimizer.step``, whose first argument is the optimizer.
-
-    >>> given_closure((None, abs), {}) is given_closure((None,), {"closure": abs}) is abs
-    True
-    """
+    """The closure in a call of ``Optimizer.step``, whose first argument is the optimizer."""
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     return closure if callable(closure) else None
 
 
 def replace_closure(args: Args, kwargs: Kwargs, closure: Callable[[], Any]) -> tuple[Args, Kwargs]:
-    """The same call with another closure.
-
-    >>> replace_closure((None, abs), {}, min)
-    ((None, <built-in function min>), {})
-    """
+    """The same call with another closure."""
     if "closure" in kwargs:
         return args, {**kwargs, "closure": closure}
     return (args[0], closure, *args[2:]), kwargs
