@@ -125,11 +125,7 @@ class InnerProducts:
 
     @property
     def scratch_bytes(self) -> int:
-        """Memory held for packing, in bytes.
-
-        >>> InnerProducts([torch.ones(10)], {}).scratch_bytes
-        240
-        """
+        """Memory held for packing, in bytes."""
         return self._scratch.numel() * self._scratch.element_size()
 
     @torch.no_grad()
@@ -148,12 +144,6 @@ class InnerProducts:
 
         Raises:
             UnsupportedTraining: a parameter changed its shape, or a gradient does not match its parameter.
-
-        >>> products = InnerProducts([torch.ones(2), torch.ones(3)], {}, per_parameter=True)
-        >>> products.measure([torch.full((2,), 8.0), None], grad_scale=4.0)
-        tensor([[8., 4., 5.],
-                [8., 4., 2.],
-                [0., 0., 3.]], dtype=torch.float64)
         """
         weights: Sequence[Tensor] = self._parameters
         if self._distributed:

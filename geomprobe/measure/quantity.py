@@ -44,7 +44,6 @@ class Training:
     """What a quantity may know of the training that it measures.
 
     Attributes:
-        probe: on the model and the optimizer.
         parameters: the measured ones.
         options: what the replay was asked to measure.
         layout: how the training is spread over processes.
@@ -104,7 +103,7 @@ class Quantity:
     Attributes:
         name: of the quantity among the others.
         option: the field of `MeasureOptions` that asks for it; it is always measured where that is empty.
-        cadence: the field that says at which of the measured steps.
+        cadence: the field that holds at which of the measured steps it is due.
         columns: dataset paths in the trace, in the order of what `finish` returns; complete after `open`.
     """
 

@@ -30,13 +30,6 @@ class LossTracker(Events):
 
     Attributes:
         values: these losses: several under gradient accumulation.
-
-    >>> losses = LossTracker()
-    >>> losses.losses_seen([torch.tensor(2.0)]); losses.losses_seen([torch.tensor(3.0)])
-    >>> losses.total(torch.device("cpu"))
-    tensor(5., dtype=torch.float64)
-    >>> losses.after_update(); losses.values
-    []
     """
 
     def __init__(self) -> None:
@@ -139,10 +132,6 @@ class StepAttempts(Events):
         skipped: attempts that were not applied.
         scaled: whether a GradScaler was at work in any of them.
         clipped_by: torch's functions that clipped gradients before an attempt.
-
-    >>> updates = StepAttempts(Events())
-    >>> updates.described(applied=3)
-    {'attempted': 3, 'applied': 3, 'scaled': False, 'gradient': 'as the optimizer takes it', 'clipped_by': []}
     """
 
     name = "updates"
@@ -244,6 +233,10 @@ class UpdateChecks(Events):
 
     Args:
         probe: just attached: its optimizer's parameters, and their shapes, are fixed for the time of the pass.
+
+    Raises:
+        UnsupportedTraining: parameters were added, removed or resized, or the optimizer's ``step`` raised, and the
+            script did not stop.
     """
 
     def __init__(self, probe: Probe) -> None:
@@ -251,11 +244,6 @@ class UpdateChecks(Events):
         self._sizes, self._shapes = self._now()
 
     def before_update(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
-        """Refuse the update.
-
-        Raises:
-            UnsupportedTraining: parameters were added, removed or resized, or the update before it was not finished.
-        """
         self.complete()
         sizes, shapes = self._now()
         if sizes == self._sizes and shapes == self._shapes:
@@ -273,11 +261,6 @@ class UpdateChecks(Events):
         )
 
     def complete(self) -> None:
-        """Refuse to go on where the optimizer's ``step`` raised, and the script went on.
-
-        Raises:
-            UnsupportedTraining: it did.
-        """
         probe = self._probe
         if probe.hook.begun != probe.step:
             name = type(probe.optimizer).__name__
@@ -296,11 +279,6 @@ class StepProgress(Events):
 
     Args:
         marker: where it is noted; see `STAGES` of `geomprobe.distributed.progress` for the numbers.
-
-    >>> marker = ProgressMarker()
-    >>> StepProgress(marker).entered(())
-    >>> marker.look(0.0).stage
-    3
     """
 
     def __init__(self, marker: ProgressMarker) -> None:
@@ -309,9 +287,6 @@ class StepProgress(Events):
 
     def attached(self, probe: Probe) -> None:
         self._probe = probe
-
-    def between_steps(self, position: Position) -> None:
-        self._at(0)
 
     def fetching(self) -> None:
         self._at(1)
@@ -330,6 +305,9 @@ class StepProgress(Events):
 
     def before_update(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
         self._at(5)
+
+    def between_steps(self, position: Position) -> None:
+        self._at(0)
 
     def after_update(self) -> None:
         self._at(0)

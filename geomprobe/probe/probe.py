@@ -206,7 +206,7 @@ class Probe:
 
         Args:
             loss: of a batch, its mean over the samples; without ``loader`` it takes nothing, and draws its own.
-            loader: each time a batch is drawn anew from its data set, by a random stream that belongs to the step.
+            loader: each time another batch is drawn from its data set, by a random stream that belongs to the step.
         """
         self.oracles["held_out"] = Oracle(loss, loader)
 

@@ -31,7 +31,7 @@ class StepInputs(Events):
 
     def __init__(self) -> None:
         self._host_digests = self._device_digests = TensorDigests(torch.device("cpu"))
-        self._on_host = True  # as long as no probe has told the training's device
+        self._on_host = True  # until a probe shows the training's device
         self._batch_came = False
         self.fetch_rng: dict[str, int] | None = None
         self.fetched_digest = 0

@@ -93,9 +93,7 @@ def compared_backward(
     Where they were, ``apart=False`` saves a pass from then on.
     """
     info = _clear(loss, info)
-    plain: dict[
-        Tensor, Tensor | None
-    ] = {}  # what reaches each leaf; None tells autograd to leave it as it is
+    plain: dict[Tensor, Tensor | None] = {}
     with _first_hooks([(leaf, functools.partial(plain.__setitem__, leaf)) for leaf in info.leaves]):
         loss.backward(retain_graph=True)
     gradients = _gradients(loss, info.leaves, info, module)

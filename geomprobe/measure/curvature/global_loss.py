@@ -273,7 +273,7 @@ def fail_together(layout: Layout, failure: Exception | None, device: torch.devic
         raise failure
     for rank, (_, text) in reasons.items():
         raise CurvatureUnavailable(
-            Blocker("the global loss", f'has none, says rank {rank} ("{text}")', "See there.")
+            Blocker("the global loss", f'has none on rank {rank} ("{text}")', "See there.")
         )
 
 

@@ -114,11 +114,7 @@ def _follow_scalers(stack: contextlib.ExitStack, observer: Observer) -> None:
 
 
 def unscaled(loss: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A loss as the model gave it, and the factor a GradScaler put on it (None without one).
-
-    >>> unscaled(torch.tensor(2.0))
-    (tensor(2.), None)
-    """
+    """A loss as the model gave it, and the factor a GradScaler put on it (None without one)."""
     original: tuple[Tensor, Tensor | None] = getattr(loss, _SCALE, (loss, None))
     return original
 
