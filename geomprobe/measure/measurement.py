@@ -35,7 +35,7 @@ QUANTITIES: tuple[type[Quantity], ...] = (
 
 
 class Measurement(Events):
-    """The quantities that one replay measures: a listener of its pass, called in the thread that trains.
+    """The quantities that one replay measures, called in the thread that trains.
 
     Args:
         probe: whose parameters are measured.
@@ -47,6 +47,7 @@ class Measurement(Events):
     Attributes:
         layout: the same.
         columns: dataset paths by the quantity's name, once it is open.
+        listeners: what the pass reports to: this object, and the losses of the step where their Hessian is wanted.
     """
 
     def __init__(
@@ -59,6 +60,9 @@ class Measurement(Events):
         self._probe, self._options = probe, options
         self.layout = Layout.of(probe.model, probe.parameters) if layout is None else layout
         self._curvature = StepCurvature(probe, options, self.layout)
+        self.listeners: list[Events] = (
+            [self] if self._curvature.curvature is None else [self._curvature, self]
+        )
         self._parameters: list[Tensor] = list(probe.parameters.values())
         training = Training(probe, self._parameters, options, self.layout, self._curvature)
         self._sharded = any(is_dtensor(parameter) for parameter in self._parameters)
@@ -108,13 +112,6 @@ class Measurement(Events):
 
     # Events
 
-    def fetch_ended(self, came: bool) -> None:
-        if came and torch.is_grad_enabled():
-            self._curvature.fetched()
-
-    def entered(self, inputs: Any) -> None:
-        self._curvature.entered()
-
     def differentiate(
         self, loss: Tensor, closure: Closure | None, run: Callable[[], None], plain: bool
     ) -> None:
@@ -146,12 +143,8 @@ class Measurement(Events):
             skipped()
 
     def gradients_dropped(self) -> None:
-        self._curvature.dropped()
         for dropped in self._gradients_dropped:
             dropped()
-
-    def sharpness_of(self, closure: Closure) -> None:
-        self._curvature.fixed_loss = closure
 
     # The row of a step
 
@@ -175,6 +168,7 @@ class Measurement(Events):
         number = self._probe.step
         with muted():
             parts = self._parts(number, gradients, grad_scale)
+            self._curvature.gradients_dropped()
             self.gradients_dropped()
             for name, values in (means or {}).items():
                 parts[name] = {name: Part(values, Combine.MEAN)}
@@ -208,24 +202,29 @@ class Measurement(Events):
 
     def _combined(self, parts: Mapping[str, Mapping[str, Part]]) -> dict[str, dict[str, Tensor]]:
         """What one all-reduce makes of all processes' values, under the same names."""
-        whole: dict[str, dict[str, Tensor]] = {}
-        sent: dict[Combine, list[tuple[str, str, Tensor]]] = {how: [] for how in Combine}
-        for name, of_quantity in parts.items():
-            whole[name] = {}
-            for key, (values, how) in of_quantity.items():
-                whole[name][key] = values.unsqueeze(0) if how is Combine.GATHER else values
-                sent[how].append((name, key, values))
-        kinds = Combine.SUM, Combine.MEAN, Combine.GATHER
+        whole = {
+            name: {
+                key: values.unsqueeze(0) if how is Combine.GATHER else values
+                for key, (values, how) in of_quantity.items()
+            }
+            for name, of_quantity in parts.items()
+        }
         if self.layout.world_size == 1:
             return whole
-        combined = self.layout.exchange(*(self._flat(sent[how]) for how in kinds))
-        for how, result in zip(kinds, combined, strict=True):
-            pieces = result.split([values.numel() for _, _, values in sent[how]], dim=-1)
-            for (name, key, values), piece in zip(sent[how], pieces, strict=True):
+        kinds = Combine.SUM, Combine.MEAN, Combine.GATHER
+        sent = [
+            [
+                (name, key, part.values)
+                for name, of_quantity in parts.items()
+                for key, part in of_quantity.items()
+                if part.combine is how
+            ]
+            for how in kinds
+        ]
+        none = torch.empty(0, dtype=torch.float64, device=self._parameters[0].device)
+        flat = [torch.cat([none, *(values.reshape(-1) for _, _, values in of_kind)]) for of_kind in sent]
+        for how, of_kind, result in zip(kinds, sent, self.layout.exchange(*flat), strict=True):
+            pieces = result.split([values.numel() for _, _, values in of_kind], dim=-1)
+            for (name, key, values), piece in zip(of_kind, pieces, strict=True):
                 whole[name][key] = piece if how is Combine.GATHER else piece.view(values.shape)
         return whole
-
-    def _flat(self, sent: Sequence[tuple[str, str, Tensor]]) -> Tensor:
-        if not sent:
-            return torch.empty(0, dtype=torch.float64, device=self._parameters[0].device)
-        return torch.cat([values.reshape(-1) for _, _, values in sent])

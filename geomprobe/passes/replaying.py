@@ -92,7 +92,7 @@ def replaying(
             segment,
         )
         sealer = TraceSealer(session, fingerprint, run, record, measurement, comparison, rows, segment)
-        return [measurement, rows, sealer]
+        return [*measurement.listeners, rows, sealer]
 
     def without_steps() -> ReplayDiverged:
         comparison.differs(0, "length", "steps")

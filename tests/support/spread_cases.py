@@ -266,7 +266,8 @@ def fixed_loss() -> dict[str, tuple[float, float]]:
         probe.optimizer = optimizer_of("momentum", wrapped.parameters())
         measurement = Measurement(probe, MeasureOptions(curvature_every=0, sharpness_every=1))
         measurement.open({})
-        measurement.sharpness_of(lambda w=wrapped, x=mine: w(x).square().mean())
+        for listener in measurement.listeners:
+            listener.sharpness_of(lambda w=wrapped, x=mine: w(x).square().mean())
         with torch.no_grad():
             row = measurement.row([None] * len(probe.parameters), None)
         found[name] = float(row["sharpness"]), _top(twin, batch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 from zlib import crc32
 
 import torch
@@ -20,16 +21,17 @@ from geomprobe.measure.curvature.lanczos import top_eigenvalue
 from geomprobe.measure.inner_products import dots
 from geomprobe.measure.options import MeasureOptions
 from geomprobe.measure.quantity import Combine, Part, Quantity, Recorded, Step
+from geomprobe.probe.events import Closure, Events
 from geomprobe.probe.hooks.global_hooks import unscaled
 from geomprobe.probe.probe import Probe
 from geomprobe.reproducibility.isolation import RNGState, capture_rng
 from geomprobe.trace.schema import parameter_column, product_column
 
 
-class StepCurvature:
+class StepCurvature(Events):
     """Runs the backward passes of the steps whose Hessian is wanted, and knows whether it caught all of a step's.
 
-    `Measurement` owns it and passes the events on, in the thread that trains.
+    `Measurement` owns it. Where a Hessian is wanted it is a listener of the pass, in the thread that trains.
 
     Args:
         probe: whose parameters and model.
@@ -49,7 +51,7 @@ class StepCurvature:
         wanted = options.curvature_interval or options.sharpness_every
         self.curvature = Curvature(self._parameters, probe.model, layout) if wanted else None
         self.ready: Curvature | None = None
-        self.fixed_loss: Callable[[], Tensor] | None = None
+        self.fixed_loss: Closure | None = None
         self.missing: str | None = None
         self._complete = True  # no backward pass of the step went another way
         self._caught = 0
@@ -57,18 +59,18 @@ class StepCurvature:
         self._blocked: CurvatureUnavailable | None = None
         self._rng: RNGState | None = None
 
-    def fetched(self) -> None:
-        """A batch has come: a forward pass before it that led to no backward pass does not count."""
-        self._rng = None
+    def fetch_ended(self, came: bool) -> None:
+        if (
+            came and torch.is_grad_enabled()
+        ):  # a forward pass before it that led to no backward pass does not count
+            self._rng = None
 
-    def entered(self) -> None:
-        """The model is about to run: a closure will need the random streams as they are now."""
+    def entered(self, inputs: Any) -> None:
+        # A closure will need the random streams as they are now.
         if self._rng is None and self._wanted():
             self._rng = capture_rng()
 
-    def backward(
-        self, loss: Tensor, closure: Callable[[], Tensor] | None, run: Callable[[], None], plain: bool
-    ) -> None:
+    def backward(self, loss: Tensor, closure: Closure | None, run: Callable[[], None], plain: bool) -> None:
         """Run ``backward`` on a loss; see `Measurement.differentiate`."""
         wanted = self._wanted()
         curvature = self.curvature
@@ -115,8 +117,11 @@ class StepCurvature:
         if ready and wanted:
             self.ready = self.curvature
 
-    def dropped(self) -> None:
-        """The gradients so far were thrown away, or their step is measured: free the losses' graphs."""
+    def sharpness_of(self, closure: Closure) -> None:
+        self.fixed_loss = closure
+
+    def gradients_dropped(self) -> None:
+        """Free the losses' graphs: the gradients so far were thrown away, or their step is measured."""
         self._complete, self._caught, self.ready = True, 0, None
         if self.curvature is not None:
             self.curvature.discard()
@@ -127,7 +132,7 @@ class StepCurvature:
         Raises:
             CurvatureUnavailable: Hg was required.
         """
-        self.dropped()
+        self.gradients_dropped()
         self.curvature = self._blocked = None
         self.missing = str(error)
         if self._options.curvature_required:

@@ -134,20 +134,20 @@ def tag_scaled(loss: Tensor, factor: Tensor) -> None:
 
 
 def _backward(
-    original: Callable[..., None], observer: Observer, tensors: Any, *args: Any, **kwargs: Any
+    original: Callable[..., None], observer: Observer, /, tensors: Any, *args: Any, **kwargs: Any
 ) -> None:
     losses = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     plain = all(option is None or option is False for option in (*args, *kwargs.values()))
     observer.backward(losses, functools.partial(original, tensors, *args, **kwargs), plain)
 
 
-def _zero_grad(original: Callable[..., None], observer: Observer, *args: Any, **kwargs: Any) -> None:
+def _zero_grad(original: Callable[..., None], observer: Observer, /, *args: Any, **kwargs: Any) -> None:
     observer.gradients_dropped()
     original(*args, **kwargs)
 
 
 def _make(
-    original: Callable[..., None], observer: Observer, loader: DataLoader[Any], *args: Any, **kwargs: Any
+    original: Callable[..., None], observer: Observer, loader: DataLoader[Any], /, *args: Any, **kwargs: Any
 ) -> None:
     original(loader, *args, **kwargs)
     observer.loader_made(loader)
@@ -172,7 +172,7 @@ def _next(original: Callable[..., Any], observer: Observer, iterator: Any) -> An
     return batch
 
 
-def _scale(original: Callable[..., Any], observer: Observer, scaler: Any, outputs: Any) -> Any:
+def _scale(original: Callable[..., Any], observer: Observer, scaler: Any, /, outputs: Any) -> Any:
     scaled = original(scaler, outputs)
     if isinstance(outputs, Tensor) and scaled is not outputs:
         factor = original(scaler, torch.ones((), device=outputs.device))
@@ -181,20 +181,26 @@ def _scale(original: Callable[..., Any], observer: Observer, scaler: Any, output
     return scaled
 
 
-def _unscale(original: Callable[..., None], observer: Observer, scaler: Any, optimizer: Any) -> None:
+def _unscale(original: Callable[..., None], observer: Observer, scaler: Any, /, optimizer: Any) -> None:
     original(scaler, optimizer)
     observer.updates.unscaled(optimizer)
 
 
 def _step(
-    original: Callable[..., Any], observer: Observer, scaler: Any, optimizer: Any, *args: Any, **kwargs: Any
+    original: Callable[..., Any],
+    observer: Observer,
+    scaler: Any,
+    /,
+    optimizer: Any,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     with observer.updates.attempting(optimizer) if scaler.is_enabled() else contextlib.nullcontext():
         return original(scaler, optimizer, *args, **kwargs)
 
 
 def _clip(
-    name: str, original: Callable[..., Any], observer: Observer, parameters: Any, *args: Any, **kwargs: Any
+    name: str, original: Callable[..., Any], observer: Observer, /, parameters: Any, *args: Any, **kwargs: Any
 ) -> Any:
     members = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     observer.updates.clipping(name, members)
