@@ -246,12 +246,8 @@ def first_mismatch(
     >>> first_mismatch({"flags": {"threads": 2}}, {"flags": {"threads": 1}}, ("flags",))
     ('flags.threads', 2, 1)
     """
-    for section in sections:
-        if section in recorded or section in present:
-            found = _difference(section, recorded.get(section), present.get(section))
-            if found is not None:
-                return found
-    return None
+    pairs = ((section, recorded.get(section), present.get(section)) for section in sections)
+    return next((found for pair in pairs if (found := _difference(*pair)) is not None), None)
 
 
 def _difference(name: str, recorded: Any, present: Any) -> tuple[str, Any, Any] | None:
