@@ -21,19 +21,11 @@ def across_ranks(
     """The manifest's section ``ranks``, and ``hosts`` for the reader only; nothing where there is one process.
 
     A pass calls it at its first update, on every process, since each waits for what the others publish.
-
-    Args:
-        model: the trained module, if it is known.
-        parameters: the measured ones by name.
-        layout: of the training.
-        ranks: the processes of the run.
-
-    >>> across_ranks(None, {}, Layout(), Ranks())
-    {}
     """
     if ranks.alone:
         return {}
-    device = _device(next(iter(parameters.values())).device)
+    where = next(iter(parameters.values())).device
+    device = f"{where} ({torch.cuda.get_device_name(where)})" if where.type == "cuda" else str(where)
     values_here = sum(local(p).numel() for p in parameters.values())
     placed = ranks.all_gather("placed", [device, values_here, socket.gethostname()])
     devices, values, hosts = zip(*placed, strict=True)
@@ -46,11 +38,6 @@ def across_ranks(
         section["meshes"] = [[list(mesh.shape), list(mesh.mesh_dim_names or ())] for mesh in meshes]
         section["fsdp"] = [_group(module) for module in fsdp_modules(model)]
     return {"ranks": section, "hosts": list(hosts)}
-
-
-def _device(device: torch.device) -> str:
-    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
-    return f"{device}{name}"
 
 
 def _exchanges() -> dict[str, Any]:

@@ -15,11 +15,11 @@ from torch.optim import Optimizer
 
 from geomprobe.distributed.layout import Layout
 from geomprobe.distributed.ranks import Ranks
+from geomprobe.distributed.step_barrier import StopRequest
 from geomprobe.errors import Stopped, UnsupportedTraining, UsageError
 from geomprobe.measure.curvature.global_loss import without_gradients
 from geomprobe.passes.checkpoint.restore import Resumer
 from geomprobe.passes.checkpoint.resume_point import ResumePoint
-from geomprobe.passes.sigterm import StopRequest
 from geomprobe.probe.events import Closure, Events, Observer
 from geomprobe.probe.hooks.global_hooks import listening
 from geomprobe.probe.hooks.step_calls import Args, Kwargs, given_closure, nested_step, replace_closure

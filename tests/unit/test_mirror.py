@@ -26,7 +26,7 @@ TESTED_BY: dict[tuple[str, ...], str] = {
     ("behavior/test_kill.py",): "passes/attempts trace/stream/child",
     ("behavior/test_resume.py", "behavior/test_resume_damage.py"): (
         "passes/checkpoint/restore passes/checkpoint/retention passes/checkpoint/shared_tensors "
-        "passes/checkpoint/training_state passes/lease passes/sigterm trace/run_folder"
+        "passes/checkpoint/training_state passes/lease trace/run_folder"
     ),
     ("behavior/test_unmodified_script.py",): (
         "probe/hooks/global_hooks probe/hooks/model_calls probe/hooks/mute probe/hooks/step_calls "
@@ -38,7 +38,7 @@ TESTED_BY: dict[tuple[str, ...], str] = {
     ),
     # Modules that have something to do only where there are several processes.
     ("processes/test_environment_ranks.py",): "distributed/manifest",
-    ("processes/test_failure.py",): "distributed/heartbeat distributed/progress distributed/watchdog",
+    ("processes/test_failure.py",): "distributed/progress distributed/watchdog",
     ("processes/test_global_numbers.py",): (
         "distributed/dtensor measure/curvature/consensus measure/curvature/global_loss measure/per_rank"
     ),
