@@ -15,7 +15,7 @@ TESTED_BY: dict[tuple[str, ...], str] = {
     ("behavior/test_cli_reports.py",): "cli/diff cli/inspect cli/plot cli/verify",
     (
         "behavior/test_two_pass.py",
-    ): "passes/api passes/param_groups passes/recording passes/replaying probe/loops",
+    ): "passes/api passes/recording passes/replaying probe/loops",
     ("behavior/test_bad_input.py",): "errors measure/input_checks probe/loader_passes",
     ("behavior/test_faults.py",): "reproducibility/comparison reproducibility/fingerprint",
     ("behavior/test_measuring.py",): "measure/measurement measure/options",
@@ -25,7 +25,7 @@ TESTED_BY: dict[tuple[str, ...], str] = {
     ),
     ("behavior/test_kill.py",): "passes/attempts trace/stream/child",
     ("behavior/test_resume.py", "behavior/test_resume_damage.py"): (
-        "passes/checkpoint/restore passes/checkpoint/retention passes/checkpoint/shared_tensors "
+        "passes/checkpoint/restore passes/checkpoint/shared_tensors "
         "passes/checkpoint/training_state passes/lease trace/run_folder"
     ),
     ("behavior/test_unmodified_script.py",): (
@@ -43,9 +43,9 @@ TESTED_BY: dict[tuple[str, ...], str] = {
         "distributed/dtensor measure/curvature/consensus measure/curvature/global_loss measure/per_rank"
     ),
     ("processes/test_layouts.py",): "distributed/layout distributed/unsupported",
-    ("processes/test_replay_options_ranks.py",): "passes/references/loaded passes/references/raw_arrays",
+    ("processes/test_replay_options_ranks.py",): "passes/references/loaded",
     ("processes/test_resume_ranks.py",): (
-        "distributed/ranks distributed/step_barrier passes/checkpoint/ddp_buckets passes/group_commit "
+        "distributed/ranks distributed/step_barrier passes/checkpoint/ddp_buckets "
         "passes/references/kept"
     ),
     # Parts of what the test file of a neighbor looks at as a whole.
