@@ -1,4 +1,4 @@
-"""The values that this process holds of a tensor, whether that is plain or a DTensor spread over many."""
+"""The values that this process has of a tensor, whether that is plain or a DTensor spread over many."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def is_dtensor(tensor: Any) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def held(tensor: Any) -> Tensor:
-    """What this process holds of a tensor, be it values or summands, in the memory where it lies."""
+def to_local(tensor: Any) -> Tensor:
+    """What this process has of a tensor, values or summands, in the tensor's own memory."""
     if not is_dtensor(tensor):
         return tensor
     with torch.no_grad():
@@ -27,7 +27,7 @@ def held(tensor: Any) -> Tensor:
 
 
 def local(tensor: Any) -> Tensor:
-    """The values that this process holds, in the memory where they lie; a plain tensor comes back itself.
+    """The values that this process has, in the tensor's own memory; a plain tensor comes back itself.
 
     Raises:
         UnsupportedTraining: they are summands of a sum that has not been taken (a Partial placement).
@@ -41,7 +41,7 @@ def local(tensor: Any) -> Tensor:
             f"A DTensor of shape {list(tensor.shape)} is placed as {tensor.placements}: what this process holds of it "
             "is a summand, not a value. Call .redistribute() or .full_tensor() on it."
         )
-    return held(tensor)
+    return to_local(tensor)
 
 
 def local_gradient(gradient: Any, parameter: Any) -> Tensor | None:
@@ -60,7 +60,7 @@ def local_gradient(gradient: Any, parameter: Any) -> Tensor | None:
 def placed(
     values: Tensor, beside: Any, placements: Sequence[Any], shape: Sequence[int], stride: Sequence[int]
 ) -> Tensor:
-    """A DTensor of which this process holds ``values``, over the processes that the DTensor ``beside`` lies on."""
+    """A DTensor of which this process has ``values``, over the processes of the DTensor ``beside``."""
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(
@@ -79,7 +79,9 @@ def own_part(values: Tensor, parameter: Any) -> Tensor:
         return values
     from torch.distributed.tensor import distribute_tensor
 
-    return held(distribute_tensor(values.to(parameter.device), parameter.device_mesh, parameter.placements))
+    return to_local(
+        distribute_tensor(values.to(parameter.device), parameter.device_mesh, parameter.placements)
+    )
 
 
 def like_local(values: Tensor, parameter: Any) -> Tensor:

@@ -1,6 +1,6 @@
-"""How one training lies across processes, and the few numbers that they exchange to measure it as a whole.
+"""How one training is spread over processes, and the few numbers that they exchange to measure it as a whole.
 
-The values that a process holds of a parameter are its *local* ones: all of them without sharding and under
+The values that a process has of a parameter are its *local* ones: all of them without sharding and under
 DDP, its shard of them under FSDP2. Every sum over the weights is a sum over local values and one all-reduce.
 """
 
@@ -25,7 +25,7 @@ Kind = Literal["one process", "DDP", "FSDP2", "DTensor"]
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the parameters of one training lie: what this process holds, and what of it counts.
+    """Where the parameters of one training are: what this process has of them, and what of it counts.
 
     Attributes:
         kind: ``"one process"``; ``"DDP"``; ``"FSDP2"`` for ``fully_shard`` (HSDP too) and the ``replicate`` that
@@ -34,7 +34,7 @@ class Layout:
         world_size: how many processes there are.
         sharded: whether any parameter is: only then do sums over the weights need the other processes.
         owned: for each parameter, whether this process's values count in such a sum. Where they are sharded,
-            a replica counts on the first of the processes that hold it.
+            a replica counts on the first of the processes that have it.
         replicas: the DDP modules.
     """
 

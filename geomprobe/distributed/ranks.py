@@ -37,7 +37,7 @@ class ElsewhereStopped(GeomprobeError):
 class Ranks:
     """The processes of a launch, seen from one of them; `here` makes it, once a pass.
 
-    Values that are exchanged are what JSON can hold. A key is used once a pass, but for what `publish` replaces.
+    Values that are exchanged are JSON. A key is used once a pass, but for what `publish` replaces.
     What waits for another process raises `ElsewhereStopped` if one fails meanwhile.
 
     Attributes:

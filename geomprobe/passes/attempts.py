@@ -87,7 +87,7 @@ class _Rows:
 
 
 class AttemptLog:
-    """Takes a pass's rows in the order of their steps; ``attributes`` are what each part says of the run.
+    """Takes a pass's rows in the order of their steps; ``attributes`` are those of each part.
 
     Raises:
         RunError: an earlier part has other columns.
@@ -111,7 +111,7 @@ class AttemptLog:
         for part in earlier:
             if part.tables != {table.name: table for table in tables}:
                 raise RunError(
-                    f"{part.path} holds other columns than this pass would write: it was begun with other options. "
+                    f"{part.path} holds other columns than this pass would write: it was started with other options. "
                     "Give the same ones, or start over with --force."
                 )
         self._earlier = [_rows(part, started) for part in earlier if part.stop_step > started]
@@ -163,7 +163,7 @@ class AttemptLog:
         )
 
     def _known(self, step: int) -> _Rows | None:
-        """The rows of an earlier attempt that hold a step."""
+        """The rows of an earlier attempt with this step, if there are any."""
         return next((rows for rows in self._earlier if rows.first <= step < rows.stop), None)
 
     def _compare(self, step: int, piece: Tables, known: _Rows) -> None:

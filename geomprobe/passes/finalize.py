@@ -1,6 +1,6 @@
 """Seal a pass that is over, so that a kill or a full disk in the middle of it costs nothing but a second try.
 
-What is to be sealed is first written down beside the parts; whoever comes next finishes it from there.
+What is to be sealed is first written down beside the parts; the next command finishes it from there.
 """
 
 from __future__ import annotations

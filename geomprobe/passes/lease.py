@@ -210,10 +210,10 @@ def locked_by_first(ranks: Ranks, lease: contextlib.AbstractContextManager[Any])
         ElsewhereStopped: the same, on the others.
     """
     if not ranks.first:
-        yield ranks.broadcast("held")
+        yield ranks.broadcast("locked")
         return
     with lease as found:
-        yield ranks.broadcast("held", found)
+        yield ranks.broadcast("locked", found)
 
 
 def own_record(target: RunFolder, ranks: Ranks) -> Record:

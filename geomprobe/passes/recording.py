@@ -207,7 +207,7 @@ class ReferenceKeeper(Events):
 class RecordWriter(Events):
     """Writes one row a step: epoch, loss, learning rate and fingerprint."""
 
-    _log: AttemptLog  # opened at the first update, since it holds the manifest
+    _log: AttemptLog  # opened at the first update, since it needs the manifest
 
     def __init__(self, session: Session, probe: Probe, run: RunFolder, fingerprint: StepFingerprint) -> None:
         self._session, self._probe, self._run, self._fingerprint = session, probe, run, fingerprint

@@ -64,7 +64,7 @@ def replaying(
         manifest: what is known of the environment before the script runs.
         options: what to measure, and whether to continue past the first difference.
         point: where to begin, if not at the start.
-        segment: replay only up to this step; others do the rest, and whoever is last seals the trace.
+        segment: replay only up to this step; other processes do the rest, and the last one seals the trace.
         ranks: the processes of the run.
     """
     ranks = ranks or Ranks()
@@ -379,7 +379,7 @@ class TraceSealer(Events):
 
     @functools.cached_property
     def _end(self) -> dict[str, Any]:
-        """What the checkpoint that this segment ends at says of itself."""
+        """The facts of the checkpoint that this segment ends at."""
         try:
             own = self.rows.run.of_rank(self.session.ranks.rank).checkpoints
             facts = checkpoint.facts(checkpoint.folder(own, self.session.steps))

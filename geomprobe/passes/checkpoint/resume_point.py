@@ -1,4 +1,4 @@
-"""Where a pass goes on that was cut off, or begins in the middle: from which checkpoint, over which rows."""
+"""Where a pass that was cut off continues, or one for a segment begins: from which checkpoint, over which rows."""
 
 from __future__ import annotations
 

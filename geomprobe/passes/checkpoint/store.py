@@ -101,7 +101,7 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def facts(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself, without a look at its state.
+    """The facts of a checkpoint, read without its state.
 
     Raises:
         RunError: that is missing or damaged.
@@ -263,7 +263,7 @@ def _description(path: Path) -> dict[str, Any]:
 
 
 def _holder(path: Path, described: Mapping[str, Any]) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint that has what this one leaves out, and what it says of itself; None where this one is complete."""
+    """The checkpoint that has what this one leaves out, and its description; None where this one is complete."""
     shared = described["shared"]
     if shared is None or shared["checkpoint"] is None:
         return None

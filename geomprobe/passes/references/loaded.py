@@ -32,7 +32,7 @@ class References:
         digests: SHA-256 of each file, by name.
 
     Raises:
-        RunError: a reference holds a value that is not finite, or a file holds other weights.
+        RunError: a reference has a value that is not finite, or a file has other weights.
         UsageError: a file has the name of one of them, or one that no reference can have.
     """
 
