@@ -109,10 +109,9 @@ def run_record(train: Train, run: RunPath, options: RecordOptions, script: Mappi
     lease = unfinished_recording(target) if options.resume else target.recording(options.force)
     with ranks.watched(), locked_by_first(ranks, lease) as left:
         if left or not options.resume:
-            begun = resume_point = None
-            if options.resume:
-                begun, resume_point = begun_recording(target, options.seed, ranks)
-            if begun is not None:
+            point = begun_recording(target, options.seed, ranks) if options.resume else None
+            if point is not None:
+                begun = point.manifest
                 require_same_options(
                     f"{target.path} was recorded", {**begun, **begun["recording"]}, options.asked()
                 )
@@ -120,10 +119,10 @@ def run_record(train: Train, run: RunPath, options: RecordOptions, script: Mappi
             seed = ranks.broadcast("seed", draw_seed() if options.seed is None else options.seed)
             with _running(seed, options.strict):
                 manifest = start_manifest(seed=seed, strict=options.strict, script=script) | ranks.described()
-                if resume_point is not None:
-                    require_same_start(resume_point.manifest, manifest, target.path, "go on")
-                    manifest = resume_point.manifest
-                session = recording(target, manifest, replace(options, seed=seed), ranks, resume_point)
+                if point is not None:
+                    require_same_start(point.manifest, manifest, target.path, "go on")
+                    manifest = point.manifest
+                session = recording(target, manifest, replace(options, seed=seed), ranks, point)
                 with session.reporting():
                     train()
                     session.complete()

@@ -145,10 +145,8 @@ def _drop_unfinished(path: Path, found: Record | Trace) -> bool:
     return True
 
 
-def begun_recording(
-    target: RunFolder, seed: int | None, ranks: Ranks
-) -> tuple[dict[str, Any] | None, ResumePoint | None]:
-    """The manifest of a recording that was cut off, and where this process continues it, if there is one.
+def begun_recording(target: RunFolder, seed: int | None, ranks: Ranks) -> ResumePoint | None:
+    """Where this process continues a recording that was cut off, if there is one.
 
     Raises:
         UsageError: ``seed`` is not the one that it was started with.
@@ -158,7 +156,7 @@ def begun_recording(
     parts = committed(own, "record")
     manifests = [found for found in ranks.all_gather("begun", manifest_of(parts) if parts else None) if found]
     if not manifests:
-        return None, None
+        return None
     begun = manifests[0]
     _require_world_size(begun, ranks, target.path)
     if seed not in (None, begun["seed"]):
@@ -168,7 +166,7 @@ def begun_recording(
         )
     mine = manifest_of(parts) if parts else begun
     latest = contiguous_end(own, "record", parts)
-    return begun, find_resume_point(own, mine, parts, latest, ranks)
+    return find_resume_point(own, mine, parts, latest, ranks)
 
 
 def replayed_before(target: RunFolder, recorded: Record, wanted: StepRange, ranks: Ranks) -> ResumePoint:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from geomprobe.distributed.dtensor import to_local, is_dtensor
+from geomprobe.distributed.dtensor import is_dtensor, to_local
 from geomprobe.errors import RunError
 
 _TAG = "__geomprobe__"  # the key whose value is the name of what a dict stands for

@@ -196,7 +196,7 @@ class _DigestedFile:
         return len(data)
 
     def flush(self) -> None:
-        """For torch, which calls it; the file is not buffered."""
+        """For torch, which calls it; closing the file does it."""
 
     def hexdigest(self) -> str:
         if self._error is not None:
@@ -225,7 +225,7 @@ def _write(
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        with atomic_file(aside / STATE) as path, open(path, "wb", buffering=0) as file:
+        with atomic_file(aside / STATE) as path, open(path, "wb") as file:
             digested = _DigestedFile(file)
             torch.save(plain, digested)  # type: ignore[arg-type]
             described["sha256"] = digested.hexdigest()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from geomprobe.distributed.dtensor import to_local, is_dtensor, placed
+from geomprobe.distributed.dtensor import is_dtensor, placed, to_local
 from geomprobe.errors import RunError
 from geomprobe.passes.checkpoint.plain_values import HostTensor, StateOf
 from geomprobe.probe.probe import Probe
