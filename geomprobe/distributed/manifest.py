@@ -24,8 +24,7 @@ def across_ranks(
     """
     if ranks.alone:
         return {}
-    where = next(iter(parameters.values())).device
-    device = f"{where} ({torch.cuda.get_device_name(where)})" if where.type == "cuda" else str(where)
+    device = _device(next(iter(parameters.values())).device)
     values_here = sum(local(p).numel() for p in parameters.values())
     placed = ranks.all_gather("placed", [device, values_here, socket.gethostname()])
     devices, values, hosts = zip(*placed, strict=True)
@@ -38,6 +37,10 @@ def across_ranks(
         section["meshes"] = [[list(mesh.shape), list(mesh.mesh_dim_names or ())] for mesh in meshes]
         section["fsdp"] = [_group(module) for module in fsdp_modules(model)]
     return {"ranks": section, "hosts": list(hosts)}
+
+
+def _device(device: torch.device) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def _exchanges() -> dict[str, Any]:

@@ -19,6 +19,7 @@ from geomprobe.distributed.progress import Place, ProgressMarker, main_frame
 from geomprobe.errors import GeomprobeError
 
 BEAT_S = 1.0
+INTERVAL_S = 2 * BEAT_S  # more than that between two beats is not counted: the process was suspended
 SILENCE_S = 120.0  # longer than any library keeps Python's lock to itself, which keeps a process silent too
 BROKEN_S = 5.0  # the same, where an exchange has broken, so that a process is gone
 GRACE_S = 10.0  # for a process to stop by itself, when another has failed
@@ -35,7 +36,7 @@ class Heartbeat(NamedTuple):
 class FailureDetector:
     """Judges the heartbeats of all processes. It has no clock: the watchdog gives it the time between two beats.
 
-    One interval counts for no more than two beats, so that all processes may be suspended and continue later.
+    A long interval counts for little, so that all processes may be suspended and continue later.
 
     >>> detector = FailureDetector(2, patience=2.0)
     >>> late, waiting = Place(7, 1, False, "data.py:9", 2.0), Place(7, 4, False, "", 2.0)
@@ -62,7 +63,7 @@ class FailureDetector:
             if beat is not None and beat != self._beats.get(rank):
                 self._beats[rank], self._silent[rank] = beat, 0.0
             else:
-                self._silent[rank] = self._silent.get(rank, 0.0) + min(elapsed, 2 * BEAT_S)
+                self._silent[rank] = self._silent.get(rank, 0.0) + min(elapsed, INTERVAL_S)
 
     def verdict(self) -> str | None:
         """What all processes have to stop for, with the name of the one that causes it; None while all is well."""

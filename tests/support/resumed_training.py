@@ -79,11 +79,8 @@ def recorded(training: Resumable, run: Path, options: dict[str, Any]) -> int:
     """The step that this process began at."""
     vigil.BEAT_S = 0.05
     begun = []
-    put_back = restart.Restore.put_back
-    restart.Restore.put_back = lambda self, probe, *rest: (
-        put_back(self, probe, *rest),
-        begun.append(probe.step),
-    )[0]
+    goal_reached = restart.Resumer.goal_reached
+    restart.Resumer.goal_reached = lambda self: (goal_reached(self), begun.append(self._probe.step))[0]
     geomprobe.record(training, run, seed=0, **{"checkpoint_every": "2steps", **options}).close()
     return begun[0] if begun else 0
 
