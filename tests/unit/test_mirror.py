@@ -13,9 +13,7 @@ TESTED_BY: dict[tuple[str, ...], str] = {
     # Modules that only a command, a pass or a report as a whole gives a meaning to.
     ("behavior/test_cli_passes.py", "behavior/test_unmodified_script.py"): "cli/launch cli/record cli/replay",
     ("behavior/test_cli_reports.py",): "cli/diff cli/inspect cli/plot cli/verify",
-    (
-        "behavior/test_two_pass.py",
-    ): "passes/api passes/recording passes/replaying probe/loops",
+    ("behavior/test_two_pass.py",): "passes/api passes/replaying probe/loops",
     ("behavior/test_bad_input.py",): "errors measure/input_checks probe/loader_passes",
     ("behavior/test_faults.py",): "reproducibility/comparison reproducibility/fingerprint",
     ("behavior/test_measuring.py",): "measure/measurement measure/options",
@@ -25,8 +23,7 @@ TESTED_BY: dict[tuple[str, ...], str] = {
     ),
     ("behavior/test_kill.py",): "passes/attempts trace/stream/child",
     ("behavior/test_resume.py", "behavior/test_resume_damage.py"): (
-        "passes/checkpoint/restore passes/checkpoint/shared_tensors "
-        "passes/checkpoint/training_state passes/lease trace/run_folder"
+        "passes/checkpoint/restore passes/checkpoint/training_state passes/lease trace/run_folder"
     ),
     ("behavior/test_unmodified_script.py",): (
         "probe/hooks/global_hooks probe/hooks/model_calls probe/hooks/mute probe/hooks/step_calls "
@@ -45,10 +42,10 @@ TESTED_BY: dict[tuple[str, ...], str] = {
     ("processes/test_layouts.py",): "distributed/layout distributed/unsupported",
     ("processes/test_replay_options_ranks.py",): "passes/references/loaded",
     ("processes/test_resume_ranks.py",): (
-        "distributed/ranks distributed/step_barrier passes/checkpoint/ddp_buckets "
-        "passes/references/kept"
+        "distributed/ranks distributed/step_barrier passes/checkpoint/ddp_buckets passes/references/kept"
     ),
     # Parts of what the test file of a neighbor looks at as a whole.
+    ("unit/passes/test_options.py",): "measure/option_fields",
     ("unit/probe/test_probe.py",): "probe/inert probe/parameters probe/progress_bar",
     ("unit/report/test_diff.py",): "report/diff_text",
     (
