@@ -227,7 +227,7 @@ def require_same_start(
     if changed and before.get("root") == now.get("root"):
         raise EnvironmentMismatch(
             f"{', '.join(changed)} changed since {run} was recorded, so to {doing} would make another run: "
-            f"{_NOTHING[doing]}. Restore the recorded version, or record anew."
+            f"{_NOTHING[doing]}. Restore the recorded version, or record again."
             f"{_UNCERTIFIED if doing == 'replay' else ''}"
         )
     require_same(recorded, manifest, START_SECTIONS, run, doing)
@@ -275,7 +275,7 @@ def require_same_kind(recorded: Mapping[str, Any], present: Mapping[str, Any], w
     if before != now:
         raise EnvironmentMismatch(
             f"{what} is of {before[0]} with groups of {before[1]} tensors, and here is {now[0]} with {now[1]}: nothing "
-            "was done. Build the same optimizer, or record anew."
+            "was done. Build the same optimizer, or record again."
         )
 
 
@@ -302,6 +302,6 @@ def require_same(
     name, before, now = found
     raise EnvironmentMismatch(
         f"{run} was recorded with {name} = {before!r}, but here it is {now!r}, which can change bits: "
-        f"{_NOTHING[doing]}. Restore {name} to {before!r} and {doing} again, or record anew with "
+        f"{_NOTHING[doing]}. Restore {name} to {before!r} and {doing} again, or record again with "
         f"`geomprobe record`.{_UNCERTIFIED if doing == 'replay' else ''}"
     )
