@@ -57,7 +57,7 @@ def shimmed(tmp_path_factory):
 
 def killed_at(server, bench, argv, write):
     """A command that is killed at its n-th write; gives how many it made where it was not."""
-    result = Command(server, argv, bench.folder, kill_at=write).wait()
+    result = Command(server, ["-m", "geomprobe", *argv], bench.folder, kill_at=write).wait()
     assert result.code in (0, -signal.SIGKILL), result
     return int(result.err.split()[-2]) if result.code == 0 else None
 

@@ -1,8 +1,11 @@
-"""Runs geomprobe's command lines in forks of one process that has imported torch: a fraction of a second each.
+"""Runs command lines in forks of one process that has imported torch: a fraction of a second each.
 
-result = run("record", "-o", "run", "train.py", cwd=folder)     # waits: exit code, output, errors
-command = start("replay", "run", cwd=folder)                    # does not: it has a pid to kill
+result = run("record", "-o", "run", "train.py", cwd=folder)     # geomprobe's; waits: exit code, output, errors
+command = start("replay", "run", cwd=folder)                    # does not wait: it has a pid to kill
 result = command.wait()
+result = python("-c", "import torch; print(torch.ones(1))", cwd=folder)
+
+A test takes a fresh Python only where the start itself, what is imported or the end of the interpreter counts.
 """
 
 import atexit
@@ -33,15 +36,16 @@ class Result:
 
 
 class Command:
-    """A command line that runs in a fork of the server."""
+    """A command line of Python that runs in a fork of the server; ``err``: a terminal to write errors to."""
 
-    def __init__(self, server, argv, cwd, env=None, kill_at=0):
+    def __init__(self, server, argv, cwd, env=None, kill_at=0, err=None):
         self._server = server
         self._folder = Path(tempfile.mkdtemp())
-        out, err = (str(self._folder / name) for name in ("out", "err"))
+        out, own_err = (self._folder / name for name in ("out", "err"))
+        own_err.touch()
         arguments = [str(argument) for argument in argv]
-        request = {"argv": arguments, "cwd": str(cwd), "env": env or {}, "out": out, "err": err}
-        self.pid = server.ask({**request, "kill_at": kill_at})
+        request = {"argv": arguments, "cwd": str(cwd), "env": env or {}, "out": str(out)}
+        self.pid = server.ask({**request, "err": str(err or own_err), "kill_at": kill_at})
 
     def wait(self, timeout_s=TIMEOUT_S):
         """The result; a command that takes longer than ``timeout_s`` is killed, and has no exit code."""
@@ -88,12 +92,17 @@ def server():
 
 def start(*argv, cwd, env=None):
     """Start ``geomprobe`` with arguments; returns at once."""
-    return Command(server(), argv, cwd, env)
+    return Command(server(), ["-m", "geomprobe", *argv], cwd, env)
 
 
 def run(*argv, cwd, env=None):
     """Run ``geomprobe`` with arguments to its end."""
     return start(*argv, cwd=cwd, env=env).wait()
+
+
+def python(*argv, cwd=".", env=None, timeout_s=TIMEOUT_S):
+    """Run ``python`` with arguments to its end."""
+    return Command(server(), argv, Path(cwd).resolve(), env).wait(timeout_s)
 
 
 def serve():
