@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import h5py
 import numpy as np
 import pytest
 from support.cases import CASES, Case, Watch, classified, mlp
+from support.command_server import Result, python
 from support.oracle import History, float64, held, seeded
 from torch import nn
 from torch.optim import SGD, Optimizer
@@ -229,11 +229,9 @@ print(f"trained {len(log)} steps")
 """
 
 
-def command(*arguments: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == code, done.stderr
+def command(*arguments: str, cwd: Path) -> Result:
+    done = python(*arguments, cwd=cwd)
+    assert done.code == 0, done.err
     return done
 
 
@@ -276,10 +274,10 @@ def by_command(project: Path) -> Path:
     """The script, recorded and replayed from a shell; the run folder."""
     script = ("train.py", "--lr", "0.2", "--log", "log.json")
     recorded = command("-m", "geomprobe", "record", "-o", "runs/a", "--seed", str(SEED), *script, cwd=project)
-    assert "Wrote runs/a/record.h5" in recorded.stdout
+    assert "Wrote runs/a/record.h5" in recorded.out
     replayed = command("-m", "geomprobe", "replay", "runs/a", cwd=project)
-    assert "certified" in replayed.stdout
-    assert recorded.stdout.count("trained") == replayed.stdout.count("trained") == 1
+    assert "certified" in replayed.out
+    assert recorded.out.count("trained") == replayed.out.count("trained") == 1
     return project / "runs" / "a"
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from stress.command_forks import IMPORTED
 
 # Forks of a process that has imported everything start in a tenth of a second.
