@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 import h5py
 import numpy as np
 import pytest
 import torch
+from stress.command_forks import ENVIRONMENT
 from support.command_server import python
 
 import geomprobe
@@ -39,7 +41,8 @@ def train() -> None:
 
 
 def killed_while_sealing(run, kind: str) -> None:
-    done = python("-c", KILLED, run, kind)
+    here = {name: os.environ.get(name) for name in ENVIRONMENT}  # as the replay in this process has it
+    done = python("-c", KILLED, run, kind, env=here)
     assert done.code == -signal.SIGKILL, done.err
 
 
