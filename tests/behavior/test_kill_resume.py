@@ -61,7 +61,7 @@ def through(server, bench, argv, first, step):
     return kills
 
 
-FEW_AND_MANY = [3, pytest.param(40, marks=pytest.mark.slow)]
+FEW_AND_MANY = [2, pytest.param(40, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("trials", FEW_AND_MANY)

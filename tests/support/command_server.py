@@ -45,7 +45,8 @@ class Command:
         own_err.touch()
         arguments = [str(argument) for argument in argv]
         request = {"argv": arguments, "cwd": str(cwd), "env": env or {}, "out": str(out)}
-        self.pid = server.ask({**request, "err": str(err or own_err), "kill_at": kill_at})
+        self.err = Path(err or own_err)
+        self.pid = server.ask({**request, "err": str(self.err), "kill_at": kill_at})
 
     def wait(self, timeout_s=TIMEOUT_S):
         """The result; a command that takes longer than ``timeout_s`` is killed, and has no exit code."""
