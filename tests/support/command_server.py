@@ -9,15 +9,18 @@ A test takes a fresh Python only where the start itself, what is imported or the
 """
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import importlib
 import json
 import os
 import shutil
+import socketserver
 import subprocess
 import sys
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,6 +107,44 @@ def run(*argv, cwd, env=None):
 def python(*argv, cwd=".", env=None, timeout_s=TIMEOUT_S):
     """Run ``python`` with arguments to its end."""
     return Command(server(), argv, Path(cwd).resolve(), env).wait(timeout_s)
+
+
+# What a shell finds as `python` or `geomprobe`. Its output goes where this process's own would.
+_SHIM = """#!{python} -IS
+import json, os, socket, sys
+out, err = (f"/proc/{{os.getpid()}}/fd/{{number}}" for number in (1, 2))
+request = {{"argv": {words} + sys.argv[1:], "cwd": os.getcwd(), "env": {{}}, "out": out, "err": err, "kill_at": 0}}
+with socket.socket(socket.AF_UNIX) as connection:
+    connection.connect({address!r})
+    connection.sendall(json.dumps(request).encode() + b"\\n")
+    sys.exit(json.loads(connection.makefile().readline()))
+"""
+
+
+class _ForShims(socketserver.StreamRequestHandler):
+    def handle(self):
+        pid = server().ask(json.loads(self.rfile.readline()))
+        code = server().ask({"wait": pid, "timeout_s": TIMEOUT_S})
+        self.wfile.write(f"{1 if code is None else code}\n".encode())
+
+
+@contextlib.contextmanager
+def shims():
+    """A folder with a `python` and a `geomprobe` for the PATH of a shell, which run in forks of the server."""
+    with tempfile.TemporaryDirectory() as folder:
+        address = str(Path(folder) / "socket")
+        for name, words in (("python", []), ("geomprobe", ["-m", "geomprobe"])):
+            shim = Path(folder) / name
+            shim.write_text(_SHIM.format(python=sys.executable, words=words, address=address))
+            shim.chmod(0o755)
+        with socketserver.UnixStreamServer(address, _ForShims) as listening:
+            thread = threading.Thread(target=listening.serve_forever, args=(0.05,))
+            thread.start()
+            try:
+                yield folder
+            finally:
+                listening.shutdown()
+                thread.join()
 
 
 def serve():
