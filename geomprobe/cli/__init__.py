@@ -5,7 +5,7 @@ geomprobe replay runs/a                         the same run, bit for bit, measu
 geomprobe verify runs/a                         the identities any trace must satisfy
 geomprobe plot runs/a -o gamma.png              RSI, EB and cosine by epoch
 
-exit codes: 0 held, 1 failed, 2 wrong usage, 3 the replay diverged or an identity is broken,
+exit codes: 0 done, 1 failed, 2 wrong usage, 3 the replay diverged or an identity is broken,
 75 stopped by SIGTERM, to go on with --resume
 """
 

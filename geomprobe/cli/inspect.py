@@ -1,4 +1,4 @@
-"""Say what a run holds, and whether its replay held.
+"""Show what is in a run, and whether its replay is certified.
 
 Works on a run folder, finished or not, being written or cut off, and on a trace.h5 or record.h5 by
 itself. Shows the status of both passes, the certificate (or the first difference), the script, the

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import IO, Any
 
 from geomprobe.errors import GeomprobeError, ReplayDiverged, Stopped, UsageError
-from geomprobe.measure.before_clipping import require_clipped
+from geomprobe.measure.gradient_products import require_clipped
 from geomprobe.passes import lease
 from geomprobe.passes.checkpoint.resume_point import cuts, segments
 from geomprobe.passes.options import ReplayOptions

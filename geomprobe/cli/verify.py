@@ -1,9 +1,10 @@
 """Check a trace against the identities that any trace must satisfy.
 
-Everything is recomputed from the trace alone: the columns from the inner products, cosine = rsi/eb,
-lolr = rsi/eb^2, |cosine| <= 1, distance > 0 before the end, the certificate; and for plain SGD, each
-distance from the row before it (NWT eq. 4) and the last step's direction and length. Each check names
-its worst row and the tolerance, which follows from rounding. Exits with 3 when one is broken.
+It needs the trace alone. Each column must fit the inner products that it was computed from, by another formula than
+the one that computed it. cosine = rsi/eb, lolr = rsi/eb^2, |cosine| <= 1, distance > 0 before the end, and the status
+must fit the certificate. For plain SGD, each distance must follow from the row before it (NWT eq. 4), and the last step
+must have the right direction and length. Each check names its worst row and its tolerance, which follows from rounding.
+Exits with 3 when an identity is broken.
 
     geomprobe verify runs/a
 """
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Verify, print, and say whether everything held."""
+    """Verify and print; the exit code is 3 where an identity is broken."""
     result = verify(open_trace(arguments.run))
     print(json.dumps(result.as_json(), indent=2) if arguments.json else render(result), flush=True)
     if result.broken:

@@ -59,11 +59,7 @@ class CLR(Optimizer):
     """
 
     def __init__(
-        self,
-        params: Iterable[Any],
-        e_star: float = 0.0,
-        max_lr: float | None = None,
-        scale: float = 1.0,
+        self, params: Iterable[Any], e_star: float = 0.0, max_lr: float | None = None, scale: float = 1.0
     ) -> None:
         super().__init__(params, {"e_star": e_star, "max_lr": max_lr, "scale": scale})
 

@@ -104,11 +104,7 @@ class RandomWalk(nn.Module):
     """
 
     def __init__(
-        self,
-        dimension: int,
-        *,
-        generator: torch.Generator | None = None,
-        dtype: torch.dtype | None = None,
+        self, dimension: int, *, generator: torch.Generator | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
         self.theta = nn.Parameter(torch.zeros(dimension, dtype=dtype))

@@ -80,13 +80,7 @@ class ConvexCone(Landscape):
 
     center: Tensor
 
-    def __init__(
-        self,
-        alpha: float = 1.0,
-        *,
-        center: Point | float = 0.0,
-        start: Point = (1.0, 1.0),
-    ) -> None:
+    def __init__(self, alpha: float = 1.0, *, center: Point | float = 0.0, start: Point = (1.0, 1.0)) -> None:
         super().__init__(start)
         self.alpha = _positive("alpha", alpha)
         self._constant("center", center, self.theta.shape)
@@ -109,12 +103,7 @@ class ConcaveCone(ConvexCone):
     """
 
     def __init__(
-        self,
-        alpha: float = 1.0,
-        *,
-        beta: float = 0.0,
-        center: Point | float = 0.0,
-        start: Point = (1.0, 1.0),
+        self, alpha: float = 1.0, *, beta: float = 0.0, center: Point | float = 0.0, start: Point = (1.0, 1.0)
     ) -> None:
         super().__init__(alpha, center=center, start=start)
         self.beta = beta
@@ -138,13 +127,7 @@ class LinearPiece(Landscape):
 
     slope: Tensor
 
-    def __init__(
-        self,
-        slope: Point,
-        *,
-        offset: float = 0.0,
-        start: Point = (1.0, 1.0),
-    ) -> None:
+    def __init__(self, slope: Point, *, offset: float = 0.0, start: Point = (1.0, 1.0)) -> None:
         super().__init__(start)
         self._constant("slope", slope, self.theta.shape)
         self.offset = offset
@@ -219,11 +202,7 @@ class GluedCorridors(Landscape):
     """
 
     def __init__(
-        self,
-        valleys: Sequence[Landscape],
-        hills: Sequence[Landscape] = (),
-        *,
-        start: Point = (1.0, 1.0),
+        self, valleys: Sequence[Landscape], hills: Sequence[Landscape] = (), *, start: Point = (1.0, 1.0)
     ) -> None:
         super().__init__(start)
         if not valleys:

@@ -130,7 +130,7 @@ def rates(trace: Trace, column: str, *, smooth: Smoothing = "epoch", scale: floa
     (array([0.5  , 0.375, 0.25 ]), array([1. , 1. , 0.5]))
     """
     values = trace[column]
-    units = describe(column if "/" in column else f"steps/{column}").units
+    units = describe(column).units
     if units != "lr":
         raise UsageError(
             f"{column} is in units of {units}, and a schedule is made of learning rates (units lr)"

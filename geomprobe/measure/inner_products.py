@@ -21,17 +21,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain
+from itertools import chain, zip_longest
 
 import torch
 from torch import Tensor
 
 from geomprobe.distributed.dtensor import is_dtensor, local, local_gradient
-from geomprobe.errors import GeomprobeError
-from geomprobe.measure.input_checks import require_gradients, require_parameters, require_reference
+from geomprobe.errors import GeomprobeError, UnsupportedTraining, UsageError
 
 SHARED = ("g.g", "w.g", "w.w")
 OF_REFERENCE = ("g.d", "w.d", "d.d")
+LAYOUTS = (torch.strided, torch.sparse_coo)  # of a gradient
 
 Vectors = Sequence[Tensor | None]
 
@@ -95,13 +95,13 @@ class InnerProducts:
         compiled: bool = False,
         only: Sequence[str] | None = None,
     ) -> None:
-        require_parameters(parameters)
+        _require_parameters(parameters)
         self._parameters = list(parameters)
         self._distributed = any(is_dtensor(parameter) for parameter in parameters)
         weights = [local(parameter) for parameter in parameters]
         references = {name: [local(tensor) for tensor in reference] for name, reference in references.items()}
         for name, reference in references.items():
-            require_reference(name, reference, weights)
+            _require_reference(name, reference, weights)
         ordered = sorted(references, key=lambda name: name != "final")
         prefixes = ["" if name == "final" else f"references/{name}/inner_products/" for name in ordered]
         names = SHARED + tuple(prefix + column for prefix in prefixes for column in OF_REFERENCE)
@@ -125,11 +125,7 @@ class InnerProducts:
 
     @property
     def scratch_bytes(self) -> int:
-        """Memory held for packing, in bytes.
-
-        >>> InnerProducts([torch.ones(10)], {}).scratch_bytes
-        240
-        """
+        """Memory held for packing, in bytes."""
         return self._scratch.numel() * self._scratch.element_size()
 
     @torch.no_grad()
@@ -148,19 +144,13 @@ class InnerProducts:
 
         Raises:
             UnsupportedTraining: a parameter changed its shape, or a gradient does not match its parameter.
-
-        >>> products = InnerProducts([torch.ones(2), torch.ones(3)], {}, per_parameter=True)
-        >>> products.measure([torch.full((2,), 8.0), None], grad_scale=4.0)
-        tensor([[8., 4., 5.],
-                [8., 4., 2.],
-                [0., 0., 3.]], dtype=torch.float64)
         """
         weights: Sequence[Tensor] = self._parameters
         if self._distributed:
             pairs = zip(gradients, self._parameters, strict=True)
             gradients = [local_gradient(gradient, parameter) for gradient, parameter in pairs]
             weights = [local(parameter) for parameter in self._parameters]
-        require_gradients(weights, self._shapes, gradients)
+        _require_gradients(weights, self._shapes, gradients)
         sums = torch.stack([group.sums(weights, gradients) for group in self._groups])
         sums = torch.cat([sums.sum(0, keepdim=True), sums]) if self._per_parameter else sums[0]
         scale = grad_scale.double() if isinstance(grad_scale, Tensor) else grad_scale
@@ -401,3 +391,53 @@ def _build_kernel(points: Iterable[Sequence[Tensor]], device: torch.device) -> N
             f"torch.compile could not build the kernel of the inner products: {error}. "
             "Install a C++ compiler (Triton on CUDA), or measure with compiled=False."
         ) from error
+
+
+def _require_parameters(parameters: Sequence[Tensor]) -> None:
+    """Refuse parameters that cannot be measured."""
+    if not parameters:
+        raise UsageError("there are no parameters to measure. Attach to a model that has some.")
+    for index, parameter in enumerate(parameters):
+        if not parameter.is_floating_point() or parameter.layout is not torch.strided:
+            raise UnsupportedTraining(
+                f"parameter {index} is {parameter.dtype}, {parameter.layout}: only dense real parameters "
+                "are measured. Hold complex ones as real tensors (torch.view_as_real)."
+            )
+        if parameter.device != parameters[0].device:
+            raise UnsupportedTraining(
+                f"parameter {index} is on {parameter.device}, parameter 0 on {parameters[0].device}. "
+                "Train with all parameters of a process on one device."
+            )
+
+
+def _require_reference(name: str, reference: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+    """Refuse a reference that has not the shapes and the device of the parameters."""
+    found, needed = ([f"{list(t.shape)} on {t.device}" for t in ts] for ts in (reference, parameters))
+    for index, (a, b) in enumerate(zip_longest(found, needed, fillvalue="missing")):
+        if a != b:
+            raise UsageError(
+                f"reference {name!r} does not match the parameters: tensor {index} is {a}, parameter {index} "
+                f"is {b}. Load a reference of this model, onto its device."
+            )
+
+
+def _require_gradients(
+    parameters: Sequence[Tensor], shapes: Sequence[torch.Size], gradients: Sequence[Tensor | None]
+) -> None:
+    """Refuse parameters and gradients that have not the shapes that the parameters had."""
+    if len(gradients) != len(parameters):
+        raise UnsupportedTraining(
+            f"{len(gradients)} gradients for {len(parameters)} parameters. Give each one or None."
+        )
+    rows = zip(parameters, shapes, gradients, strict=True)
+    for index, (parameter, shape, gradient) in enumerate(rows):
+        if parameter.shape != shape:
+            raise UnsupportedTraining(
+                f"parameter {index} changed its shape from {list(shape)} to "
+                f"{list(parameter.shape)}: its distance to a reference is undefined. Keep the shapes fixed."
+            )
+        if gradient is not None and (gradient.shape != shape or gradient.layout not in LAYOUTS):
+            raise UnsupportedTraining(
+                f"the gradient of parameter {index} is {gradient.layout} {list(gradient.shape)}, the "
+                f"parameter {list(shape)}. Give a dense or sparse COO gradient of its shape."
+            )

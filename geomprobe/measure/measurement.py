@@ -10,19 +10,14 @@ from torch import Tensor
 
 from geomprobe.distributed.dtensor import is_dtensor, local_gradient
 from geomprobe.distributed.layout import Layout
-from geomprobe.measure.before_clipping import BeforeClipping
 from geomprobe.measure.curvature.autograd_graph import CurvatureUnavailable
-from geomprobe.measure.curvature.step_curvature import StepCurvature
-from geomprobe.measure.finite_step import FiniteStep
-from geomprobe.measure.full_gradient import FullGradient
-from geomprobe.measure.held_out import HeldOutGradient
-from geomprobe.measure.hg import HessianGradient
+from geomprobe.measure.curvature.step_curvature import FiniteStep, HessianGradient, Sharpness, StepCurvature
+from geomprobe.measure.gradient_products import BeforeClipping, PerRankProducts, ReferenceProducts
 from geomprobe.measure.options import MeasureOptions
-from geomprobe.measure.per_rank import PerRankProducts
 from geomprobe.measure.quantity import Combine, Part, Quantity, Recorded, References, Step, Training
-from geomprobe.measure.reference_products import ReferenceProducts
-from geomprobe.measure.sharpness import Sharpness
-from geomprobe.probe.hooks.mute import muted
+from geomprobe.measure.side_gradient import FullGradient, HeldOutGradient
+from geomprobe.probe.events import Closure, Events
+from geomprobe.probe.hooks.global_hooks import muted
 from geomprobe.probe.probe import Probe
 from geomprobe.trace.record import Record
 
@@ -39,8 +34,8 @@ QUANTITIES: tuple[type[Quantity], ...] = (
 """All that a replay can measure, in the order in which a step measures it."""
 
 
-class Measurement:
-    """The quantities that one replay measures. A pass owns it and calls everything from the thread that trains.
+class Measurement(Events):
+    """The quantities that one replay measures, called in the thread that trains.
 
     Args:
         probe: whose parameters are measured.
@@ -52,6 +47,7 @@ class Measurement:
     Attributes:
         layout: the same.
         columns: dataset paths by the quantity's name, once it is open.
+        listeners: what the pass reports to: this object, and the losses of the step where their Hessian is wanted.
     """
 
     def __init__(
@@ -64,6 +60,9 @@ class Measurement:
         self._probe, self._options = probe, options
         self.layout = Layout.of(probe.model, probe.parameters) if layout is None else layout
         self._curvature = StepCurvature(probe, options, self.layout)
+        self.listeners: list[Events] = (
+            [self] if self._curvature.curvature is None else [self._curvature, self]
+        )
         self._parameters: list[Tensor] = list(probe.parameters.values())
         training = Training(probe, self._parameters, options, self.layout, self._curvature)
         self._sharded = any(is_dtensor(parameter) for parameter in self._parameters)
@@ -71,12 +70,17 @@ class Measurement:
             of.name: of(training) for of in quantities if not of.option or getattr(options, of.option)
         }
         self.columns: dict[str, tuple[str, ...]] = {}
-        self._before_backward = self._listeners(Quantity.before_backward)
-        self._after_backward = self._listeners(Quantity.after_backward)
-        self._clipping = self._listeners(Quantity.clipping)
-        self._clipping_missed = self._listeners(Quantity.clipping_missed)
-        self._skipped = self._listeners(Quantity.skipped)
-        self._dropped = self._listeners(Quantity.dropped)
+        self._before_backward = self._overriding(Quantity.before_backward)
+        self._after_backward = self._overriding(Quantity.after_backward)
+        self._before_clipping = self._overriding(Quantity.before_clipping)
+        self._clipping_missed = self._overriding(Quantity.clipping_missed)
+        self._step_skipped = self._overriding(Quantity.step_skipped)
+        self._gradients_dropped = self._overriding(Quantity.gradients_dropped)
+
+    def _overriding(self, event: Callable[..., None]) -> list[Callable[..., None]]:
+        """The methods of the quantities that define an event of their own: the others cost a step no call."""
+        name = event.__name__
+        return [getattr(q, name) for q in self._quantities.values() if getattr(type(q), name) is not event]
 
     def open(self, references: References, *, record: Record | None = None, seed: int = 0) -> None:
         """Make ready to measure; called once, before the first update.
@@ -108,24 +112,10 @@ class Measurement:
 
     # Events
 
-    def fetched(self) -> None:
-        """A batch has come."""
-        self._curvature.fetched()
-
-    def entered(self) -> None:
-        """The model is about to run."""
-        self._curvature.entered()
-
-    def backward(
-        self, loss: Tensor, closure: Callable[[], Tensor] | None, run: Callable[[], None], plain: bool
+    def differentiate(
+        self, loss: Tensor, closure: Closure | None, run: Callable[[], None], plain: bool
     ) -> None:
-        """Run ``backward`` on a loss, to the same bits, keeping what the quantities need of it.
-
-        Args:
-            loss: what it is called on.
-            closure: evaluates the same loss again, or None.
-            run: the backward pass as the script asked for it.
-            plain: whether that is ``loss.backward()``, without options.
+        """Run a backward pass, keeping what the quantities need of it; see `Events.differentiate`.
 
         Raises:
             CurvatureUnavailable: Hg was required and has no exact route.
@@ -139,30 +129,22 @@ class Measurement:
             for after in self._after_backward:
                 after()
 
-    def clipping(self, factor: Tensor | None) -> None:
-        """The gradients, which are multiplied by ``factor``, are about to be clipped."""
-        for clipping in self._clipping:
-            clipping(factor)
+    def before_clipping(self, factor: Tensor | None) -> None:
+        for before in self._before_clipping:
+            before(factor)
 
     def clipping_missed(self) -> None:
-        """The gradients have been clipped, before anything was there to measure them."""
+        """The gradients have been clipped, before there was anything to measure them."""
         for missed in self._clipping_missed:
             missed()
 
-    def skipped(self) -> None:
-        """A step was attempted, and its gradients have overflowed."""
-        for skipped in self._skipped:
+    def step_skipped(self) -> None:
+        for skipped in self._step_skipped:
             skipped()
 
-    def dropped(self) -> None:
-        """The gradients so far were thrown away."""
-        self._curvature.dropped()
-        for dropped in self._dropped:
+    def gradients_dropped(self) -> None:
+        for dropped in self._gradients_dropped:
             dropped()
-
-    def sharpness_of(self, closure: Callable[[], Tensor]) -> None:
-        """Take the sharpness of the loss that ``closure`` evaluates, instead of the minibatch's."""
-        self._curvature.fixed_loss = closure
 
     # The row of a step
 
@@ -186,7 +168,8 @@ class Measurement:
         number = self._probe.step
         with muted():
             parts = self._parts(number, gradients, grad_scale)
-            self.dropped()
+            self._curvature.gradients_dropped()
+            self.gradients_dropped()
             for name, values in (means or {}).items():
                 parts[name] = {name: Part(values, Combine.MEAN)}
             whole = self._combined(parts)
@@ -219,29 +202,29 @@ class Measurement:
 
     def _combined(self, parts: Mapping[str, Mapping[str, Part]]) -> dict[str, dict[str, Tensor]]:
         """What one all-reduce makes of all processes' values, under the same names."""
-        whole: dict[str, dict[str, Tensor]] = {}
-        sent: dict[Combine, list[tuple[str, str, Tensor]]] = {how: [] for how in Combine}
-        for name, of_quantity in parts.items():
-            whole[name] = {}
-            for key, (values, how) in of_quantity.items():
-                whole[name][key] = values.unsqueeze(0) if how is Combine.GATHER else values
-                sent[how].append((name, key, values))
-        kinds = Combine.SUM, Combine.MEAN, Combine.GATHER
+        whole = {
+            name: {
+                key: values.unsqueeze(0) if how is Combine.GATHER else values
+                for key, (values, how) in of_quantity.items()
+            }
+            for name, of_quantity in parts.items()
+        }
         if self.layout.world_size == 1:
             return whole
-        combined = self.layout.exchange(*(self._flat(sent[how]) for how in kinds))
-        for how, result in zip(kinds, combined, strict=True):
-            pieces = result.split([values.numel() for _, _, values in sent[how]], dim=-1)
-            for (name, key, values), piece in zip(sent[how], pieces, strict=True):
+        kinds = Combine.SUM, Combine.MEAN, Combine.GATHER
+        sent = [
+            [
+                (name, key, part.values)
+                for name, of_quantity in parts.items()
+                for key, part in of_quantity.items()
+                if part.combine is how
+            ]
+            for how in kinds
+        ]
+        none = torch.empty(0, dtype=torch.float64, device=self._parameters[0].device)
+        flat = [torch.cat([none, *(values.reshape(-1) for _, _, values in of_kind)]) for of_kind in sent]
+        for how, of_kind, result in zip(kinds, sent, self.layout.exchange(*flat), strict=True):
+            pieces = result.split([values.numel() for _, _, values in of_kind], dim=-1)
+            for (name, key, values), piece in zip(of_kind, pieces, strict=True):
                 whole[name][key] = piece if how is Combine.GATHER else piece.view(values.shape)
         return whole
-
-    def _flat(self, sent: Sequence[tuple[str, str, Tensor]]) -> Tensor:
-        if not sent:
-            return torch.empty(0, dtype=torch.float64, device=self._parameters[0].device)
-        return torch.cat([values.reshape(-1) for _, _, values in sent])
-
-    def _listeners(self, event: Callable[..., None]) -> list[Callable[..., None]]:
-        """The methods of the quantities that define an event of their own: the others cost a step no call."""
-        name = event.__name__
-        return [getattr(q, name) for q in self._quantities.values() if getattr(type(q), name) is not event]

@@ -44,7 +44,6 @@ class Training:
     """What a quantity may know of the training that it measures.
 
     Attributes:
-        probe: on the model and the optimizer.
         parameters: the measured ones.
         options: what the replay was asked to measure.
         layout: how the training is spread over processes.
@@ -104,7 +103,7 @@ class Quantity:
     Attributes:
         name: of the quantity among the others.
         option: the field of `MeasureOptions` that asks for it; it is always measured where that is empty.
-        cadence: the field that says at which of the measured steps.
+        cadence: the field that holds at which of the measured steps it is due.
         columns: dataset paths in the trace, in the order of what `finish` returns; complete after `open`.
     """
 
@@ -133,7 +132,7 @@ class Quantity:
         """The columns' values, one dimension, from what the all-reduce made of `local`'s values."""
         return torch.cat([values.reshape(-1) for values in whole.values()])
 
-    # Events
+    # Events, as in `geomprobe.probe.events`
 
     def before_backward(self, loss: Tensor) -> None:
         """A backward pass of ``loss`` is about to run."""
@@ -141,14 +140,14 @@ class Quantity:
     def after_backward(self) -> None:
         """It has run, or raised."""
 
-    def clipping(self, factor: Tensor | None) -> None:
+    def before_clipping(self, factor: Tensor | None) -> None:
         """The gradients, which are multiplied by ``factor``, are about to be clipped."""
 
     def clipping_missed(self) -> None:
         """The gradients have been clipped, before there was anything to measure them."""
 
-    def skipped(self) -> None:
+    def step_skipped(self) -> None:
         """A step was attempted, and its gradients have overflowed."""
 
-    def dropped(self) -> None:
+    def gradients_dropped(self) -> None:
         """The gradients so far were thrown away, or their step is measured."""

@@ -33,14 +33,15 @@ LossPart = tuple[float, Callable[[], Tensor]]
 class SideGradient(Quantity):
     """Loss and inner products of a gradient that is taken beside the step's own.
 
-    Every random generator is seeded for each measurement, from the run's seed and the step, so that a replay that
-    goes on in the middle finds the same numbers.
+    Every random generator is seeded for each measurement, from the run's seed and the step, so that a resumed replay
+    finds the same numbers.
 
     Attributes:
         call: of the probe, which names the loss.
 
     Raises:
         UnsupportedTraining: it is asked for in a training of several processes.
+        UsageError: by `open`: the script does not name the loss, or epochs are asked for and unknown.
     """
 
     call: ClassVar[str]
@@ -63,11 +64,6 @@ class SideGradient(Quantity):
         """The losses whose weighted mean it is of."""
 
     def open(self, recorded: Recorded) -> None:
-        """See `Quantity.open`.
-
-        Raises:
-            UsageError: the script does not name the loss, or epochs are asked for and unknown.
-        """
         probe = self.training.probe
         if self.name not in probe.oracles:
             raise UsageError(
@@ -114,7 +110,43 @@ class SideGradient(Quantity):
         return total, [sums.get(parameter) for parameter in members]
 
 
-def loss_of_samples(
+class HeldOutGradient(SideGradient):
+    """Of a minibatch drawn from the loader's data set, without replacement, by torch's own generator."""
+
+    name, call, option = "held_out", "probe.held_out", "held_out_every"
+
+    def steps(self, epochs: NDArray[np.float64]) -> Sequence[int]:
+        return range(0, len(epochs), self.training.options.held_out_every)
+
+    def parts(self, loss: Callable[[Any], Tensor], loader: DataLoader[Any]) -> Iterator[LossPart]:
+        chosen = torch.randperm(_size(loader))[: _batch_size(loader)]
+        yield 1.0, _loss_of_samples(loss, loader, chosen.tolist())
+
+
+class FullGradient(SideGradient):
+    """Of all samples of the loader's data set, in order, in minibatches, each with its share of them."""
+
+    name, call, option = "full_gradient", "probe.full_gradient_of", "full_gradient_every"
+
+    def steps(self, epochs: NDArray[np.float64]) -> Sequence[int]:
+        if np.isnan(epochs).any():
+            raise UsageError(
+                "full_gradient_every counts epochs, and the recording knows of none: iterate with "
+                "`for epoch in probe.epochs(n)`, or over a DataLoader."
+            )
+        # The weights that an epoch ended with are those before the next one's first step.
+        ends = [0, *(np.flatnonzero(np.diff(epochs)) + 1).tolist()]
+        return ends[:: self.training.options.full_gradient_every]
+
+    def parts(self, loss: Callable[[Any], Tensor], loader: DataLoader[Any]) -> Iterator[LossPart]:
+        samples, size = _size(loader), _batch_size(loader)
+        assert size is not None
+        for start in range(0, samples, size):
+            chosen = list(range(start, min(start + size, samples)))
+            yield len(chosen) / samples, _loss_of_samples(loss, loader, chosen)
+
+
+def _loss_of_samples(
     loss: Callable[[Any], Tensor], loader: DataLoader[Any], chosen: list[int]
 ) -> Callable[[], Tensor]:
     """Evaluates ``loss`` on the minibatch that ``loader`` would make of some samples of its data set."""
@@ -122,7 +154,12 @@ def loss_of_samples(
     return lambda: loss(collate([loader.dataset[index] for index in chosen]))
 
 
-def batch_size(loader: DataLoader[Any]) -> int | None:
+def _size(loader: DataLoader[Any]) -> int:
+    samples: Any = loader.dataset
+    return len(samples)
+
+
+def _batch_size(loader: DataLoader[Any]) -> int | None:
     """How many samples a minibatch of ``loader`` has; None where it makes none."""
     return loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
 
@@ -149,7 +186,7 @@ def _require_batches(call: str, oracle: Oracle) -> None:
         reason = f"its {type(loader.dataset).__name__} can only be iterated over, not drawn from"
     elif type(sampler := loader.sampler) not in (RandomSampler, SequentialSampler):
         reason = f"it draws by a {type(sampler).__name__}, which would be passed by (torch.utils.data.Subset is not)"
-    elif not batch_size(loader):
+    elif not _batch_size(loader):
         reason = "it makes no batches (batch_size=None)"
     if reason is not None:
         raise UsageError(

@@ -12,7 +12,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from geomprobe.distributed.ranks import here
 from geomprobe.errors import UsageError
-from geomprobe.measure.before_clipping import require_clipped
+from geomprobe.measure.gradient_products import require_clipped
 from geomprobe.measure.option_fields import Options
 from geomprobe.passes import finalize
 from geomprobe.passes.lease import (
@@ -29,8 +29,7 @@ from geomprobe.passes.recording import recording
 from geomprobe.passes.references.loaded import References
 from geomprobe.passes.replaying import SegmentEnded, replaying
 from geomprobe.probe.events import observing
-from geomprobe.reproducibility.environment import function_script, start_manifest
-from geomprobe.reproducibility.environment_check import require_same_start
+from geomprobe.reproducibility.environment import function_script, require_same_start, start_manifest
 from geomprobe.reproducibility.isolation import keep_rng
 from geomprobe.reproducibility.seeding import draw_seed, seed_everything, strict_mode
 from geomprobe.trace.reader import Trace, open_trace

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from geomprobe.errors import RunError
 from geomprobe.passes.checkpoint.resume_point import ResumePoint
+from geomprobe.trace.atomic_file import atomic_file
 from geomprobe.trace.run_folder import RunFolder
 from geomprobe.trace.schema import SCHEMAS, Kind
 from geomprobe.trace.stream.reader import (
@@ -226,14 +227,13 @@ def _mended(path: Path) -> Header | None:
         return None
     if whole == header.rows:
         return header
-    aside = path.with_name(f".{path.name}.new")
-    aside.unlink(missing_ok=True)
     part = read_part(path)
     tables = [Table(name, columns, header.tables[name].dtype) for name, (columns, _) in part.tables.items()]
     own = {"schema": part.schema, "attributes": part.attributes, "first_step": part.first_step}
-    with PartWriter(aside, tables=tables, **own) as writer:  # type: ignore[arg-type]
-        writer.append({name: rows for name, (_, rows) in part.tables.items()})
-    aside.replace(path)
+    with atomic_file(path) as aside:
+        aside.unlink(missing_ok=True)  # a kill may have left one
+        with PartWriter(aside, tables=tables, **own) as writer:  # type: ignore[arg-type]
+            writer.append({name: rows for name, (_, rows) in part.tables.items()})
     return read_header(path)
 
 

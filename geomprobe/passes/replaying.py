@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from geomprobe.distributed.dtensor import local
@@ -27,13 +26,13 @@ from geomprobe.passes.param_groups import ParamGroups
 from geomprobe.passes.references.loaded import References
 from geomprobe.passes.row_buffer import Block, RowBuffer
 from geomprobe.passes.session import Session, part_attributes
-from geomprobe.probe.events import Closure, Events
+from geomprobe.probe.events import Events
 from geomprobe.probe.loops import Position
 from geomprobe.probe.probe import Probe
 from geomprobe.reproducibility.columns import Columns
 from geomprobe.reproducibility.comparison import Comparison
 from geomprobe.reproducibility.digest import same_bits
-from geomprobe.reproducibility.environment_check import FIRST_STEP_SECTIONS, require_same
+from geomprobe.reproducibility.environment import FIRST_STEP_SECTIONS, require_same
 from geomprobe.reproducibility.fingerprint import StepFingerprint
 from geomprobe.trace.atomic_file import write_json
 from geomprobe.trace.record import Record
@@ -78,6 +77,8 @@ def replaying(
         session: Session, probe: Probe, fingerprint: StepFingerprint, resumer: Resumer
     ) -> list[Events]:
         measurement = Measurement(probe, options, session.layout)
+        if session.updates.clipped_by:  # by now, in the first step of a script without `attach`
+            measurement.clipping_missed()
         rows = RowChecker(
             session,
             probe,
@@ -91,46 +92,13 @@ def replaying(
             segment,
         )
         sealer = TraceSealer(session, fingerprint, run, record, measurement, comparison, rows, segment)
-        return [MeasuredSteps(session, measurement), rows, sealer]
+        return [*measurement.listeners, rows, sealer]
 
     def without_steps() -> ReplayDiverged:
         comparison.differs(0, "length", "steps")
         return comparison.error()
 
     return Session(manifest, ranks, point, listeners, without_steps)
-
-
-class MeasuredSteps(Events):
-    """Passes what happens in a step on to its measurement, which takes over the backward pass."""
-
-    def __init__(self, session: Session, measurement: Measurement) -> None:
-        self._measurement = measurement
-        if session.updates.clipped_by:  # by now, in the first step of a script without `attach`
-            measurement.clipping_missed()
-
-    def fetch_ended(self, came: bool) -> None:
-        if came and torch.is_grad_enabled():
-            self._measurement.fetched()
-
-    def entered(self, inputs: Any) -> None:
-        self._measurement.entered()
-
-    def sharpness_of(self, closure: Closure) -> None:
-        self._measurement.sharpness_of(closure)
-
-    def gradients_dropped(self) -> None:
-        self._measurement.dropped()
-
-    def before_clipping(self, factor: Tensor | None) -> None:
-        self._measurement.clipping(factor)
-
-    def step_skipped(self) -> None:
-        self._measurement.skipped()
-
-    def differentiate(
-        self, loss: Tensor, closure: Closure | None, run: Callable[[], None], plain: bool
-    ) -> None:
-        self._measurement.backward(loss, closure, run, plain)
 
 
 @dataclass(eq=False)

@@ -23,14 +23,10 @@ from geomprobe.passes.sigterm import StopRequest
 from geomprobe.probe.events import Closure, Events, Observer
 from geomprobe.probe.hooks.global_hooks import listening
 from geomprobe.probe.hooks.step_calls import Args, Kwargs, given_closure, nested_step, replace_closure
-from geomprobe.probe.loader_passes import LoaderPasses
+from geomprobe.probe.listeners import LoaderPasses, LossTracker, StepAttempts, StepProgress, UpdateChecks
 from geomprobe.probe.loops import Position
-from geomprobe.probe.loss_tracker import LossTracker
-from geomprobe.probe.model_discovery import ModelDiscovery, refuse_another
-from geomprobe.probe.parameters import UpdateChecks, described
+from geomprobe.probe.parameters import ModelDiscovery, described, refuse_another
 from geomprobe.probe.probe import Probe
-from geomprobe.probe.step_attempts import StepAttempts
-from geomprobe.probe.step_progress import StepProgress
 from geomprobe.reproducibility.fingerprint import StepFingerprint, StepInputs
 
 # At these the pass says that it has failed, again and again, to a script that catches errors and goes on.

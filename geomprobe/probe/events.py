@@ -1,6 +1,6 @@
 """The events of a training: what the probe and the hooks report, and what the parts of a pass listen to.
 
-Every event comes in the main thread, in the order in which the training goes on. One step is `fetching`, `fetch_ended`,
+Every event comes in the main thread, in the order of the training. One step is `fetching`, `fetch_ended`,
 `fetched`, `entered`, `losses_seen`, `before_update`, `after_update`, and, where the script's loops are known,
 `between_steps`.
 """
@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from geomprobe.probe.hooks.step_calls import Args, Kwargs
-
 if TYPE_CHECKING:
+    from geomprobe.probe.hooks.step_calls import Args, Kwargs
+    from geomprobe.probe.listeners import StepAttempts
     from geomprobe.probe.loops import Position
     from geomprobe.probe.probe import Probe
-    from geomprobe.probe.step_attempts import StepAttempts
 
 Closure = Callable[[], Tensor]
 
@@ -38,7 +37,7 @@ class Events:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` gave, in a process that goes on with the run."""
+        """Put back what `state_dict` gave, in a process that resumes the run."""
 
     # Around the training
 
@@ -52,7 +51,7 @@ class Events:
         """The loops of a resumed script stand where the checkpoint was taken; its state is put back now."""
 
     def restored(self) -> None:
-        """All state of a checkpoint was put back; training goes on from here."""
+        """All state of a checkpoint was put back; training continues from here."""
 
     def between_steps(self, position: Position) -> None:
         """The script's loops stand between two steps: a checkpoint can be taken, or a segment ends."""
@@ -153,14 +152,14 @@ class Events:
         """
 
     def close(self) -> None:
-        """The pass was interrupted: what is written stays as it is, for another process to go on with."""
+        """The pass was interrupted: what is written stays as it is, for another process to resume."""
 
 
 class Observer(Events):
     """What the probe and the hooks report to: the events, and what they ask a pass for. See `Session`.
 
     Attributes:
-        goal: where a resumed script's loops have to get to before training goes on; None once they are there.
+        goal: where a resumed script's loops have to get to before training continues; None once they are there.
         updates: sees the steps that a GradScaler attempts, and the clipping of gradients.
     """
 
@@ -197,7 +196,7 @@ class Observer(Events):
         return None
 
     def module_entered(self, module: nn.Module, inputs: Any) -> bool:
-        """A module is called from outside any other; returns whether to be told of the next one."""
+        """A module is called from outside any other; returns whether to report the next one."""
         return False
 
 

@@ -1,4 +1,4 @@
-"""A script's loops over epochs and batches: where they stand, and how they go on in the middle."""
+"""A script's loops over epochs and batches: where they stand, and how a resumed run starts in the middle of them."""
 
 from __future__ import annotations
 
@@ -80,42 +80,36 @@ class Loops:
         """Iterate over a loader, or over what it has from the goal on."""
         sweep = self._sweeps
         self._sweeps += 1
-        goal = self._observer.goal
+        observer, goal = self._observer, self._observer.goal
         if goal is not None and sweep < goal.sweep:
             return
         position = None
         if self.named and self.epoch is not None and torch.is_grad_enabled():  # evaluation takes no steps
             position = Position(self._loop, self.epoch, sweep)
-        with progress.bar("batch", length, goal.batch if goal is not None else 0) as advance:
-            for batch in self._fetched(loader, position):
+        given = goal.batch if goal is not None else 0
+        with progress.bar("batch", length, given) as advance:
+            observer.fetching()  # making the iterator draws from the RNG already
+            skipped = observer.iterating(loader, position)
+            iterator = iter(loader)
+            if not _skip(iterator, skipped):
+                raise RunError(
+                    f"the checkpoint is of batch {skipped} of epoch {self.epoch}, and the loader has fewer. Run the "
+                    "script on the data that it had when the recording began."
+                )
+            while True:
+                if position is not None:
+                    observer.between_steps(position._replace(batch=given))
+                observer.fetching()
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    observer.fetch_ended(False)
+                    return
+                given += 1
+                observer.fetch_ended(True)
+                observer.fetched(batch)
                 yield batch
                 advance()
-
-    def _fetched(self, loader: Iterable[Item], position: Position | None) -> Iterator[Item]:
-        observer = self._observer
-        observer.fetching()  # making the iterator draws from the RNG already
-        goal = observer.goal
-        skipped = observer.iterating(loader, position)
-        iterator = iter(loader)
-        if not _skip(iterator, skipped):
-            raise RunError(
-                f"the checkpoint is of batch {skipped} of epoch {self.epoch}, and the loader has fewer. Run the script "
-                "on the data that it had when the recording began."
-            )
-        given = goal.batch if goal is not None else 0
-        while True:
-            if position is not None:
-                observer.between_steps(position._replace(batch=given))
-            observer.fetching()
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                observer.fetch_ended(False)
-                return
-            given += 1
-            observer.fetch_ended(True)
-            observer.fetched(batch)
-            yield batch
 
 
 def _skip(iterator: Iterator[Any], count: int) -> bool:

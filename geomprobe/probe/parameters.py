@@ -1,17 +1,14 @@
-"""Which parameters are measured: those of the optimizer, by their names in the model."""
+"""What is trained: the optimizer's parameters by their names, and the model of a script without `attach`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import LBFGS, Optimizer
 
 from geomprobe.distributed.layout import fsdp_modules
 from geomprobe.errors import UnsupportedTraining
-from geomprobe.probe.events import Events
 
 if TYPE_CHECKING:
     from geomprobe.probe.probe import Probe
@@ -25,6 +22,7 @@ def measured_parameters(model: nn.Module | None, optimizer: Optimizer) -> dict[s
     Raises:
         UnsupportedTraining: for LBFGS, complex parameters, or none at all.
 
+    >>> import torch
     >>> model = torch.nn.Linear(2, 1)
     >>> list(measured_parameters(model, torch.optim.SGD(model.parameters(), lr=0.1)))
     ['weight', 'bias']
@@ -61,6 +59,7 @@ def measured_parameters(model: nn.Module | None, optimizer: Optimizer) -> dict[s
 def described(optimizer: Optimizer) -> str:
     """An optimizer, for a message.
 
+    >>> import torch
     >>> described(torch.optim.SGD([torch.zeros(2)], lr=0.1))
     'SGD with 1 tensor (2 values)'
     """
@@ -69,57 +68,54 @@ def described(optimizer: Optimizer) -> str:
     return f"{type(optimizer).__name__} with {_count(len(tensors), 'tensor')} ({_count(values, 'value')})"
 
 
-class UpdateChecks(Events):
-    """Refuses an update of which no row could be right, whose parameters or the update before it are not known.
-
-    Args:
-        probe: just attached: its optimizer's parameters, and their shapes, are fixed for the time of the pass.
-    """
-
-    def __init__(self, probe: Probe) -> None:
-        self._probe = probe
-        self._sizes, self._shapes = self._now()
-
-    def before_update(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
-        """Refuse the update.
-
-        Raises:
-            UnsupportedTraining: parameters were added, removed or resized, or the update before it was not finished.
-        """
-        self.complete()
-        sizes, shapes = self._now()
-        if sizes == self._sizes and shapes == self._shapes:
-            return
-        if sizes != self._sizes:
-            what = f"the optimizer's parameter groups held {self._sizes} tensors and now hold {sizes}"
-        else:
-            pairs = zip(self._probe.parameters, self._shapes, shapes, strict=True)
-            name, before, now = next(row for row in pairs if row[1] != row[2])
-            what = f"{name} had shape {tuple(before)} and now has {tuple(now)}"
-        raise UnsupportedTraining(
-            f"The parameters changed before step {self._probe.step}: {what}. The distance to the final weights is "
-            "only defined for a fixed set of parameters. Create all of them before the first step (freezing "
-            "one by requires_grad_(False) or grad = None is fine), or record the stages as separate runs."
-        )
-
-    def complete(self) -> None:
-        """Refuse to go on where the optimizer's ``step`` raised, and the script went on.
-
-        Raises:
-            UnsupportedTraining: it did.
-        """
-        probe = self._probe
-        if probe.hook.begun != probe.step:
-            name = type(probe.optimizer).__name__
-            raise UnsupportedTraining(
-                f"{name}.step raised in step {probe.step}, and the script went on. What that step did to the "
-                "weights is not known, so no later one can be measured. Mend what raised, or let it end the script."
-            )
-
-    def _now(self) -> tuple[list[int], list[torch.Size]]:
-        sizes = [len(group["params"]) for group in self._probe.optimizer.param_groups]
-        return sizes, [p.shape for p in self._probe.parameters.values()]
-
-
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+class ModelDiscovery:
+    """Modules that were called from outside any other, before it was known what is trained.
+
+    Attributes:
+        several: the modules that are trained, where they are more than one.
+    """
+
+    def __init__(self) -> None:
+        self.several: list[nn.Module] = []
+        self._called: dict[int, nn.Module] = {}
+
+    def add(self, module: nn.Module) -> None:
+        """A module is called."""
+        self._called[id(module)] = module
+
+    def of(self, optimizer: Optimizer) -> list[nn.Module]:
+        """Those that hold any of an optimizer's parameters."""
+        wanted = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return [m for m in self._called.values() if any(id(p) in wanted for p in m.parameters())]
+
+    def trained_by(self, optimizer: Optimizer) -> nn.Module | None:
+        """The model that an optimizer trains, or None where no module was called; all others are forgotten."""
+        found = self.of(optimizer)
+        self._called.clear()
+        if len(found) < 2:
+            return found[0] if found else None
+        self.several = found
+        return nn.ModuleList(found)
+
+
+def refuse_another(probe: Probe, optimizer: Optimizer) -> None:
+    """Hold a run to one optimizer, but for those that train something else beside what the script asked to measure.
+
+    Raises:
+        UnsupportedTraining: ``optimizer``, which is not the probe's, steps too.
+    """
+    own = {id(p) for p in probe.parameters.values()}
+    if probe.model is not None:
+        own |= {id(p) for p in probe.model.parameters()}
+    if probe.explicit and not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+        return
+    raise UnsupportedTraining(
+        f"Two optimizers step in this run: {described(probe.optimizer)} and {described(optimizer)} "
+        f"(at step {probe.step}). A trace is of one optimizer's path. Put all parameters into one "
+        "optimizer's groups, or, where the second trains another model, call geomprobe.attach(model, "
+        "optimizer) on the one to measure."
+    )

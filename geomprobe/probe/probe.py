@@ -10,15 +10,14 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from geomprobe.errors import UnsupportedTraining, UsageError
+from geomprobe.errors import UsageError
 from geomprobe.probe.events import Observer, observing
-from geomprobe.probe.hooks.model_calls import ModelCalls
-from geomprobe.probe.hooks.step_calls import Args, Kwargs, given_closure, nested_step, replace_closure
+from geomprobe.probe.hooks.global_hooks import ModelCalls
+from geomprobe.probe.hooks.step_calls import StepHook
 from geomprobe.probe.inert import InertProbe
 from geomprobe.probe.loops import Loops
 from geomprobe.probe.parameters import measured_parameters
@@ -52,6 +51,7 @@ def attach(model: nn.Module | None, optimizer: Optimizer, **stateful: Any) -> Pr
         UsageError: for an object without ``state_dict``, or a second probe in one run.
         UnsupportedTraining: for LBFGS, complex parameters, or an optimizer with nothing to train.
 
+    >>> import torch
     >>> model = torch.nn.Linear(2, 1)
     >>> probe = attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
     >>> [epoch for epoch in probe.epochs(2)]
@@ -206,7 +206,7 @@ class Probe:
 
         Args:
             loss: of a batch, its mean over the samples; without ``loader`` it takes nothing, and draws its own.
-            loader: each time a batch is drawn anew from its data set, by a random stream that belongs to the step.
+            loader: each time another batch is drawn from its data set, by a random stream that belongs to the step.
         """
         self.oracles["held_out"] = Oracle(loss, loader)
 
@@ -253,82 +253,6 @@ class Probe:
 
     def _loading(self, *_: Any) -> None:
         self._observer.weights_will_change()
-
-
-class StepHook:
-    """The hooks on the optimizer's ``step``: they show a pass each gradient before it is used, and count the steps.
-
-    Args:
-        probe: whose optimizer.
-        observer: the pass.
-        begin: called before anything else.
-
-    Attributes:
-        begun: updates that were begun, whether or not the optimizer has finished them.
-    """
-
-    def __init__(self, probe: Probe, observer: Observer, begin: Callable[[], None]) -> None:
-        self._probe, self._observer, self._begin = probe, observer, begin
-        self.begun = 0
-        self._measured = self._skipped = False
-        self._handles = [
-            probe.optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),
-            probe.optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),
-        ]
-
-    def remove(self) -> None:
-        """Take the hooks off."""
-        while self._handles:
-            self._handles.pop().remove()
-
-    def update_due(self) -> None:
-        """A closure was evaluated: the present gradients are the step's.
-
-        Raises:
-            UnsupportedTraining: it was evaluated for the second time in one step.
-        """
-        if self._measured:
-            raise UnsupportedTraining(
-                f"{type(self._probe.optimizer).__name__} evaluated its closure twice in step {self._probe.step}: which "
-                "of the gradients is the step's is not defined. Use an optimizer that evaluates it once."
-            )
-        self._begin()
-        self._measure()
-
-    def _before_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-        if nested_step(optimizer):
-            return None
-        self._begin()
-        self._measured = False
-        closure = given_closure(args, kwargs)
-        if closure is None:
-            self._measure()
-            return None
-
-        def measured_closure() -> Any:
-            # Lightning runs forward and backward in here, so only now is there a gradient to look at.
-            loss = closure()
-            torch.compiler.disable(self.update_due)()
-            return loss
-
-        return replace_closure(args, kwargs, measured_closure)
-
-    @torch.no_grad()
-    def _measure(self) -> None:
-        optimizer = self._probe.optimizer
-        # A fused optimizer under a GradScaler is called on overflow too, and skips on its own. Asking costs
-        # one synchronization, the same that the scaler itself pays with every other optimizer.
-        overflow = getattr(optimizer, "found_inf", None)
-        self._measured, self._skipped = True, overflow is not None and bool(overflow.item())
-        if not self._skipped:
-            gradients = [parameter.grad for parameter in self._probe.parameters.values()]
-            self._observer.before_update(gradients, getattr(optimizer, "grad_scale", None))
-            self.begun += 1
-
-    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if self._measured and not self._skipped and not nested_step(optimizer):
-            self._probe.step += 1
-            self._observer.after_update()
 
 
 def _length(loader: Iterable[Any]) -> int | None:

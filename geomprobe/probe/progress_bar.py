@@ -16,7 +16,7 @@ def bar(label: str, total: int | None, done: int = 0) -> Iterator[Callable[[], N
 
     Args:
         label: the unit: ``epoch``, ``batch``.
-        total: how many there are, or None when nobody knows.
+        total: how many there are, or None where that is unknown.
         done: how many of them are behind it already.
 
     >>> with bar("epoch", 3) as advance:

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from geomprobe.errors import UsageError
 from geomprobe.trace import geometry
+from geomprobe.trace.reader import Trace, group_statistics
 from geomprobe.trace.schema import RECORD_FILE, TRACE_FILE
-
-if TYPE_CHECKING:
-    from geomprobe.trace.reader import Trace
 
 Array = NDArray[np.float64]
 
@@ -42,14 +40,8 @@ class Groups:
 
     def curve(self, values: Array) -> Curve:
         """Mean, minimum and maximum of each group's numbers (all [groups], NaN where it has none)."""
-        shape = (3, len(self.x))
-        mean, low, high = np.full(shape, np.nan)
-        for group in range(len(self.x)):
-            chosen = values[self.of_row == group]
-            chosen = chosen[np.isfinite(chosen)]
-            if len(chosen):
-                mean[group], low[group], high[group] = chosen.mean(), chosen.min(), chosen.max()
-        return Curve(self.x, mean, low, high)
+        finite = np.where(np.isfinite(values), values, np.nan)
+        return Curve(self.x, *group_statistics(finite, self.of_row, len(self.x))[:3])
 
 
 @dataclass(frozen=True)
@@ -67,18 +59,6 @@ def groups(trace: Trace, *, skip_last_epoch: bool = False) -> Groups:
 
     Raises:
         UsageError: ``skip_last_epoch`` of a trace without two epochs.
-
-    >>> import tempfile
-    >>> from pathlib import Path
-    >>> from geomprobe.trace.reader import open_trace
-    >>> from geomprobe.trace.stream.writer import PartWriter, Table
-    >>> path = Path(tempfile.mkdtemp()) / "part.h5"
-    >>> table = Table("values", ("steps/epoch", "steps/loss"), "float64")
-    >>> with PartWriter(path, schema="geomprobe-trace", tables=[table], attributes={}) as part:
-    ...     part.append({"values": np.array([[0, 4.0], [0, 2.0], [1, 1.0]])})
-    >>> trace = open_trace(path)
-    >>> groups(trace).curve(trace["loss"]).mean.tolist()
-    [3.0, 1.0]
     """
     epoch = trace["epoch"] if "epoch" in trace else np.full(trace.num_steps, np.nan)
     epochs = np.unique(epoch[np.isfinite(epoch)])
@@ -144,11 +124,12 @@ def run_name(path: Path) -> str:
     >>> run_name(Path("runs/a")), run_name(Path("runs/a/trace.h5"))
     ('a', 'a')
     """
-    path = _without_file(path.absolute())
+    path = without_file(path.absolute())
     return path.stem if path.is_file() else path.name
 
 
-def _without_file(path: Path) -> Path:
+def without_file(path: Path) -> Path:
+    """The folder of a run, for it or for its sealed files; any other path as it is."""
     return path.parent if path.name in (RECORD_FILE, TRACE_FILE) else path
 
 
@@ -156,7 +137,7 @@ def labels(traces: Sequence[Trace]) -> list[str]:
     """A short name for each run: that of its folder, and the settings and script options in which these runs differ."""
     names = [run_name(trace.path) for trace in traces]
     if len(set(names)) < len(names):
-        names = [str(_without_file(trace.path)) for trace in traces]
+        names = [str(without_file(trace.path)) for trace in traces]
     settings = _differing([_settings(trace.manifest) for trace in traces])
     if len({Path(_script(trace).get("path", "")).name for trace in traces}) == 1:
         asked = _differing([_arguments(_script(trace).get("argv", [])) for trace in traces])

@@ -85,15 +85,6 @@ def diff(a: Path, b: Path) -> RunDifference:
 
     Raises:
         RunError: the two have neither both a record nor both a trace that can be read.
-
-    >>> import tempfile
-    >>> from geomprobe.trace.stream.writer import PartWriter, Table
-    >>> path = Path(tempfile.mkdtemp()) / "part.h5"
-    >>> table = Table("values", ("steps/loss",), "float64")
-    >>> with PartWriter(path, schema="geomprobe-trace", tables=[table], attributes={}) as part:
-    ...     part.append({"values": np.array([[0.5], [0.25]])})
-    >>> diff(path, path).equal
-    True
     """
     result = RunDifference((str(a), str(b)))
     with ExitStack() as stack:

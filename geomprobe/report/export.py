@@ -92,7 +92,7 @@ def _parquet(trace: Trace, found: Columns, path: Path, force: bool) -> None:
         raise _missing("parquet", "pyarrow") from error
     refuse_existing(path, force)
     fields = [
-        pyarrow.field(name, pyarrow.from_numpy_dtype(values.dtype), metadata=_meaning(name))
+        pyarrow.field(name, pyarrow.from_numpy_dtype(values.dtype), metadata=schema.describe(name).attributes)
         for name, values in found.items()
     ]
     table = pyarrow.table(list(found.values()), schema=pyarrow.schema(fields, metadata=_facts(trace, found)))
@@ -163,14 +163,9 @@ def _events(found: Columns) -> Iterator[Any]:
             yield Event(wall_time=now, step=step, summary=Summary(value=values))
 
 
-def _meaning(name: str) -> dict[str, str]:
-    column = schema.describe(name if "/" in name else f"steps/{name}")
-    return {key: getattr(column, key) for key in ("long_name", "units", "formula", "source")}
-
-
 def _description(name: str) -> str:
-    meaning = _meaning(name)
-    return f"{meaning['long_name']}, in {meaning['units']}: `{meaning['formula']}` ({meaning['source']})"
+    column = schema.describe(name)
+    return f"{column.long_name}, in {column.units}: `{column.formula}` ({column.source})"
 
 
 def _missing(form: str, package: str) -> UsageError:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from geomprobe.errors import RunError, UsageError
+from geomprobe.trace.atomic_file import atomic_file
 
 
 def refuse_existing(path: Path, force: bool) -> None:
@@ -14,8 +15,6 @@ def refuse_existing(path: Path, force: bool) -> None:
 
     Raises:
         UsageError: ``path`` is a folder, or it exists and ``force`` is not set.
-
-    >>> refuse_existing(Path("new.html"), force=False)
     """
     if path.is_dir():
         raise UsageError(f"{path} is a folder; name a file")
@@ -25,25 +24,13 @@ def refuse_existing(path: Path, force: bool) -> None:
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Another name in the same folder, to be written to; at the end it is renamed to ``path``.
+    """Another name in the same folder to write to, as `atomic_file` gives it.
 
     Raises:
         RunError: the file cannot be written; what was there before stays.
-
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "a.txt"
-    >>> with written_aside(path) as aside:
-    ...     _ = aside.write_text("all of it")
-    >>> path.read_text()
-    'all of it'
     """
-    aside = path.with_name(f".{path.name}.new")
-    with write_errors(path):
-        try:
-            yield aside
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)
+    with write_errors(path), atomic_file(path) as aside:
+        yield aside
 
 
 @contextmanager

@@ -81,8 +81,7 @@ def occupancy_figure(traces: Sequence[Trace], smooth: int | None = None) -> Figu
     panel = drawing.subplots()
     for i, (trace, name) in enumerate(zip(traces, labels(traces), strict=True)):
         curve = occupancy(trace, smooth=smooth)
-        style = ("-", "-.", ":")[i // len(_COLORS) % 3]
-        panel.plot(curve.thresholds, curve.share, style, color=_COLORS[i % len(_COLORS)], label=name)
+        panel.plot(curve.thresholds, curve.share, label=name, **_line(i))
     panel.set_xscale("log")
     panel.set_ylim(0, 1.02)
     panel.set_xlabel("threshold of the relative residual lr ‖HG‖ / ‖G‖")
@@ -115,16 +114,19 @@ def _new_figure(height: float) -> Figure:
     return Figure(figsize=(7.0, height), layout="constrained")
 
 
+def _line(run: int) -> dict[str, Any]:
+    """The color and dashes of a run; runs of one color differ in their dashes."""
+    kinds = ("-", "-.", ":")
+    return {"color": _COLORS[run % len(_COLORS)], "linestyle": kinds[run // len(_COLORS) % len(kinds)]}
+
+
 def _draw(panel: Any, column: str, curves: list[Curve], nulls: list[Curve | None], names: list[str]) -> None:
     if not any(np.isfinite(curve.mean).any() for curve in curves):
         raise RunError(f"{column} holds no numbers in {', '.join(names)}: it was not measured")
     for i, (curve, name) in enumerate(zip(curves, names, strict=True)):
-        color = _COLORS[i % len(_COLORS)]
-        style = ("-", "-.", ":")[i // len(_COLORS) % 3]
-        panel.fill_between(curve.x, curve.low, curve.high, color=color, alpha=0.2, linewidth=0)
-        panel.plot(
-            curve.x, curve.mean, style, color=color, label=name, marker="." if len(curve.x) < 2 else ""
-        )
+        line, marker = _line(i), "." if len(curve.x) < 2 else ""
+        panel.fill_between(curve.x, curve.low, curve.high, color=line["color"], alpha=0.2, linewidth=0)
+        panel.plot(curve.x, curve.mean, label=name, marker=marker, **line)
     _draw_nulls(panel, nulls)
     _scale(panel, column, curves)
     panel.set_ylabel(_label(column))
@@ -137,7 +139,7 @@ def _draw_nulls(panel: Any, nulls: list[Curve | None]) -> None:
     first = drawn[0][1] if drawn else None
     one = all(first is not None and np.array_equal(null.mean, first.mean) for _, null in drawn)
     for i, null in drawn[:1] if one else drawn:
-        panel.plot(null.x, null.mean, "--", color=_GRAY if one else _COLORS[i % len(_COLORS)], linewidth=1.2)
+        panel.plot(null.x, null.mean, "--", color=_GRAY if one else _line(i)["color"], linewidth=1.2)
     if drawn:
         panel.plot([], [], "--", color=_GRAY, linewidth=1.2, label="random walk (NWT eq. 8)")
 
@@ -157,7 +159,7 @@ def _scale(panel: Any, column: str, curves: list[Curve]) -> None:
 
 
 def _label(column: str) -> str:
-    described = describe(column if "/" in column else f"steps/{column}")
+    described = describe(column)
     name = column_name(described.name)
     place = column.rpartition("/")[0]
     bare = described.units in ("1", described.name)

@@ -1,4 +1,4 @@
-"""Compare a replay with its recording, block by block, and say in what they differ first."""
+"""Compares a replay with its recording, block by block, and finds in what they differ first."""
 
 from __future__ import annotations
 
@@ -54,7 +54,6 @@ class Comparison:
         Args:
             layout: column names by component.
             prints: fingerprints [count, columns] by component.
-            count: how many steps.
         """
         start = self.compared
         self.compared += count
@@ -82,7 +81,7 @@ class Comparison:
         self.difference = step, Difference(component, tensor)
 
     def found(self) -> dict[str, Any]:
-        """What one of several processes tells the others, in the end."""
+        """What one of several processes sends to the others, in the end."""
         step, difference = self.difference or (None, None)
         return {
             "equal": self.equal,

@@ -32,22 +32,17 @@ def _positions(count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         return ((z ^ (z >> np.uint64(31))) | np.uint64(1)).view(np.int64)
 
 
-def _in_memory_order(tensor: Tensor) -> Tensor:
-    """The elements as one flat tensor, without a copy wherever the layout has no holes."""
+def _split(tensor: Tensor) -> tuple[Tensor | None, Tensor]:
+    """A matrix of 64-bit words, where the tensor is large enough for one, and the bits of the elements left over."""
     tensor = tensor.detach()
     if tensor.layout != torch.strided:
         tensor = tensor.to_dense()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
-    if tensor.is_contiguous():
-        return tensor.view(-1)
-    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)  # channels_last, transposed
-    return tensor.permute(order).contiguous().view(-1)
-
-
-def _split(tensor: Tensor) -> tuple[Tensor | None, Tensor]:
-    """A matrix of 64-bit words, where the tensor is large enough for one, and the bits of the elements left over."""
-    flat = _in_memory_order(tensor)
+    if not tensor.is_contiguous():
+        # Channels_last or transposed: in the order of its memory, which needs no copy where that has no holes.
+        tensor = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True)).contiguous()
+    flat = tensor.view(-1)
     integers = torch.uint8 if flat.dtype == torch.bool else _INTEGERS[flat.element_size()]
     per_row = 8 * _WIDTH // flat.element_size()
     rows = flat.numel() // per_row // _TILE * _TILE
@@ -155,11 +150,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def host_digest(*parts: bytes) -> int:
-    """A 64-bit digest of bytes, signed, as the int64 columns hold it.
-
-    >>> host_digest(b"a") == host_digest(b"a") != host_digest(b"b")
-    True
-    """
+    """A 64-bit digest of bytes, signed, as the int64 columns hold it."""
     state = hashlib.blake2b(digest_size=8)
     for part in parts:
         state.update(len(part).to_bytes(8, "little"))
@@ -168,11 +159,7 @@ def host_digest(*parts: bytes) -> int:
 
 
 def fold(digest: int, more: int) -> int:
-    """Chain two digests, in order; the result is a signed 64-bit integer.
-
-    >>> fold(1, 2) != fold(2, 1)
-    True
-    """
+    """Chain two digests, in order; the result is a signed 64-bit integer."""
     return host_digest(digest.to_bytes(8, "little", signed=True), more.to_bytes(8, "little", signed=True))
 
 
@@ -226,11 +213,7 @@ def _attributes(item: Any) -> dict[str, Any]:
 
 
 def rng_digests() -> dict[str, int]:
-    """Digests of the global generators' states, drawing nothing.
-
-    >>> sorted(rng_digests())[:3]
-    ['numpy', 'python', 'torch']
-    """
+    """Digests of the global generators' states by name, drawing nothing."""
     _, words, gauss = random.getstate()
     kind, key, *rest = np.random.get_state()  # the legacy form: the global generator is always MT19937
     numpy = [str(kind).encode(), np.asarray(key).tobytes(), repr(rest).encode()]

@@ -1,4 +1,4 @@
-"""The manifest of everything in the environment that moves bits: software, hardware, flags, sources, training."""
+"""The manifest of everything that moves bits (software, hardware, flags, sources, training), and its comparison."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from geomprobe._package import FOLDER, __version__
+from geomprobe.errors import EnvironmentMismatch
 
 # A difference in one of these can change bits although every flag below reads the same.
 BIT_CHANGING_VARIABLES = (
@@ -52,6 +53,16 @@ BIT_CHANGING_VARIABLES = (
 )
 
 
+_UNCERTIFIED = " (`replay --uncertified` goes on without a certificate.)"
+
+_NOTHING = {"replay": "nothing was replayed", "go on": "nothing was done"}
+
+# Sections of the manifest whose every entry must be equal for a replay to be the same run: those that are known at the
+# start, and those of the first step. "host" and "measure" are there to read; they change no bits of the training.
+START_SECTIONS = ("seed", "strict", "script", "software", "hardware", "environment")
+FIRST_STEP_SECTIONS = ("flags", "optimizer", "model", "loader", "ranks")
+
+
 def file_digest(path: Path) -> str | None:
     """SHA-256 of a file, None where it cannot be read."""
     try:
@@ -61,13 +72,9 @@ def file_digest(path: Path) -> str | None:
 
 
 def source_digests(root: Path) -> dict[str, str]:
-    """SHA-256 of every imported module's file below ``root``: the user's own code beside the script.
+    """SHA-256 of every imported module's file below the script's folder ``root``, by path relative to it.
 
-    Args:
-        root: the script's folder.
-
-    Returns:
-        Digests by path relative to ``root``; installed packages below it are left out.
+    It is the user's own code beside the script; installed packages below the folder are left out.
     """
     found = {}
     for module in list(sys.modules.values()):
@@ -85,11 +92,7 @@ def source_digests(root: Path) -> dict[str, str]:
 
 
 def function_script(train: Callable[[], Any]) -> dict[str, Any]:
-    """Describe a function as what is run; its source counts where Python can find it.
-
-    >>> function_script(flags)["path"]
-    'flags'
-    """
+    """Describe a function as what is run; its source counts where Python can find it."""
     try:
         digest = hashlib.sha256(inspect.getsource(train).encode()).hexdigest()
     except (OSError, TypeError):
@@ -138,11 +141,7 @@ def start_manifest(*, seed: int, strict: bool, script: Mapping[str, Any]) -> dic
 
 
 def flags() -> dict[str, Any]:
-    """torch's switches that move bits, as they stand now.
-
-    >>> flags()["num_threads"] == torch.get_num_threads()
-    True
-    """
+    """torch's switches that move bits, as they stand now."""
     return {
         "num_threads": torch.get_num_threads(),
         "num_interop_threads": torch.get_num_interop_threads(),
@@ -153,12 +152,8 @@ def flags() -> dict[str, Any]:
         "cudnn": bool(torch.backends.cudnn.enabled),
         "cudnn_benchmark": bool(torch.backends.cudnn.benchmark),
         "cudnn_deterministic": bool(torch.backends.cudnn.deterministic),
-        "flush_denormal": _flushes_denormals(),
+        "flush_denormal": float(torch.tensor(1e-310, dtype=torch.float64) * 1.0) == 0.0,
     }
-
-
-def _flushes_denormals() -> bool:
-    return float(torch.tensor(1e-310, dtype=torch.float64) * 1.0) == 0.0
 
 
 def training_manifest(
@@ -167,17 +162,13 @@ def training_manifest(
     parameters: Mapping[str, Tensor],
     loader: DataLoader[Any] | None,
 ) -> dict[str, Any]:
-    """What is known of the training when its first step is about to be taken: see `FIRST_STEP_SECTIONS`.
+    """What is known of the training when its first step is about to be taken: the `FIRST_STEP_SECTIONS`.
 
     Args:
         model: the trained module, if it is known.
         optimizer: the optimizer.
         parameters: the measured ones by name.
         loader: the one that gave the first step's batch, if one did.
-
-    >>> parameters = {"w": torch.zeros(3)}
-    >>> training_manifest(None, torch.optim.SGD(parameters.values(), lr=0.1), parameters, None)["model"]["dtype"]
-    'float32'
     """
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters.values()})
     groups = optimizer.param_groups
@@ -213,3 +204,107 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return repr(value)
+
+
+def require_same_start(
+    recorded: Mapping[str, Any], manifest: Mapping[str, Any], run: Path, doing: str
+) -> None:
+    """Refuse to replay a run, or to go on with it, where the script or the environment has changed.
+
+    Args:
+        recorded: the manifest of the recording.
+        manifest: what is known now, before the script runs.
+        run: what was recorded.
+        doing: what is refused: ``"replay"`` or ``"go on"``.
+
+    Raises:
+        EnvironmentMismatch: naming what changed.
+    """
+    before, now = recorded["script"], manifest["script"]
+    changed = changed_sources(recorded.get("sources", {}), Path(now.get("root") or "."))
+    if before["sha256"] != now["sha256"] and before["path"] == now["path"]:
+        changed = [
+            now["path"],
+            *(name for name in changed if Path(now["root"] or ".", name) != Path(now["path"])),
+        ]
+    if changed and before.get("root") == now.get("root"):
+        raise EnvironmentMismatch(
+            f"{', '.join(changed)} changed since {run} was recorded, so to {doing} would make another run: "
+            f"{_NOTHING[doing]}. Restore the recorded version, or record anew."
+            f"{_UNCERTIFIED if doing == 'replay' else ''}"
+        )
+    require_same(recorded, manifest, START_SECTIONS, run, doing)
+
+
+def changed_sources(recorded: Mapping[str, str], root: Path) -> list[str]:
+    """Recorded files that are gone or different below ``root``."""
+    return [name for name, digest in recorded.items() if file_digest(root / name) != digest]
+
+
+def first_mismatch(
+    recorded: Mapping[str, Any], present: Mapping[str, Any], sections: tuple[str, ...]
+) -> tuple[str, Any, Any] | None:
+    """The first entry of ``sections`` whose value differs: its dotted name and both values.
+
+    >>> first_mismatch({"flags": {"threads": 2}}, {"flags": {"threads": 1}}, ("flags",))
+    ('flags.threads', 2, 1)
+    """
+    pairs = ((section, recorded.get(section), present.get(section)) for section in sections)
+    return next((found for pair in pairs if (found := _difference(*pair)) is not None), None)
+
+
+def _difference(name: str, recorded: Any, present: Any) -> tuple[str, Any, Any] | None:
+    if isinstance(recorded, Mapping) and isinstance(present, Mapping):
+        pairs = [(f"{name}.{key}", recorded.get(key), present.get(key)) for key in {**recorded, **present}]
+    elif isinstance(recorded, list) and isinstance(present, list) and len(recorded) == len(present):
+        pairs = [(f"{name}[{i}]", a, b) for i, (a, b) in enumerate(zip(recorded, present, strict=True))]
+    else:
+        return None if recorded == present else (name, recorded, present)
+    return next((found for pair in pairs if (found := _difference(*pair)) is not None), None)
+
+
+def require_same_kind(recorded: Mapping[str, Any], present: Mapping[str, Any], what: Path) -> None:
+    """Refuse another optimizer than the one that a checkpoint, ``what``, is of; its hyperparameters may have moved on.
+
+    Both are sections ``optimizer`` of a manifest.
+
+    Raises:
+        EnvironmentMismatch: its class or the sizes of its groups differ.
+    """
+    before, now = (
+        (section["class"], [group["num_parameters"] for group in section["groups"]])
+        for section in (recorded, present)
+    )
+    if before != now:
+        raise EnvironmentMismatch(
+            f"{what} is of {before[0]} with groups of {before[1]} tensors, and here is {now[0]} with {now[1]}: nothing "
+            "was done. Build the same optimizer, or record anew."
+        )
+
+
+def require_same(
+    recorded: Mapping[str, Any],
+    present: Mapping[str, Any],
+    sections: tuple[str, ...],
+    run: Path,
+    doing: str = "replay",
+) -> None:
+    """Refuse to replay a run, or to go on with it, in an environment that differs from the recording's.
+
+    Args:
+        recorded, run, doing: as for `require_same_start`.
+        present: the manifest as it is now.
+        sections: which sections count.
+
+    Raises:
+        EnvironmentMismatch: naming the entry and both values.
+    """
+    found = first_mismatch(recorded, present, sections)
+    if found is None:
+        return
+    name, before, now = found
+    raise EnvironmentMismatch(
+        f"{run} was recorded with {name} = {before!r}, but here it is {now!r}, which can change bits: "
+        f"{_NOTHING[doing]}. Restore {name} to {before!r} and {doing} again, or record anew with "
+        f"`geomprobe record`.{_UNCERTIFIED if doing == 'replay' else ''}"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,12 +11,12 @@ from torch import Tensor
 
 from geomprobe.distributed.dtensor import local
 from geomprobe.probe.events import Events
-from geomprobe.probe.loss_tracker import LossTracker
+from geomprobe.probe.listeners import LossTracker
 from geomprobe.probe.probe import Probe
 from geomprobe.reproducibility.columns import Columns, by_table, column_names
 from geomprobe.reproducibility.digest import TensorDigests, fold, host_digest, leaves, rng_digests
 
-_LARGE = 2**20  # bytes: a batch above this on the host is not digested there if the model reads it on a GPU
+_LARGE = 2**20  # bytes
 
 Layout = dict[str, tuple[str, ...]]  # component -> names of its columns
 
@@ -30,7 +31,7 @@ class StepInputs(Events):
 
     def __init__(self) -> None:
         self._host_digests = self._device_digests = TensorDigests(torch.device("cpu"))
-        self._on_host = True  # as long as no probe has told the training's device
+        self._on_host = True  # until a probe shows the training's device
         self._batch_came = False
         self.fetch_rng: dict[str, int] | None = None
         self.fetched_digest = 0
@@ -53,7 +54,9 @@ class StepInputs(Events):
     def fetched(self, batch: Any) -> None:
         tensors, rest = leaves(batch)
         self.fetched_digest = fold(self.fetched_digest, host_digest(*rest))
-        on_host = [t for t in tensors if t.device.type == "cpu" and not self._left_to_the_device(t)]
+        # A large batch on the host is left to the device that the model reads it on.
+        limit = math.inf if self._on_host else _LARGE
+        on_host = [t for t in tensors if t.device.type == "cpu" and t.numel() * t.element_size() <= limit]
         for digest in self._host_digests([[t] for t in on_host]).tolist():
             self.fetched_digest = fold(self.fetched_digest, digest)
         self._add([t for t in tensors if t.device.type != "cpu"])
@@ -80,9 +83,6 @@ class StepInputs(Events):
         self.fetch_rng, self._batch_came = state["fetch_rng"], state["batch_came"]
         self.fetched_digest, self.digests = state["fetched"], list(state["inputs"])
 
-    def _left_to_the_device(self, tensor: Tensor) -> bool:
-        return not self._on_host and tensor.numel() * tensor.element_size() > _LARGE
-
     def _add(self, tensors: Sequence[Tensor]) -> None:
         if tensors:
             self.digests.append(self._device_digests([[tensor] for tensor in tensors]))
@@ -107,8 +107,7 @@ class StepFingerprint:
         self.device = next(iter(probe.parameters.values())).device
         self._digests = TensorDigests(self.device)
         self._weights = probe.weights
-        self._streams = tuple(rng_digests())
-        streams = self._streams
+        self._streams = streams = tuple(rng_digests())
         self.columns = [
             Columns("rng fetch", "rng", tuple(f"fetch/{stream}" for stream in streams), "int64", False),
             Columns("rng step", "rng", tuple(f"step/{stream}" for stream in streams), "int64", False),

@@ -2,31 +2,56 @@
 
 A replay runs the user's model and autograd for numbers that the training itself does not take: Hg, sharpness, a
 held-out minibatch. Each such computation enters the managers for what it can touch. They nest in any order, run in the
-thread that trains, and put everything back on an exception too. What happens inside is not an event of the run where it
-is also inside `geomprobe.probe.hooks.mute.muted`, which a pass enters around a step's whole measurement.
+thread that trains, and put everything back on an exception too. A pass also enters `muted` of
+`geomprobe.probe.hooks.global_hooks` around a step's whole measurement, so that nothing inside is an event of the run.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from geomprobe.reproducibility.rng import capture_rng, restore_rng
+
+@dataclass(frozen=True)
+class RNGState:
+    """The global generators' states: Python, NumPy, torch's CPU and, where initialized, each CUDA device."""
+
+    python: Any
+    numpy: Any
+    torch: Tensor
+    cuda: tuple[Tensor, ...]
+
+
+def capture_rng() -> RNGState:
+    """The state of every global generator, drawing nothing from any.
+
+    >>> state = capture_rng(); first = random.random()
+    >>> restore_rng(state); first == random.random()
+    True
+    """
+    cuda = tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else ()
+    return RNGState(random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state(), cuda)
+
+
+def restore_rng(state: RNGState) -> None:
+    """Set every global generator back to ``state``; see `capture_rng`."""
+    random.setstate(state.python)
+    np.random.set_state(state.numpy)
+    torch.set_rng_state(state.torch)
+    if state.cuda:
+        torch.cuda.set_rng_state_all(list(state.cuda))
 
 
 @contextmanager
 def keep_rng() -> Iterator[None]:
-    """Put every global random generator back on leaving.
-
-    >>> before = capture_rng().torch
-    >>> with keep_rng():
-    ...     _ = torch.rand(3)
-    >>> torch.equal(before, capture_rng().torch)
-    True
-    """
+    """Put every global random generator back on leaving."""
     state = capture_rng()
     try:
         yield
@@ -39,12 +64,6 @@ def keep_state(module: nn.Module | None) -> Iterator[None]:
     """Put every random generator and every buffer of ``module`` back on leaving.
 
     A pass of autograd moves them where activation checkpointing runs a part of the forward pass again.
-
-    >>> norm = nn.BatchNorm1d(2)
-    >>> with keep_state(norm):
-    ...     _ = norm(torch.rand(8, 2))
-    >>> norm.running_mean, norm.num_batches_tracked
-    (tensor([0., 0.]), tensor(0))
     """
     owners = list(module.modules()) if module is not None else []
     slots = [(owner._buffers, name, b) for owner in owners for name, b in owner._buffers.items()]
@@ -63,14 +82,7 @@ def keep_state(module: nn.Module | None) -> Iterator[None]:
 
 @contextmanager
 def keep_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Put every ``.grad`` back on leaving. Inside all are None, so that they can be filled and zeroed.
-
-    >>> w = torch.ones(1, requires_grad=True)
-    >>> with keep_gradients([w]):
-    ...     w.sum().backward()
-    >>> w.grad is None
-    True
-    """
+    """Put every ``.grad`` back on leaving. Inside all are None, so that they can be filled and zeroed."""
     kept = [(parameter, parameter.grad) for parameter in parameters]
     try:
         for parameter, _ in kept:
@@ -86,12 +98,6 @@ def side_computation(module: nn.Module | None, parameters: Sequence[Tensor]) -> 
     """Put random generators, buffers, training modes and every ``.grad`` back on leaving: a user's loss may touch all.
 
     Inside, the gradients are None.
-
-    >>> model = nn.Linear(1, 1)
-    >>> with side_computation(model, list(model.parameters())):
-    ...     model.eval()(torch.ones(1)).backward()
-    >>> model.training, model.weight.grad
-    (True, None)
     """
     members = {*parameters, *(module.parameters() if module is not None else ())}
     modes = [(part, part.training) for part in (module.modules() if module is not None else ())]

@@ -44,14 +44,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON, whole or not at all.
-
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "x.json"
-    >>> write_json(path, {"steps": 3})
-    >>> path.read_text()
-    '{"steps": 3}'
-    """
+    """Write a value as JSON, whole or not at all."""
     with atomic_file(path) as aside:
         aside.write_text(json.dumps(value))
 
@@ -62,13 +55,6 @@ def atomic_hdf5(path: Path) -> Iterator[Any]:
 
     Raises:
         WriteFailed: the disk is full or refused a write.
-
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "x.h5"
-    >>> with atomic_hdf5(path) as file:
-    ...     file["a"] = 1
-    >>> path.exists()
-    True
     """
     with atomic_file(path) as aside:
         try:
@@ -77,24 +63,18 @@ def atomic_hdf5(path: Path) -> Iterator[Any]:
             raise WriteFailed(
                 f"cannot create {aside}: {reason(error)}. Make room, or the folder, there"
             ) from error
-        with _abandoned_on_failure(file, path):
+        try:
             yield file
+            file.flush()
+        except BaseException as error:
+            abandon(file)
+            if isinstance(error, (OSError, RuntimeError)) and not isinstance(error, WriteFailed):
+                raise WriteFailed(
+                    f"cannot write {path}: {reason(error)}. What was there before is untouched; "
+                    "free space on that disk and try again"
+                ) from error
+            raise
         file.close()
-
-
-@contextmanager
-def _abandoned_on_failure(file: Any, path: Path) -> Iterator[None]:
-    try:
-        yield
-        file.flush()
-    except BaseException as error:
-        abandon(file)
-        if isinstance(error, (OSError, RuntimeError)) and not isinstance(error, WriteFailed):
-            raise WriteFailed(
-                f"cannot write {path}: {reason(error)}. What was there before is untouched; "
-                "free space on that disk and try again"
-            ) from error
-        raise
 
 
 def _sync(path: Path, flags: int) -> None:

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import h5py
+import numpy as np
+from numpy.typing import NDArray
 
 from geomprobe.errors import RunError
 from geomprobe.trace import schema
 from geomprobe.trace.hdf5_errors import damage_named
-from geomprobe.trace.stream.reader import Header, begun_parts, part_state, read_header
+from geomprobe.trace.stream.reader import Header, begun_parts, part_state, read_header, stream_part
+from geomprobe.trace.stream.writer import Table
 
 T = TypeVar("T")
 
@@ -58,11 +61,6 @@ def find(path: Path, kind: str) -> Source:
 
     Raises:
         RunError: there is nothing of that kind; the message says what there is instead.
-
-    >>> find(Path("nowhere"), "geomprobe-trace")
-    Traceback (most recent call last):
-        ...
-    geomprobe.errors.RunError: nowhere does not exist
     """
     if not path.exists():
         raise RunError(f"{path} does not exist")
@@ -109,22 +107,34 @@ def spans(parts: Sequence[Header]) -> list[Span]:
     return found
 
 
+def read_rows(
+    found: Sequence[Span], table: Table, start: int = 0, stop: int | None = None
+) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """Steps [rows] and a table [rows, columns] of parts, of the steps from ``start`` to before ``stop``."""
+    steps, values = [np.empty(0, np.int64)], [np.empty((0, len(table.columns)), table.dtype)]
+    for span in found:
+        first = max(start - span.part.first_step, span.start)
+        last = span.stop if stop is None else min(stop - span.part.first_step, span.stop)
+        if first < last:
+            with stream_part(span.part.path, tables=[table.name], start=first, stop=last) as (_, blocks):
+                for block in blocks:
+                    steps.append(block["step"])
+                    values.append(block[table.name])
+    return np.concatenate(steps), np.concatenate(values)
+
+
 def _of_file(path: Path, file: Path, kind: str) -> Source:
     state = part_state(file)
     if state == "foreign":
         raise RunError(f"{file} is no HDF5 file; name a run folder, or a file that geomprobe wrote")
     if state == "closed":
-        attributes = _attributes(file)
+        with damage_named("the header", file), h5py.File(file, "r") as opened:
+            attributes = dict(opened.attrs)
         _check(file, kind, attributes)
         if "tables" not in attributes:
             with damage_named("the header", file):
                 return Source(path, attributes["status"], **_facts(attributes), file=file)
     return _of_parts(path, (read_header(file),), kind)
-
-
-def _attributes(path: Path) -> dict[str, Any]:
-    with damage_named("the header", path), h5py.File(path, "r") as file:
-        return dict(file.attrs)
 
 
 def _of_parts(path: Path, parts: tuple[Header, ...], kind: str) -> Source:

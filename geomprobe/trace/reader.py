@@ -18,8 +18,7 @@ from geomprobe.trace import schema
 from geomprobe.trace.certificate import Certificate
 from geomprobe.trace.derive import Array, Derived
 from geomprobe.trace.hdf5_errors import damage_named
-from geomprobe.trace.locate import Source, read_settled, spans
-from geomprobe.trace.stream.reader import stream_part
+from geomprobe.trace.locate import Source, read_rows, read_settled, spans
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,22 @@ class PerEpoch:
     minimum: Array
     maximum: Array
     count: NDArray[np.int64]
+
+
+def group_statistics(
+    values: Array, of_row: NDArray[np.intp], groups: int
+) -> tuple[Array, Array, Array, NDArray[np.int64]]:
+    """Mean, minimum, maximum and count of each group's numbers; a row of group -1, or that is NaN, does not count."""
+    inside = (of_row >= 0) & ~np.isnan(values)
+    of_row, values = of_row[inside], values[inside]
+    count = np.bincount(of_row, minlength=groups)
+    low, high = np.full(groups, np.inf), np.full(groups, -np.inf)
+    np.minimum.at(low, of_row, values)
+    np.maximum.at(high, of_row, values)
+    with np.errstate(all="ignore"):
+        mean = np.bincount(of_row, weights=values, minlength=groups) / count
+    low[count == 0] = high[count == 0] = np.nan
+    return mean, low, high, count
 
 
 class Trace:
@@ -114,20 +129,10 @@ class Trace:
         Raises:
             UnknownColumn: this trace has no such column.
         """
-        epoch, values = self["epoch"], self[name]
-        known = ~np.isnan(epoch)
-        epochs, place = np.unique(epoch[known], return_inverse=True)
-        values = values[known]
-        measured = ~np.isnan(values)
-        place, values = place[measured], values[measured]
-        count = np.bincount(place, minlength=len(epochs))
-        least, most = np.full(len(epochs), np.inf), np.full(len(epochs), -np.inf)
-        np.minimum.at(least, place, values)
-        np.maximum.at(most, place, values)
-        with np.errstate(all="ignore"):
-            mean = np.bincount(place, weights=values, minlength=len(epochs)) / count
-        empty = count == 0
-        return PerEpoch(epochs, mean, np.where(empty, np.nan, least), np.where(empty, np.nan, most), count)
+        epoch = self["epoch"]
+        epochs = np.unique(epoch[~np.isnan(epoch)])
+        of_row = np.where(np.isnan(epoch), -1, np.searchsorted(epochs, epoch))
+        return PerEpoch(epochs, *group_statistics(self[name], of_row, len(epochs)))
 
     def to_xarray(self) -> Any:
         """The columns of ``/steps`` as an ``xarray.Dataset`` over ``step``, with their attributes.
@@ -139,9 +144,7 @@ class Trace:
             xarray = importlib.import_module("xarray")
         except ImportError as error:
             raise UsageError("to_xarray needs xarray: pip install 'geomprobe[xarray]'") from error
-        columns = {
-            name: ("step", self[name], schema.describe(f"steps/{name}").attributes) for name in self.columns
-        }
+        columns = {name: ("step", self[name], schema.describe(name).attributes) for name in self.columns}
         facts = {"status": self.status, "num_parameters": self.num_parameters, "schema": schema.TRACE_SCHEMA}
         return xarray.Dataset(columns, attrs=facts)
 
@@ -181,25 +184,14 @@ def open_trace(path: str | os.PathLike[str]) -> Trace:
 
 def _read(source: Source) -> Trace:
     if source.file is None:
-        return Trace(source, {}, _streamed(source))
+        table = source.parts[0].tables[schema.VALUES]
+        steps, values = read_rows(spans(source.parts), table)
+        return Trace(source, {}, Derived(steps, dict(zip(table.columns, values.T, strict=True))))
     with damage_named("the list of columns", source.file), h5py.File(source.file, "r") as file:
         columns = _SealedColumns(source.file, _datasets(file))
     with damage_named("the certificate", source.file), h5py.File(source.file, "r") as file:
         certificate = Certificate.read(file)
     return Trace(source, certificate, columns)
-
-
-def _streamed(source: Source) -> Derived:
-    steps: list[NDArray[np.int64]] = []
-    values: list[Array] = []
-    for span in spans(source.parts):
-        with stream_part(span.part.path, start=span.start, stop=span.stop) as (_, blocks):
-            for block in blocks:
-                steps.append(block["step"])
-                values.append(block[schema.VALUES])
-    names = source.parts[0].tables[schema.VALUES].columns
-    table = np.concatenate([np.empty((0, len(names))), *values])
-    return Derived(np.concatenate([np.empty(0, np.int64), *steps]), dict(zip(names, table.T, strict=True)))
 
 
 class _SealedColumns(Mapping[str, Array]):

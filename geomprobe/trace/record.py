@@ -18,8 +18,7 @@ from geomprobe.errors import RunError
 from geomprobe.trace import schema
 from geomprobe.trace.derive import Array
 from geomprobe.trace.hdf5_errors import damage_named
-from geomprobe.trace.locate import Source, Span, read_settled, spans
-from geomprobe.trace.stream.reader import stream_part
+from geomprobe.trace.locate import Source, Span, read_rows, read_settled, spans
 from geomprobe.trace.weights import read_reference
 
 Reference = dict[str, tuple[NDArray[Any], str]]
@@ -55,7 +54,10 @@ class Record(ABC):
         Raises:
             RunError: the rows are damaged.
         """
-        return self._fingerprints(component, start, min(stop, self.num_steps))
+        stop = min(stop, self.num_steps)
+        if not self.names(component):
+            return np.empty((max(0, stop - start), 0), np.int64)
+        return self._rows(f"{schema.FINGERPRINTS}/{component}", start, stop)
 
     @property
     @abstractmethod
@@ -82,7 +84,7 @@ class Record(ABC):
         """Close the file; safe to call twice."""
 
     @abstractmethod
-    def _fingerprints(self, component: str, start: int, stop: int) -> NDArray[np.int64]: ...
+    def _rows(self, path: str, start: int, stop: int) -> NDArray[Any]: ...
     @abstractmethod
     def _references(self) -> list[str]: ...
     @abstractmethod
@@ -143,13 +145,9 @@ class _Sealed(Record):
         with damage_named(path, self._path):
             return list(self._own[path].asstr()[:])
 
-    def _fingerprints(self, component: str, start: int, stop: int) -> NDArray[np.int64]:
-        if component not in self._prints:
-            return np.empty((max(0, stop - start), 0), np.int64)
-        path = f"{schema.FINGERPRINTS}/{component}"
+    def _rows(self, path: str, start: int, stop: int) -> NDArray[Any]:
         with damage_named(path, self._path):
-            found: NDArray[np.int64] = self._own[path][start:stop]
-            return found
+            return np.asarray(self._own[path][start:stop])
 
     @property
     def steps(self) -> dict[str, Array]:
@@ -186,13 +184,10 @@ class _Streaming(Record):
         table = self._tables.get(f"{schema.FINGERPRINTS}/{component}")
         return [] if table is None else list(table.columns)
 
-    def _fingerprints(self, component: str, start: int, stop: int) -> NDArray[np.int64]:
-        return self._rows(f"{schema.FINGERPRINTS}/{component}", len(self.names(component)), start, stop)
-
     @property
     def steps(self) -> dict[str, Array]:
         names = self._tables[schema.STEPS].columns
-        table = self._rows(schema.STEPS, len(names), 0, self.num_steps)
+        table = self._rows(schema.STEPS, 0, self.num_steps)
         return {"step": np.arange(self.num_steps, dtype=float), **dict(zip(names, table.T, strict=True))}
 
     def _references(self) -> list[str]:
@@ -203,18 +198,8 @@ class _Streaming(Record):
         with h5py.File(self._folder / schema.reference_file(name), "r") as file:
             return read_reference(file)
 
-    def _rows(self, table: str, width: int, start: int, stop: int) -> NDArray[Any]:
-        dtype = self._tables[table].dtype if table in self._tables else "int64"
-        found = [np.empty((0, width), dtype)]
-        if not width:
-            return np.empty((max(0, stop - start), 0), dtype)
-        for span in self._spans:
-            first = max(start - span.part.first_step, span.start)
-            last = min(stop - span.part.first_step, span.stop)
-            if first < last:
-                with stream_part(span.part.path, tables=[table], start=first, stop=last) as (_, blocks):
-                    found += [block[table] for block in blocks]
-        return np.concatenate(found)
+    def _rows(self, path: str, start: int, stop: int) -> NDArray[Any]:
+        return read_rows(self._spans, self._tables[path], start, stop)[1]
 
 
 def _contiguous(found: list[Span]) -> list[Span]:

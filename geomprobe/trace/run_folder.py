@@ -11,7 +11,7 @@ from pathlib import Path
 
 from geomprobe.errors import UsageError
 from geomprobe.trace.run_lock import locked
-from geomprobe.trace.schema import RECORD_FILE, STREAM_DIR, TRACE_FILE, Kind
+from geomprobe.trace.schema import RECORD_FILE, STREAM_DIR, TRACE_FILE, Kind, reference_file
 
 CHECKPOINTS_DIR = "checkpoints"
 LOCK = "lock"
@@ -132,7 +132,7 @@ class RunFolder:
 
     def stored_reference(self, name: str) -> Path:
         """Where recording keeps a reference until it is sealed."""
-        return self.stream / f"reference-{name}.h5"
+        return self.stream / reference_file(name)
 
     def clear_stream(self) -> None:
         """Remove what has been sealed."""

@@ -1,16 +1,24 @@
-"""Locks on a run: the operating system keeps them, and drops them when their holder dies, so none is ever stale."""
+"""Locks on a run, and who has them.
+
+The operating system keeps the locks, and drops them when their owner dies, so none is ever stale. Each lock file names
+its process. Others read that text: to try a lock, even a shared one and for a moment, could make a writer fail that
+starts right then.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import os
+import re
 import socket
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from geomprobe.errors import RunError
 
+_HOLDER = re.compile(r"process (\d+) on (\S+)")
 _held: set[int] = set()  # descriptors of the locks that this process holds
 
 
@@ -75,3 +83,73 @@ def _acquire(path: Path, how: int, run: Path) -> int:
         if os.fstat(descriptor).st_nlink:
             return descriptor
         os.close(descriptor)  # its last holder took the file away just before we locked it
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Who a lock file names. ``alive`` is None where this machine cannot know."""
+
+    process: int
+    host: str
+    alive: bool | None
+
+
+def writers(stream: Path) -> list[Writer]:
+    """The processes named by the lock files of a run, the living ones first; a file without text counts for nothing.
+
+    Args:
+        stream: the run's folder of parts, which also holds its locks.
+
+    >>> import tempfile
+    >>> stream = Path(tempfile.mkdtemp())
+    >>> _ = (stream / "lock").write_text(f"process 1 on elsewhere")
+    >>> writers(stream)
+    [Writer(process=1, host='elsewhere', alive=None)]
+    """
+    found = {writer for path in present(stream, "lock*") if (writer := _writer(path)) is not None}
+    order = (True, None, False)
+    return sorted(found, key=lambda writer: (order.index(writer.alive), writer.process))
+
+
+def present(folder: Path, pattern: str) -> list[Path]:
+    """Paths of a folder that match a pattern; none where its owner has just taken it away."""
+    try:
+        return sorted(folder.glob(pattern))
+    except FileNotFoundError:
+        return []
+
+
+def _writer(lock: Path) -> Writer | None:
+    try:
+        named = _HOLDER.match(lock.read_text(errors="replace"))
+    except OSError:  # it was let go a moment ago
+        return None
+    if named is None:
+        return None
+    process, host = int(named[1]), named[2]
+    return Writer(process, host, _holds(process, lock) if host == socket.gethostname() else None)
+
+
+def _holds(process: int, lock: Path) -> bool:
+    """Whether a process of this machine lives and, where that can be seen, has the file open.
+
+    So a later process of the same number does not count, nor a dead one whose parent has not noticed.
+    """
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # it belongs to somebody else
+    try:
+        descriptors = list(Path(f"/proc/{process}/fd").iterdir())
+    except OSError:  # there is no such thing here, or it belongs to somebody else
+        return True
+    return any(_same_file(descriptor, lock) for descriptor in descriptors)
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:  # it was closed a moment ago
+        return False

@@ -77,163 +77,115 @@ class UnknownColumn(GeomprobeError, KeyError):
         return str(self.args[0])
 
 
-_NWT = "NWT section 3"
+def _columns(text: str) -> tuple[Column, ...]:
+    """Columns written as ``name | long name | units | formula | source``, one a line.
+
+    A derived one goes on with a function of `geometry` and its inputs, or with the raw column that it repeats.
+    """
+    columns = []
+    for line in text.strip().splitlines():
+        name, long_name, units, formula, source, *made = [field.strip() for field in line.split(" | ")]
+        function, _, inputs = "".join(made).rpartition("(")
+        compute = getattr(geometry, function) if function else _same if inputs else None
+        inputs = inputs.rstrip(")").replace(",", "")
+        columns.append(Column(name, long_name, units, formula, source, inputs, compute))
+    return tuple(columns)
+
 
 # G, w, w* and d = w - w* are NWT's; one row is one optimizer step, taken before the weights move.
-STEP_COLUMNS = (
-    Column("step", "optimizer step, counted from 0", "1", "t", "counted"),
-    Column("epoch", "epoch the step belongs to", "1", "epoch", "recorded"),
-    Column("loss", "training loss of the step", "loss", "E", "recorded"),
-    Column("lr", "learning rate of the first parameter group", "lr", "lr", "optimizer", "lr", _same),
-    Column("grad_norm", "norm of the gradient", "loss/weight", "||G||", _NWT, "g.g", geometry.grad_norm),
-    Column(
-        "distance",
-        "distance to the reference",
-        "weight",
-        "||w - w*||",
-        "NWT figure 12",
-        "d.d",
-        geometry.distance,
-    ),
-    Column("grad_dot_offset", "gradient along the offset", "loss", "G.(w - w*)", _NWT, "g.d", _same),
-    Column("rsi", "restricted secant inequality", "1/lr", "G.d / ||d||^2", _NWT, "g.d d.d", geometry.rsi),
-    Column("eb", "error bound", "1/lr", "||G|| / ||d||", _NWT, "g.g d.d", geometry.eb),
-    Column(
-        "cosine",
-        "cosine of gradient and offset",
-        "1",
-        "G.d / (||G|| ||d||)",
-        _NWT,
-        "g.d g.g d.d",
-        geometry.cosine,
-    ),
-    Column(
-        "lolr", "locally optimal learning rate", "lr", "G.d / ||G||^2", "NWT eq. 5", "g.d g.g", geometry.lolr
-    ),
-    Column("clr", "corridor learning rate", "lr", "E / ||G||^2", "CG eq. 3", "loss g.g", geometry.clr),
-    Column(
-        "hg_norm",
-        "norm of the Hessian-gradient product",
-        "loss/weight/lr",
-        "||HG||",
-        "CG lemma 2.8",
-        "Hg.Hg",
-        geometry.grad_norm,
-    ),
-    Column(
-        "g_hg", "curvature along the gradient", "loss^2/weight^2/lr", "G.HG", "CG lemma 2.8", "g.Hg", _same
-    ),
-    Column(
-        "corridor_residual",
-        "turn rate of the gradient along the flow",
-        "1/lr",
-        "||HG|| / ||G||",
-        "CG lemma 2.8",
-        "Hg.Hg g.g",
-        geometry.corridor_residual,
-    ),
-    Column(
-        "relative_residual",
-        "the gradient's turn over one step",
-        "1",
-        "lr ||HG|| / ||G||",
-        "CG theorem 2.11",
-        "lr Hg.Hg g.g",
-        geometry.relative_residual,
-    ),
-    Column(
-        "flow_drift",
-        "gap between step and gradient flow",
-        "weight",
-        "lr^2 ||HG|| / 2",
-        "CG theorem 3.1",
-        "lr Hg.Hg",
-        geometry.flow_drift,
-    ),
-)
+STEP_COLUMNS = _columns("""
+step              | optimizer step, counted from 0 | 1 | t | counted
+epoch             | epoch the step belongs to | 1 | epoch | recorded
+loss              | training loss of the step | loss | E | recorded
+lr                | learning rate of the first parameter group | lr | lr | optimizer | lr
+grad_norm         | norm of the gradient | loss/weight | ||G|| | NWT section 3 | grad_norm(g.g)
+distance          | distance to the reference | weight | ||w - w*|| | NWT figure 12 | distance(d.d)
+grad_dot_offset   | gradient along the offset | loss | G.(w - w*) | NWT section 3 | g.d
+rsi               | restricted secant inequality | 1/lr | G.d / ||d||^2 | NWT section 3 | rsi(g.d, d.d)
+eb                | error bound | 1/lr | ||G|| / ||d|| | NWT section 3 | eb(g.g, d.d)
+cosine            | cosine of gradient and offset | 1 | G.d / (||G|| ||d||) | NWT section 3 | cosine(g.d, g.g, d.d)
+lolr              | locally optimal learning rate | lr | G.d / ||G||^2 | NWT eq. 5 | lolr(g.d, g.g)
+clr               | corridor learning rate | lr | E / ||G||^2 | CG eq. 3 | clr(loss, g.g)
+hg_norm           | norm of the Hessian-gradient product | loss/weight/lr | ||HG|| | CG lemma 2.8 | grad_norm(Hg.Hg)
+g_hg              | curvature along the gradient | loss^2/weight^2/lr | G.HG | CG lemma 2.8 | g.Hg
+corridor_residual | turn rate of the gradient along the flow | 1/lr | ||HG|| / ||G|| | CG lemma 2.8 | \
+corridor_residual(Hg.Hg, g.g)
+relative_residual | the gradient's turn over one step | 1 | lr ||HG|| / ||G|| | CG theorem 2.11 | \
+relative_residual(lr, Hg.Hg, g.g)
+flow_drift        | gap between step and gradient flow | weight | lr^2 ||HG|| / 2 | CG theorem 3.1 | \
+flow_drift(lr, Hg.Hg)
+""")
 
-# Only where a GradScaler was at work.
-ATTEMPT = Column(
-    "attempt", "attempt at a step, of which some overflow and are skipped", "1", "t + skipped", "counted"
-)
-
-# Only in an uncertified replay: 0 from the first difference on.
-SAME = Column("same", "1 while the replay equalled the recording", "1", "same", "replay")
+# `attempt` only where a GradScaler was at work; `same` only in an uncertified replay: 0 from the first difference on.
+ATTEMPT, SAME = _columns("""
+attempt | attempt at a step, of which some overflow and are skipped | 1 | t + skipped | counted
+same    | 1 while the replay equalled the recording | 1 | same | replay
+""")
 
 # Only where they were asked for; they are measured as they are, not derived from inner products.
-ASKED_FOR = (
-    Column(
-        "sharpness", "top eigenvalue of the Hessian", "1/lr", "max eig(H)", "CG section 1 (edge of stability)"
-    ),
-    Column(
-        "secant_residual",
-        "turn rate of the gradient over a whole step",
-        "1/lr",
-        "||g(w) - g(w - lr G)|| / (lr ||G||)",
-        "CG theorem 3.1, without its limit",
-    ),
-    Column(
-        "linear_decrease_gap",
-        "loss after the step above its linear decrease",
-        "loss",
-        "E(w - lr G) - (E(w) - lr g(w).G)",
-        "CG proposition 2.10",
-    ),
-)
+ASKED_FOR = _columns("""
+sharpness           | top eigenvalue of the Hessian | 1/lr | max eig(H) | CG section 1 (edge of stability)
+secant_residual     | turn rate of the gradient over a whole step | 1/lr | ||g(w) - g(w - lr G)|| / (lr ||G||) | \
+CG theorem 3.1, without its limit
+linear_decrease_gap | loss after the step above its linear decrease | loss | E(w - lr G) - (E(w) - lr g(w).G) | \
+CG proposition 2.10
+""")
 OPTIONAL_STEP_COLUMNS = (ATTEMPT, SAME, *ASKED_FOR)
 
-_OF_A_REFERENCE = ("distance", "grad_dot_offset", "rsi", "eb", "cosine", "lolr")
-REFERENCE_COLUMNS = tuple(column for column in STEP_COLUMNS if column.name in _OF_A_REFERENCE)
+INNER_PRODUCTS = _columns("""
+g.g   | gradient with itself | loss^2/weight^2 | G.G | measured
+w.g   | weights with gradient | loss | w.G | measured
+w.w   | weights with themselves | weight^2 | w.w | measured
+g.d   | gradient with offset | loss | G.(w - w*) | measured
+w.d   | weights with offset | weight^2 | w.(w - w*) | measured
+d.d   | offset with itself | weight^2 | (w - w*).(w - w*) | measured
+g.Hg  | gradient with Hessian-gradient product | loss^2/weight^2/lr | G.HG | measured
+Hg.Hg | Hessian-gradient product with itself | loss^2/weight^2/lr^2 | HG.HG | measured
+""")
 
-INNER_PRODUCTS = (
-    Column("g.g", "gradient with itself", "loss^2/weight^2", "G.G", "measured"),
-    Column("w.g", "weights with gradient", "loss", "w.G", "measured"),
-    Column("w.w", "weights with themselves", "weight^2", "w.w", "measured"),
-    Column("g.d", "gradient with offset", "loss", "G.(w - w*)", "measured"),
-    Column("w.d", "weights with offset", "weight^2", "w.(w - w*)", "measured"),
-    Column("d.d", "offset with itself", "weight^2", "(w - w*).(w - w*)", "measured"),
-    Column("g.Hg", "gradient with Hessian-gradient product", "loss^2/weight^2/lr", "G.HG", "measured"),
-    Column("Hg.Hg", "Hessian-gradient product with itself", "loss^2/weight^2/lr^2", "HG.HG", "measured"),
-)
-REFERENCE_PRODUCTS = tuple(column for column in INNER_PRODUCTS if column.name in ("g.d", "w.d", "d.d"))
+GROUP_COLUMNS = _columns("""
+lr           | learning rate of the parameter group | lr | lr | optimizer
+weight_decay | weight decay of the parameter group | 1/lr | lambda | optimizer
+momentum     | momentum of the parameter group | 1 | beta | optimizer
+""")
+
+
+def _chosen(columns: Iterable[Column], *names: str) -> tuple[Column, ...]:
+    return tuple(column for column in columns if column.name in names)
+
+
+_OF_AN_OFFSET = ("grad_dot_offset", "rsi", "eb", "cosine", "lolr")
+RECORD_COLUMNS = STEP_COLUMNS[:4]
+REFERENCE_COLUMNS = _chosen(STEP_COLUMNS, "distance", *_OF_AN_OFFSET)
+REFERENCE_PRODUCTS = _chosen(INNER_PRODUCTS, "g.d", "w.d", "d.d")
+ORACLE_PRODUCTS = _chosen(INNER_PRODUCTS, "g.g", "w.g", "g.d", "d.d")
+"""Of a gradient that is measured beside the step's own, G in their formulas."""
+
+
+def _oracle_columns(of: str, source: str, *names: str) -> tuple[Column, ...]:
+    columns = _chosen(STEP_COLUMNS, *names, "grad_norm", *_OF_AN_OFFSET)
+    return tuple(replace(each, long_name=f"{each.long_name}, of {of}", source=source) for each in columns)
+
+
+UNCLIPPED = "unclipped"
+ORACLES = {
+    "held_out": _oracle_columns(
+        "a minibatch that the update does not use",
+        "NWT section 3, without the correlation of section 6",
+        "loss",
+    ),
+    UNCLIPPED: _oracle_columns("the gradient before it was clipped", "NWT section 3"),
+    "full_gradient": _oracle_columns(
+        "all samples, at the end of an epoch", "NWT section 3, of the training loss", "loss"
+    ),
+}
+"""Groups of gradients that are measured beside the step's own, where they were asked for."""
 
 FINAL_LINKS = (
     *(f"references/{FINAL}/{column.name}" for column in REFERENCE_COLUMNS),
     *(f"references/{FINAL}/inner_products/{column.name}" for column in REFERENCE_PRODUCTS),
 )
 """Second names of the final iterate's columns; `canonical` gives the first."""
-
-GROUP_COLUMNS = (
-    Column("lr", "learning rate of the parameter group", "lr", "lr", "optimizer"),
-    Column("weight_decay", "weight decay of the parameter group", "1/lr", "lambda", "optimizer"),
-    Column("momentum", "momentum of the parameter group", "1", "beta", "optimizer"),
-)
-
-ORACLE_PRODUCTS = tuple(column for column in INNER_PRODUCTS if column.name in ("g.g", "w.g", "g.d", "d.d"))
-"""Of a gradient that is measured beside the step's own, G in their formulas."""
-
-_NOT_USED = "a minibatch that the update does not use"
-_OF_ALL = "all samples, at the end of an epoch"
-
-
-def _oracle_columns(of: str, source: str, *names: str) -> tuple[Column, ...]:
-    names = (*names, "grad_norm", "grad_dot_offset", "rsi", "eb", "cosine", "lolr")
-    return tuple(
-        replace(column, long_name=f"{column.long_name}, of {of}", source=source)
-        for column in STEP_COLUMNS
-        if column.name in names
-    )
-
-
-UNCLIPPED = "unclipped"
-ORACLES = {
-    "held_out": _oracle_columns(_NOT_USED, "NWT section 3, without the correlation of section 6", "loss"),
-    UNCLIPPED: _oracle_columns("the gradient before it was clipped", "NWT section 3"),
-    "full_gradient": _oracle_columns(_OF_ALL, "NWT section 3, of the training loss", "loss"),
-}
-"""Groups of gradients that are measured beside the step's own, where they were asked for."""
-
-RECORD_COLUMNS = STEP_COLUMNS[:4]
 
 COMPONENTS = ("rng", "batch", "weights", "optimizer", "loss", "buffers")
 """What a step's fingerprints cover, in the order of blame: an earlier one that differs explains the later."""
@@ -332,18 +284,20 @@ def input_path(path: str, name: str) -> str:
 
 
 def describe(path: str) -> Column:
-    """The column at a dataset path of a sealed trace.
+    """The column at a dataset path of a sealed trace; a bare name is one of ``/steps``.
 
     Raises:
         UnknownColumn: nothing by that name is part of the format.
 
-    >>> describe("references/best/cosine").units
-    '1'
+    >>> describe("references/best/cosine").units, describe("loss").units
+    ('1', 'loss')
     """
+    path = path if "/" in path else f"steps/{path}"
     name = path.rpartition("/")[2]
     found = {column.name: column for column in _columns_at(path)}
     if name not in found:
-        raise UnknownColumn(f"{path!r} is no column of a trace{_hint(name, found)}")
+        hint = f"; there is {', '.join(near(name, found) or found)}" if found else ""
+        raise UnknownColumn(f"{path!r} is no column of a trace{hint}")
     return found[name]
 
 
@@ -371,22 +325,14 @@ def near(name: str, names: Iterable[str]) -> list[str]:
     return (ends + [match for match in difflib.get_close_matches(name, known) if match not in ends])[:5]
 
 
-def _hint(name: str, known: Iterable[str]) -> str:
-    names = list(known)
-    matches = near(name, names) or names
-    return f"; there is {', '.join(matches)}" if matches else ""
-
-
 def _columns_at(path: str) -> tuple[Column, ...]:
     match path.split("/"):
         case ["steps", _]:
             return (*STEP_COLUMNS, *OPTIONAL_STEP_COLUMNS)
         case ["groups", index, _] if index.isdecimal():
             return GROUP_COLUMNS
-        case [group, _] if group in ORACLES:
-            return ORACLES[group]
-        case [group, "inner_products", _] if group in ORACLES:
-            return ORACLE_PRODUCTS
+        case [group, *products, _] if group in ORACLES and products in ([], ["inner_products"]):
+            return ORACLE_PRODUCTS if products else ORACLES[group]
         case ["inner_products", _] | ["parameters", _, _]:
             return INNER_PRODUCTS
         case ["ranks", rank, _] if rank.isdecimal():

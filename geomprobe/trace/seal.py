@@ -98,32 +98,14 @@ def seal_record(
     """Make ``record.h5`` of a recording's parts and references; until it is whole, `out` stays as it was.
 
     Args:
-        parts: the parts, whose step ranges must join without a gap from step 0; where two hold a step, they hold the
-            same row.
-        out: the file to make or replace.
+        parts, out, num_parameters, manifest, num_steps, timeout_s: as for `seal_trace`.
         status: ``"complete"``, ``"failed"`` or ``"incomplete"``.
-        num_parameters: how many scalar parameters the weights have.
-        manifest: the environment, kept as JSON.
         references: by name, the file that `write_reference` made.
         ranks: of a run of several processes, the parts and references of each but the first.
-        num_steps: seal this many steps; all there are when None.
-        timeout_s: how long reading one block of a part may take.
 
     Raises:
         RunError: parts or references are missing, damaged, unlike one another, or do not join.
         WriteFailed: the disk refused a write.
-
-    >>> import tempfile
-    >>> from geomprobe.trace.stream.writer import PartWriter, Table
-    >>> run = Path(tempfile.mkdtemp())
-    >>> tables = [Table("steps", ("loss",), "float64"), Table("fingerprints/loss", ("loss",), "int64")]
-    >>> with PartWriter(run / "part.h5", schema="geomprobe-record", tables=tables, attributes={}) as part:
-    ...     part.append({"steps": np.array([[0.5]]), "fingerprints/loss": np.array([[77]])})
-    >>> facts = {"status": "failed", "num_parameters": 1, "manifest": {}, "references": {}}
-    >>> seal_record([run / "part.h5"], run / "record.h5", **facts)
-    >>> with h5py.File(run / "record.h5") as file:
-    ...     file["fingerprints/loss"][:].tolist()
-    [[77]]
     """
     joined = _joined(parts, schema.RECORD_SCHEMA, num_steps, timeout_s)
     steps, tables = joined[-1].stop_step, joined[0].part.tables
@@ -132,31 +114,32 @@ def seal_record(
         names = tables[schema.STEPS].columns
         size = _block_rows(sum(len(table.columns) for table in tables.values()))
         columns = {name: _create_column(file, f"steps/{name}", steps, size) for name in ("step", *names)}
-        prints = _create_fingerprints(file, joined[0].part, steps)
-        for rows, block in _blocks(joined, size, timeout_s):
-            columns["step"][rows] = block["step"]
-            for name, values in zip(names, block[schema.STEPS].T, strict=True):
-                columns[name][rows] = values
-            for name, dataset in prints.items():
-                dataset[rows] = block[name]
+        _write_rows(file, joined, columns, references, size, timeout_s)
         _attach_steps(file, [f"steps/{name}" for name in columns])
-        for name, path in references.items():
-            copy_reference(path, file, name)
-        for rank, (own_parts, own_references) in (ranks or {}).items():
+        for rank, (own_parts, shards) in (ranks or {}).items():
+            of_rank = _joined(own_parts, schema.RECORD_SCHEMA, steps, timeout_s)
+            if of_rank[-1].stop_step != steps:
+                found = of_rank[-1].stop_step
+                raise RunError(f"{own_parts[0]} and its like hold {found} steps, and rank 0 has {steps}")
             group = file.create_group(f"{schema.RANKS}/{rank}")
-            _seal_rank(group, own_parts, own_references, steps, size, timeout_s)
+            _write_rows(group, of_rank, {}, shards, size, timeout_s)
 
 
-def _seal_rank(
-    group: Any, parts: Sequence[Path], references: Mapping[str, Path], steps: int, size: int, timeout_s: float
+def _write_rows(
+    group: Any,
+    joined: list[Span],
+    columns: Mapping[str, Any],
+    references: Mapping[str, Path],
+    size: int,
+    timeout_s: float,
 ) -> None:
-    """The fingerprints of one rank, and its shards of the references where they are sharded."""
-    joined = _joined(parts, schema.RECORD_SCHEMA, steps, timeout_s)
-    if joined[-1].stop_step != steps:
-        raise RunError(f"{parts[0]} and its like hold {joined[-1].stop_step} steps, and rank 0 has {steps}")
-    prints = _create_fingerprints(group, joined[0].part, steps)
+    """Write what one rank recorded: the columns of its steps, its fingerprints, its references or shards of them."""
+    header = joined[0].part
+    datasets = {**columns, **_create_fingerprints(group, header, joined[-1].stop_step)}
     for rows, block in _blocks(joined, size, timeout_s):
-        for name, dataset in prints.items():
+        if columns:
+            block |= zip(header.tables[schema.STEPS].columns, block[schema.STEPS].T, strict=True)
+        for name, dataset in datasets.items():
             dataset[rows] = block[name]
     for name, path in references.items():
         copy_reference(path, group, name)

@@ -85,13 +85,6 @@ def read_reference(group: Any) -> dict[str, tuple[NDArray[Any], str]]:
 
     Raises:
         RunError: a dataset is damaged; the message names it.
-
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "reference-final.h5"
-    >>> write_reference(path, {"scale": (np.array(2.0), "float64")})
-    >>> with h5py.File(path) as file:
-    ...     read_reference(file)
-    {'scale': (array(2.), 'float64')}
     """
     arrays = {}
     for component in group:

@@ -20,8 +20,8 @@ import geomprobe
 from geomprobe import Trace
 from geomprobe.distributed.layout import Layout
 from geomprobe.errors import UnsupportedTraining, UsageError
-from geomprobe.measure.held_out import HeldOutGradient
 from geomprobe.measure.options import MeasureOptions
+from geomprobe.measure.side_gradient import HeldOutGradient
 
 SAMPLES, BATCH, EPOCHS = 24, 4, 3
 IN_EPOCH = SAMPLES // BATCH

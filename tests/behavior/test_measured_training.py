@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from geomprobe.measure.curvature.hessian_gradient import Curvature
-from geomprobe.reproducibility.rng import capture_rng
+from geomprobe.reproducibility.isolation import capture_rng
 
 
 class Trace:

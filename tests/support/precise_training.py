@@ -222,6 +222,7 @@ def every_case(cases: list[Case], folder: Path) -> list[Found]:
 
 def in_segments(case: Case, run: Path) -> None:
     """Replay a run in two pieces too, the second one first; the trace of the whole stays beside theirs."""
+    dist.barrier()  # each process has opened the trace
     if dist.get_rank() == 0:
         (run / "trace.h5").rename(run.with_suffix(".h5"))
     dist.barrier()

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import geomprobe
-from geomprobe.distributed import watchdog as vigil
+from geomprobe.distributed import watchdog
 from geomprobe.passes.checkpoint import restore as restart
 
 STEPS, EPOCHS, BATCH = 12, 2, 4
@@ -77,13 +77,15 @@ class Resumable:
 
 def recorded(training: Resumable, run: Path, options: dict[str, Any]) -> int:
     """The step that this process began at."""
-    vigil.BEAT_S = 0.05
+    watchdog.BEAT_S = 0.05
     begun = []
-    put_back = restart.Restore.put_back
-    restart.Restore.put_back = lambda self, probe, *rest: (
-        put_back(self, probe, *rest),
-        begun.append(probe.step),
-    )[0]
+    goal_reached = restart.Resumer.goal_reached
+
+    def noted(self: Any) -> None:
+        goal_reached(self)
+        begun.append(self._probe.step)
+
+    restart.Resumer.goal_reached = noted
     geomprobe.record(training, run, seed=0, **{"checkpoint_every": "2steps", **options}).close()
     return begun[0] if begun else 0
 

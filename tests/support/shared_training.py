@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from geomprobe.measure.measurement import Measurement
 from geomprobe.measure.options import MeasureOptions
-from geomprobe.probe.hooks.grad_scaler import tag_scaled
+from geomprobe.probe.hooks.global_hooks import tag_scaled
 from geomprobe.probe.parameters import measured_parameters
 
 STEPS, SAMPLES = 5, 24
@@ -229,7 +229,7 @@ def backward(case: Case, wrapped: nn.Module, part: Any, measurement: Measurement
     if measurement is None:
         loss.backward()
     else:
-        measurement.backward(loss, closure if case.closure else None, loss.backward, True)
+        measurement.differentiate(loss, closure if case.closure else None, loss.backward, True)
     return value
 
 

@@ -162,7 +162,7 @@ def _run_halting(wrap: Any, operation: str, measured: bool) -> tuple[Tensor, lis
         if measurement is None:
             loss.backward()
         else:
-            measurement.backward(loss, None, loss.backward, True)
+            measurement.differentiate(loss, None, loss.backward, True)
             with torch.no_grad():
                 row = measurement.row([p.grad for p in parameters.values()], None)
             rows.append(all(bool(values.isfinite().all()) for values in row.values()))
@@ -244,7 +244,7 @@ def half_seen() -> list[bool]:
         probe.optimizer.zero_grad()
         loss = wrapped(torch.randn(6, 5)).square().mean()
         plain = not (hidden and dist.get_rank() == 2)
-        measurement.backward(loss, None, loss.backward, plain)
+        measurement.differentiate(loss, None, loss.backward, plain)
         with torch.no_grad():
             row = measurement.row([p.grad for p in wrapped.parameters()], None)
         found.append(all(bool(values.isfinite().all()) for values in row.values()))
@@ -266,7 +266,8 @@ def fixed_loss() -> dict[str, tuple[float, float]]:
         probe.optimizer = optimizer_of("momentum", wrapped.parameters())
         measurement = Measurement(probe, MeasureOptions(curvature_every=0, sharpness_every=1))
         measurement.open({})
-        measurement.sharpness_of(lambda w=wrapped, x=mine: w(x).square().mean())
+        for listener in measurement.listeners:
+            listener.sharpness_of(lambda w=wrapped, x=mine: w(x).square().mean())
         with torch.no_grad():
             row = measurement.row([None] * len(probe.parameters), None)
         found[name] = float(row["sharpness"]), _top(twin, batch)

@@ -16,32 +16,26 @@ TESTED_BY: dict[tuple[str, ...], str] = {
     (
         "behavior/test_two_pass.py",
     ): "passes/api passes/param_groups passes/recording passes/replaying probe/loops",
-    ("behavior/test_bad_input.py",): "errors measure/input_checks probe/loader_passes",
+    ("behavior/test_bad_input.py",): "errors",
     ("behavior/test_faults.py",): "reproducibility/comparison reproducibility/fingerprint",
-    ("behavior/test_measuring.py",): "measure/measurement measure/options",
-    ("behavior/test_held_out.py",): "measure/held_out",
-    ("behavior/test_precision.py",): (
-        "measure/before_clipping measure/curvature/reduction_factor probe/hooks/grad_scaler probe/step_attempts"
-    ),
+    ("behavior/test_measuring.py",): "measure/options measure/quantity measure/curvature/step_curvature",
+    ("behavior/test_held_out.py",): "measure/side_gradient",
+    ("behavior/test_precision.py",): "measure/gradient_products",
     ("behavior/test_kill.py",): "passes/attempts trace/stream/child",
     ("behavior/test_resume.py", "behavior/test_resume_damage.py"): (
         "passes/checkpoint/restore passes/checkpoint/retention passes/checkpoint/shared_tensors "
         "passes/checkpoint/training_state passes/lease passes/sigterm trace/run_folder"
     ),
-    ("behavior/test_unmodified_script.py",): (
-        "probe/hooks/global_hooks probe/hooks/model_calls probe/hooks/mute probe/hooks/step_calls "
-        "probe/model_discovery"
-    ),
+    ("behavior/test_unmodified_script.py",): "probe/hooks/global_hooks probe/hooks/step_calls",
     ("behavior/test_packaging.py",): "_package",
+    ("behavior/test_light_import.py",): "_lazy",
     ("behavior/integrations/test_frameworks.py",): (
         "integrations/accelerate integrations/lightning integrations/transformers"
     ),
     # Modules that have something to do only where there are several processes.
     ("processes/test_environment_ranks.py",): "distributed/manifest",
     ("processes/test_failure.py",): "distributed/heartbeat distributed/progress distributed/watchdog",
-    ("processes/test_global_numbers.py",): (
-        "distributed/dtensor measure/curvature/consensus measure/curvature/global_loss measure/per_rank"
-    ),
+    ("processes/test_global_numbers.py",): "distributed/dtensor measure/curvature/global_loss",
     ("processes/test_layouts.py",): "distributed/layout distributed/unsupported",
     ("processes/test_replay_options_ranks.py",): "passes/references/loaded passes/references/raw_arrays",
     ("processes/test_resume_ranks.py",): (
@@ -50,6 +44,13 @@ TESTED_BY: dict[tuple[str, ...], str] = {
     ),
     # Parts of what the test file of a neighbor looks at as a whole.
     ("unit/probe/test_probe.py",): "probe/inert probe/parameters probe/progress_bar",
+    ("unit/report/html/test_page.py",): "report/html/figures report/html/svg",
+    ("unit/report/test_export.py",): "report/output",
+    ("unit/report/summary/test_summary.py",): ("report/summary/text report/table"),
+    ("unit/report/verify/test_verify.py",): ("report/verify/check report/verify/plain_sgd"),
+    ("unit/reproducibility/test_environment.py",): "reproducibility/environment_check",
+    ("unit/passes/test_options.py",): "measure/option_fields",
+    ("unit/probe/test_probe.py",): "probe/events probe/inert probe/parameters probe/progress_bar",
     ("unit/report/test_diff.py",): "report/diff_text",
     (
         "unit/report/html/test_page.py",
@@ -61,9 +62,7 @@ TESTED_BY: dict[tuple[str, ...], str] = {
         "report/verify/any_optimizer report/verify/check report/verify/plain_sgd report/verify/rounding"
     ),
     ("unit/report/watch/test_terminal.py",): "report/watch/braille",
-    ("unit/reproducibility/test_environment.py",): "reproducibility/environment_check",
     ("unit/trace/stream/test_kills.py",): "trace/stream/checksum",
-    ("unit/trace/test_seal.py",): "trace/atomic_file",
     ("unit/trace/stream/test_disk_full.py",): "trace/hdf5_errors",
 }
 """By the test files that go through them, the modules without a test file of their own."""

@@ -189,30 +189,33 @@ def explained(error: RuntimeError) -> CurvatureUnavailable:
 
 
 @contextmanager
-def severed_functions(functions: Sequence[Any]) -> Iterator[list[Blocker]]:
-    """Collect the Python functions that, in a backward pass run inside, return gradients without a graph.
+def no_severed_functions(functions: Sequence[Any]) -> Iterator[None]:
+    """Refuse, after a backward pass run inside, Python functions that returned gradients without a graph in it.
 
     A custom backward that calls a kernel autograd does not know (a Triton or C++ extension, NumPy) raises
     nothing under ``create_graph``: its part of the Hessian is just not there. Started from a root gradient
     that requires grad, every gradient of the pass depends on it linearly, so one that does not is such a loss.
+
+    Raises:
+        CurvatureUnavailable: there is one.
     """
-    found: dict[str, Blocker] = {}
+    found: list[str] = []
 
     def watch(node: Any) -> Callable[..., None]:
         def look(returned: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> None:
             if any(g is not None and g.requires_grad for g in given) and any(
                 r is not None and not r.requires_grad and bool(r.any()) for r in returned
             ):
-                found[node.name()] = replace(_SEVERED, operation=node.name())
-                blockers[:] = found.values()
+                found.append(node.name())
 
         return look
 
-    blockers: list[Blocker] = []
     with ExitStack() as stack:
         for node in functions:
             stack.callback(node.register_hook(watch(node)).remove)
-        yield blockers
+        yield
+    if found:
+        raise CurvatureUnavailable(replace(_SEVERED, operation=found[0]))
 
 
 def _nodes(loss: Tensor) -> list[Node]:

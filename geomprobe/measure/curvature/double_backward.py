@@ -21,7 +21,7 @@ from geomprobe.measure.curvature.autograd_graph import (
     GraphInfo,
     explained,
     inspect_graph,
-    severed_functions,
+    no_severed_functions,
 )
 from geomprobe.reproducibility.digest import same_bits
 from geomprobe.reproducibility.isolation import keep_state, silence_hooks
@@ -76,10 +76,8 @@ def backward_with_graph(
     index = {leaf: position for position, leaf in enumerate(parameters)}
     edges: Graph = [None] * len(parameters)
     hooks = [(leaf, _plain_accumulation(leaf, edges, index.get(leaf))) for leaf in info.leaves]
-    with _first_hooks(hooks), severed_functions(info.functions) as cut:
+    with _first_hooks(hooks), no_severed_functions(info.functions):
         loss.backward(_root(loss), create_graph=True)
-    if cut:
-        raise CurvatureUnavailable(cut[0])
     return edges
 
 
@@ -93,25 +91,10 @@ def compared_backward(
     """`backward_with_graph` with ``apart=True``, and whether the two passes' gradients were bitwise equal.
 
     Where they were, ``apart=False`` saves a pass from then on.
-
-    Args:
-        loss, parameters, module, info: as for `backward_with_graph`, which names what is raised.
-
-    >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
-    >>> graph, equal = compared_backward(torch.tanh(w).sum(), [w])
-    >>> equal
-    True
     """
     info = _clear(loss, info)
     plain: dict[Tensor, Tensor | None] = {}
-
-    def keep(leaf: Tensor) -> LeafHook:
-        def hook(gradient: Tensor | None) -> None:
-            plain[leaf] = gradient
-
-        return hook
-
-    with _first_hooks([(leaf, keep(leaf)) for leaf in info.leaves]):
+    with _first_hooks([(leaf, functools.partial(plain.__setitem__, leaf)) for leaf in info.leaves]):
         loss.backward(retain_graph=True)
     gradients = _gradients(loss, info.leaves, info, module)
     equal = not info.two_formulas and all(
@@ -127,16 +110,7 @@ def graph_of(
     info: GraphInfo | None = None,
     module: nn.Module | None = None,
 ) -> Graph:
-    """The graph of the gradients of ``loss``, leaving every ``.grad`` alone.
-
-    Args:
-        loss, parameters, info, module: as for `backward_with_graph`, which names what is raised.
-
-    >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
-    >>> graph = graph_of((w**3).sum(), [w])
-    >>> hessian_vector_product([graph], [w], [torch.ones(2)]), w.grad
-    ([tensor([ 6., 12.])], None)
-    """
+    """The graph of the gradients of ``loss``, leaving every ``.grad`` alone; else as `backward_with_graph`."""
     return [_edge(gradient) for gradient in _gradients(loss, parameters, _clear(loss, info), module)]
 
 
@@ -198,7 +172,7 @@ def hessian_vector_product(
 
 
 def _clear(loss: Tensor, info: GraphInfo | None) -> GraphInfo:
-    """What is known of the graph of a loss, if nothing in it is known to stop a second derivative."""
+    """What is known of the graph of a loss; raises where something in it is known to stop a second derivative."""
     info = inspect_graph(loss) if info is None else info
     if info.blockers:
         raise CurvatureUnavailable(info.blockers[0])
@@ -209,11 +183,8 @@ def _gradients(
     loss: Tensor, parameters: Sequence[Tensor], info: GraphInfo, module: nn.Module | None
 ) -> list[Tensor | None]:
     wanted = [parameter for parameter in parameters if parameter.requires_grad]
-    severed = severed_functions(info.functions)
-    with keep_state(module), silence_hooks(wanted), severed as cut, _explaining():
+    with keep_state(module), silence_hooks(wanted), no_severed_functions(info.functions), _explaining():
         found = torch.autograd.grad(loss, wanted, _root(loss), create_graph=True, allow_unused=True)
-    if cut:
-        raise CurvatureUnavailable(cut[0])
     by_parameter = dict(zip(wanted, found, strict=True))
     return [by_parameter.get(parameter) for parameter in parameters]
 
@@ -239,7 +210,7 @@ def _plain_accumulation(leaf: Tensor, edges: Graph, position: int | None) -> Lea
 
 
 def _root(loss: Tensor) -> Tensor:
-    # It requires grad so that every gradient of the pass has a graph: see severed_functions.
+    # It requires grad so that every gradient of the pass has a graph: see no_severed_functions.
     return torch.ones_like(loss, memory_format=torch.preserve_format).requires_grad_()
 
 
@@ -250,9 +221,8 @@ def _edge(gradient: Tensor | None) -> GradientEdge | None:
 def _same_memory(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
-    if a.layout != torch.strided or b.layout != torch.strided or a.stride() != b.stride():
-        return False
-    return same_bits(a, b)
+    dense = a.layout == b.layout == torch.strided
+    return dense and a.stride() == b.stride() and same_bits(a, b)
 
 
 @contextmanager

@@ -1,12 +1,13 @@
 """The global loss: what each process differentiates of it, and how their products become those of the whole.
 
 The loss whose gradient the optimizer gets is the mean of the processes' own losses, times a factor (see
-`geomprobe.measure.curvature.reduction_factor`). Its Hessian is linear in them: each process takes ``H v`` of its
-own loss with the global ``v``, and the mean of these is the global one.
+`Reduction`). Its Hessian is linear in them: each process takes ``H v`` of its own loss with the global ``v``, and
+the mean of these is the global one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,14 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.utils.hooks import RemovableHandle
 
 from geomprobe.distributed.dtensor import like_local, local, local_gradient
 from geomprobe.distributed.layout import ElsewhereFailed, Layout, fsdp_modules
 from geomprobe.measure.curvature.autograd_graph import Blocker, CurvatureUnavailable
+from geomprobe.measure.inner_products import dots
 from geomprobe.reproducibility.isolation import keep_gradients
 
 Closure = Callable[[], Tensor]
 
+_SKEW = 0.05  # as far as compression to 8 bits of mantissa turns a gradient, and more than any rounding
+_ROUND = 1e-3  # a factor this near to a whole number of processes is one
 _MIXED_PRECISION = Blocker(
     "DDP's mixed_precision",
     "frees the weights that the backward pass used",
@@ -35,11 +40,6 @@ class SingleProcess:
     Attributes:
         later: whether the graph of a loss's gradients is only made where products are taken of it.
         blocker: what stops all of it, if anything does.
-
-    >>> w = torch.ones(1)
-    >>> with SingleProcess([w]).tensors() as tensors:
-    ...     tensors[0] is w
-    True
     """
 
     later = False
@@ -130,11 +130,7 @@ class ReplicatedDTensors(SingleProcess):
 
 
 def global_loss(parameters: Sequence[Tensor], layout: Layout, module: nn.Module | None) -> SingleProcess:
-    """What differentiates the global loss of a training that is laid out as ``layout`` says.
-
-    >>> type(global_loss([torch.ones(1)], Layout(), None)).__name__
-    'SingleProcess'
-    """
+    """What differentiates the global loss of a training that is laid out as ``layout`` says."""
     if layout.kind == "DDP":
         return DataParallel(parameters, layout)
     if layout.kind == "FSDP2":
@@ -143,20 +139,130 @@ def global_loss(parameters: Sequence[Tensor], layout: Layout, module: nn.Module 
     return ReplicatedDTensors(parameters) if layout.kind == "DTensor" else SingleProcess(parameters)
 
 
+class LocalGradients:
+    """Sums what backward passes send to the leaves of a graph, before anything else sees it.
+
+    Attributes:
+        of: the sum by leaf, in memory of its own.
+
+    >>> import torch
+    >>> w, own = torch.ones(2, requires_grad=True), LocalGradients()
+    >>> own.watch([w])
+    >>> (3 * w).sum().backward()
+    >>> own.unwatch()
+    >>> own.of[w]
+    tensor([3., 3.])
+    """
+
+    def __init__(self) -> None:
+        self.of: dict[Tensor, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def watch(self, leaves: Sequence[Tensor], scale: Tensor | None = None) -> None:
+        """Before a backward pass. The leaves' own hooks run first.
+
+        Args:
+            leaves: the tensors to watch, until `unwatch`.
+            scale: what the loss was multiplied by.
+        """
+        hooks = ((leaf, self._adding(leaf, scale)) for leaf in leaves if leaf.requires_grad)
+        self._handles += [leaf.register_hook(hook) for leaf, hook in hooks]
+
+    def unwatch(self) -> None:
+        """After the backward pass."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def clear(self) -> None:
+        """Forget all of it."""
+        self.of = {}
+
+    def _adding(self, leaf: Tensor, scale: Tensor | None) -> Callable[[Tensor], None]:
+        def hook(gradient: Tensor) -> None:
+            dense = gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
+            # A copy: the gradient's memory may become leaf.grad, and be averaged in place.
+            dense = dense.clone() if scale is None else dense / scale
+            self.of[leaf] = self.of[leaf] + dense if leaf in self.of else dense
+
+        return hook
+
+
+class Reduction:
+    """Measures, once, the factor between the mean of the processes' gradients and the gradient that the optimizer gets.
+
+    DDP and FSDP2 take the mean. A communication hook, ``set_gradient_divide_factor`` or the like may take a
+    sum, or any multiple; whatever it is, the Hessian must be that of the same loss as the gradient.
+
+    Attributes:
+        factor: None until it is known.
+    """
+
+    def __init__(self, global_loss: SingleProcess, layout: Layout) -> None:
+        self._loss, self._layout = global_loss, layout
+        self.factor: float | None = 1.0 if layout.kind in ("one process", "DTensor") else None
+        self._own = LocalGradients()
+        self._reduced: list[Tensor | None] = []
+
+    @contextmanager
+    def watching(self, leaves: Sequence[Tensor]) -> Iterator[None]:
+        """Around a backward pass, while the factor is unknown: note what each leaf gets, and what comes of it."""
+        try:
+            self._own.watch(leaves)
+            yield
+        finally:  # also of a pass that found out that it has no second derivative
+            self._own.unwatch()
+            gradients = [local_gradient(p.grad, p) for p in self._loss.parameters]
+            self._reduced = [None if g is None else g.detach().to_dense().clone() for g in gradients]
+
+    def find(self, tensors: Sequence[Tensor]) -> float:
+        """The factor; where it is unknown, from the backward passes watched since the last `discard`.
+
+        Every process must call this at once, with what its losses were differentiated by.
+
+        Raises:
+            CurvatureUnavailable: the reduced gradient is no multiple of the mean.
+            UnsupportedTraining: that is so because some processes did not use a parameter that others did.
+        """
+        if self.factor is not None:
+            return self.factor
+        own = [self._own.of.get(t, torch.zeros_like(t, requires_grad=False)) for t in tensors]
+        mean, reduced = self._loss.mean(own), self._reduced
+        products = dots([(reduced, reduced), (reduced, mean), (mean, mean)], self._layout.owned)
+        of_reduced, between, of_mean = self._layout.sum(products).tolist()
+        if not of_mean or not math.isfinite(of_mean + of_reduced):
+            return 1.0  # no gradient, or none that is finite: the next step's may do
+        factor, skew = between / of_mean, 1 - between**2 / (of_mean * (of_reduced or 1.0))
+        if not skew < _SKEW**2:
+            used = {f"parameter {i}": tensor in self._own.of for i, tensor in enumerate(tensors)}
+            self._layout.require_same_use(used, self._loss.parameters[0].device)
+            raise CurvatureUnavailable(
+                Blocker(
+                    "the reduction of the gradients",
+                    "gives no multiple of the mean of the processes' gradients (the sine of the angle between them is "
+                    f"{skew**0.5:.3g}, the factor along it {factor:.3g})",
+                    "Average them by DDP or fully_shard within the last backward of a step, without a lossy "
+                    "communication hook.",
+                )
+            )
+        counts = factor * self._layout.world_size
+        near = abs(counts - round(counts)) <= _ROUND * counts
+        self.factor = round(counts) / self._layout.world_size if near else factor
+        self.discard()
+        return self.factor
+
+    def discard(self) -> None:
+        """Forget what was seen: the gradients were thrown away, or the factor is known."""
+        self._own.clear()
+        self._reduced = []
+
+
 def fail_together(layout: Layout, failure: Exception | None, device: torch.device) -> None:
     """Raise on every process if one has failed, so that none waits for another's product.
-
-    Args:
-        layout: of the processes.
-        failure: what this process failed with, if it did.
-        device: of the one number that is exchanged.
 
     Raises:
         CurvatureUnavailable: this or another process's loss has no exact product.
         ElsewhereFailed: another process failed in a way that ends it.
-        Exception: ``failure``.
-
-    >>> fail_together(Layout(), None, torch.device("cpu"))
+        Exception: ``failure``, with which this process failed.
     """
     reasons = layout.failures(failure, device)
     mild = failure is None or isinstance(failure, CurvatureUnavailable)
@@ -167,7 +273,7 @@ def fail_together(layout: Layout, failure: Exception | None, device: torch.devic
         raise failure
     for rank, (_, text) in reasons.items():
         raise CurvatureUnavailable(
-            Blocker("the global loss", f'has none, says rank {rank} ("{text}")', "See there.")
+            Blocker("the global loss", f'has none on rank {rank} ("{text}")', "See there.")
         )
 
 
@@ -175,13 +281,6 @@ def without_gradients(parameters: Iterable[Tensor], module: nn.Module | None) ->
     """Whether no backward pass has left a gradient: none in the parameters, and none that FSDP2 holds back.
 
     It keeps those of a micro-batch to itself where they are not to be reduced before the last one's.
-
-    Args:
-        parameters: which.
-        module: what they are of.
-
-    >>> without_gradients([torch.ones(1)], None)
-    True
     """
     for parameter in parameters:
         if parameter.grad is not None:

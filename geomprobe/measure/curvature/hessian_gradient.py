@@ -12,7 +12,6 @@ import functools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,34 +33,20 @@ from geomprobe.measure.curvature.double_backward import (
     graph_of,
     hessian_vector_product,
 )
-from geomprobe.measure.curvature.global_loss import fail_together, global_loss
-from geomprobe.measure.curvature.reduction_factor import Reduction
-from geomprobe.measure.curvature.side_evaluation import (
-    Closure,
-    FiniteStep,
-    finite_step,
-    loss_tolerance,
-    side_graph,
-)
-from geomprobe.reproducibility.isolation import keep_state
-from geomprobe.reproducibility.rng import RNGState
+from geomprobe.measure.curvature.global_loss import Reduction, fail_together, global_loss
+from geomprobe.measure.curvature.side_evaluation import Closure, SideLoss, StepChange, loss_tolerance
+from geomprobe.reproducibility.isolation import RNGState, keep_state
 
 
 @dataclass
 class _Part:
-    """One micro-batch of the step: its graph, or what it takes to make one.
+    """One micro-batch of the step: the graph of its gradients, or what it takes to make one."""
 
-    ``live`` is the loss with its graph, where that of the gradients is made later.
-    """
-
-    loss: Tensor
-    closure: Closure | None
-    rng: RNGState | None
+    again: SideLoss | None  # None without a closure
     scale: Tensor | None
     blockers: list[Blocker]
-    tolerance: float = 0.0
     graph: Graph | None = None
-    live: Tensor | None = None
+    live: Tensor | None = None  # the loss with its own graph, where that of the gradients is made later
 
 
 class Curvature:
@@ -131,10 +116,12 @@ class Curvature:
         graph = inspect_graph(loss) if graph is None else graph
         if (blocker := self.blocker(graph, closure)) is not None:
             raise CurvatureUnavailable(blocker)
-        value = loss.detach() if scale is None else loss.detach() / scale
-        part = _Part(value, closure, rng, scale, graph.blockers)
+        again = None
         if closure is not None:
-            part.tolerance = loss_tolerance(coarsest_epsilon(loss))
+            value = loss.detach() if scale is None else loss.detach() / scale
+            tolerance = loss_tolerance(coarsest_epsilon(loss))
+            again = SideLoss(self._loss.beside(closure), value, rng, self._module, tolerance)
+        part = _Part(again, scale, graph.blockers)
         self._parts.append(part)
         if self._reduction.factor is not None:
             self._backward(loss, part, graph)
@@ -148,10 +135,6 @@ class Curvature:
         Args:
             vectors: one per parameter, of its shape and dtype, such as the gradient; None stands for zero.
             keep: leave everything fit for another product with the same ``H``.
-
-        Returns:
-            One tensor per parameter, of its shape, to be read only; zeros where the gradient does not depend
-            on the parameter.
 
         Raises:
             UsageError: there was no `backward` to take the product of.
@@ -187,37 +170,29 @@ class Curvature:
 
         return lambda vectors: self._globally(functools.partial(product, vectors), scaled=False)
 
-    def over_step(self, direction: Sequence[Tensor | None], lr: float) -> FiniteStep | None:
-        """How the gradient and the summed loss change over a whole step; see `finite_step`.
+    def over_step(self, direction: Sequence[Tensor | None], lr: float) -> StepChange | None:
+        """How the gradient and the summed loss change over a whole step; see `SideLoss.over_step`.
 
-        Args:
-            direction: one tensor per parameter, such as the gradient; None stands for zero.
-            lr: the step along it, not 0.
-
-        Returns:
-            The change, or None where a micro-batch came without a closure that evaluates its loss again, or
-            that loss is a DTensor.
-
-        Raises:
-            ClosureMismatch: a closure returned another loss than its micro-batch's.
+        None where a micro-batch came without a closure that evaluates its loss again, or that loss is a DTensor.
         """
-        missing = sum(part.closure is None or is_dtensor(part.loss) for part in self._parts)
-        if self._layout.largest([missing], self._device)[0]:
+        again = [part.again for part in self._parts]
+        losses = [loss for loss in again if loss is not None and not is_dtensor(loss.value)]
+        if self._layout.largest([len(again) - len(losses)], self._device)[0]:
             return None
         gap = torch.zeros((), dtype=torch.float64, device=self._device)
 
         def turned(tensors: list[Tensor]) -> list[Tensor]:
             along = self._loss.vectors(direction, tensors)
             total = [torch.zeros_like(t, requires_grad=False) for t in tensors]
-            for part in self._parts:
-                step = finite_step(parameters=tensors, direction=along, lr=lr, **self._again(part))
-                total = [a + b for a, b in zip(total, step.turned, strict=True)]
-                gap.add_(step.gap)
+            for loss in losses:
+                change = loss.over_step(tensors, along, lr)
+                total = [a + b for a, b in zip(total, change.turned, strict=True)]
+                gap.add_(change.gap)
             return total
 
         found = self._globally(turned)
         mean = self._layout.exchange(gap.new_empty(0), gap.reshape(1))[1][0]
-        return FiniteStep(found, mean * (self._reduction.factor or 1.0))
+        return StepChange(found, mean * (self._reduction.factor or 1.0))
 
     def discard(self) -> None:
         """Forget the losses so far and free their graphs: the gradients they left were thrown away."""
@@ -294,30 +269,20 @@ class Curvature:
     def _on_the_side(
         self, part: _Part, tensors: Sequence[Tensor], vectors: Sequence[Tensor | None], keep: bool
     ) -> list[Tensor]:
+        assert part.again is not None
         with ExitStack() as plain_kernels:
             for plain in {blocker.plain for blocker in part.blockers if blocker.plain is not None}:
                 plain_kernels.enter_context(plain())
-            graph = side_graph(parameters=tensors, scale=part.scale, **self._again(part))
+            graph = part.again.graph(tensors, part.scale)
             product = hessian_vector_product(
                 [graph], tensors, vectors, scale=part.scale, module=self._module, keep_graphs=keep
             )
         part.graph = graph if keep else None
         return product
 
-    def _again(self, part: _Part) -> dict[str, Any]:
-        """What evaluates a micro-batch's loss again, for `side_graph` and `finite_step`."""
-        assert part.closure is not None
-        return {
-            "closure": self._loss.beside(part.closure),
-            "loss": part.loss,
-            "rng": part.rng,
-            "module": self._module,
-            "tolerance": part.tolerance,
-        }
-
     def _fall_back(self, blocked: CurvatureUnavailable) -> None:
         """Take the second route for every part of this step and from then on, or say why there is none."""
-        if any(part.closure is None for part in self._parts):
+        if any(part.again is None for part in self._parts):
             self.discard()
             raise blocked
         self.route = "closure"

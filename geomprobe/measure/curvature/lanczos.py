@@ -56,7 +56,7 @@ def top_eigenvalue(
             its tensors (float64, one a tensor). Without it they are summed here.
 
     Returns:
-        The value, its residual bound, and the number of products. NaN where a product is not finite.
+        NaN as value and residual where a product is not finite.
 
     Raises:
         ValueError: for no iterations, or nothing in ``like``.

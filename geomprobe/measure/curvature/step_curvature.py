@@ -1,29 +1,37 @@
-"""The losses of the present step, kept so that Hg, finite steps and sharpness can be taken of them."""
+"""Hg, finite steps and sharpness: the quantities of second order, and the losses of the step, kept for them."""
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 from zlib import crc32
 
 import torch
 from torch import Tensor
 
+from geomprobe.distributed.dtensor import local
 from geomprobe.distributed.layout import Layout
 from geomprobe.errors import GeomprobeError
 from geomprobe.measure.curvature.autograd_graph import CurvatureUnavailable, inspect_graph
 from geomprobe.measure.curvature.global_loss import fail_together
 from geomprobe.measure.curvature.hessian_gradient import Curvature
+from geomprobe.measure.curvature.lanczos import top_eigenvalue
+from geomprobe.measure.inner_products import dots
 from geomprobe.measure.options import MeasureOptions
-from geomprobe.probe.hooks.grad_scaler import unscaled
+from geomprobe.measure.quantity import Combine, Part, Quantity, Recorded, Step
+from geomprobe.probe.events import Closure, Events
+from geomprobe.probe.hooks.global_hooks import unscaled
 from geomprobe.probe.probe import Probe
-from geomprobe.reproducibility.rng import RNGState, capture_rng
+from geomprobe.reproducibility.isolation import RNGState, capture_rng
+from geomprobe.trace.schema import parameter_column, product_column
 
 
-class StepCurvature:
+class StepCurvature(Events):
     """Runs the backward passes of the steps whose Hessian is wanted, and knows whether it caught all of a step's.
 
-    `Measurement` owns it and passes the events on, in the thread that trains.
+    `Measurement` owns it. Where a Hessian is wanted it is a listener of the pass, in the thread that trains.
 
     Args:
         probe: whose parameters and model.
@@ -43,7 +51,7 @@ class StepCurvature:
         wanted = options.curvature_interval or options.sharpness_every
         self.curvature = Curvature(self._parameters, probe.model, layout) if wanted else None
         self.ready: Curvature | None = None
-        self.fixed_loss: Callable[[], Tensor] | None = None
+        self.fixed_loss: Closure | None = None
         self.missing: str | None = None
         self._complete = True  # no backward pass of the step went another way
         self._caught = 0
@@ -51,19 +59,19 @@ class StepCurvature:
         self._blocked: CurvatureUnavailable | None = None
         self._rng: RNGState | None = None
 
-    def fetched(self) -> None:
-        """A batch has come: a forward pass before it that led to no backward pass does not count."""
-        self._rng = None
+    def fetch_ended(self, came: bool) -> None:
+        if (
+            came and torch.is_grad_enabled()
+        ):  # a forward pass before it that led to no backward pass does not count
+            self._rng = None
 
-    def entered(self) -> None:
-        """The model is about to run: a closure will need the random streams as they are now."""
+    def entered(self, inputs: Any) -> None:
+        # A closure will need the random streams as they are now.
         if self._rng is None and self._wanted():
             self._rng = capture_rng()
 
-    def backward(
-        self, loss: Tensor, closure: Callable[[], Tensor] | None, run: Callable[[], None], plain: bool
-    ) -> None:
-        """Run ``backward`` on a loss; see `Measurement.backward`."""
+    def backward(self, loss: Tensor, closure: Closure | None, run: Callable[[], None], plain: bool) -> None:
+        """Run ``backward`` on a loss; see `Measurement.differentiate`."""
         wanted = self._wanted()
         curvature = self.curvature
         if not wanted or curvature is None or not plain or loss.numel() != 1 or self._blocked is not None:
@@ -101,17 +109,19 @@ class StepCurvature:
         self._same_use_checked = True
         ready = self._complete and self._caught > 0
         if self._layout.world_size > 1:
-            used = {p: g is not None for p, g in zip(self._probe.parameters, gradients, strict=True)}
             try:
-                ready = _all_ready(self._layout, ready, self._blocked, used, self._parameters[0].device)
+                ready = self._all_ready(ready, gradients)
             except CurvatureUnavailable as error:
                 self.give_up(error)
                 return
         if ready and wanted:
             self.ready = self.curvature
 
-    def dropped(self) -> None:
-        """The gradients so far were thrown away, or their step is measured: free the losses' graphs."""
+    def sharpness_of(self, closure: Closure) -> None:
+        self.fixed_loss = closure
+
+    def gradients_dropped(self) -> None:
+        """Free the losses' graphs: the gradients so far were thrown away, or their step is measured."""
         self._complete, self._caught, self.ready = True, 0, None
         if self.curvature is not None:
             self.curvature.discard()
@@ -122,7 +132,7 @@ class StepCurvature:
         Raises:
             CurvatureUnavailable: Hg was required.
         """
-        self.dropped()
+        self.gradients_dropped()
         self.curvature = self._blocked = None
         self.missing = str(error)
         if self._options.curvature_required:
@@ -146,26 +156,96 @@ class StepCurvature:
         else:
             self._blocked = error  # the others learn of it in `settle`: now they are in their backward pass
 
+    def _all_ready(self, ready: bool, gradients: Sequence[Tensor | None]) -> bool:
+        """Whether every process has caught all losses of the step, ``ready`` where this one has.
 
-def _all_ready(
-    layout: Layout,
-    whole: bool,
-    blocked: CurvatureUnavailable | None,
-    used: Mapping[str, bool],
-    device: torch.device,
-) -> bool:
-    """Whether every process has caught a step's losses: ``whole`` here, and never where it is ``blocked``.
+        Raises:
+            CurvatureUnavailable: one of them is blocked.
+            UnsupportedTraining: they used different parameters, and the optimizer has what comes of it.
+        """
+        layout, device = self._layout, self._parameters[0].device
+        used = {p: g is not None for p, g in zip(self._probe.parameters, gradients, strict=True)}
+        # Ready, partly caught, blocked: the largest over all processes holds.
+        state = 2 if self._blocked is not None else 0 if ready else 1
+        mark = crc32(bytes(used.values()))
+        state, largest, smallest = layout.largest([state, mark, -mark], device)
+        if largest != -smallest:
+            layout.require_same_use(used, device)
+        if state == 2:
+            fail_together(layout, self._blocked, device)
+        return state == 0
 
-    Raises:
-        CurvatureUnavailable: one of them is blocked.
-        UnsupportedTraining: they used different parameters, and the optimizer has what comes of it.
+
+class FiniteStep(Quantity):
+    """``secant_residual`` and ``linear_decrease_gap``: what a whole step changes on its own minibatch.
+
+    The one is the turn of the gradient, the other the loss above its linear decrease; see `SideLoss.over_step`.
     """
-    # Ready, partly caught, blocked: the largest over all processes holds.
-    state = 2 if blocked is not None else 0 if whole else 1
-    mark = crc32(bytes(used.values()))
-    state, largest, smallest = layout.largest([state, mark, -mark], device)
-    if largest != -smallest:
-        layout.require_same_use(used, device)
-    if state == 2:
-        fail_together(layout, blocked, device)
-    return state == 0
+
+    name = "finite_step"
+    option, cadence = "finite_step", "curvature_interval"
+    columns = ("steps/secant_residual", "steps/linear_decrease_gap")
+
+    def local(self, step: Step) -> dict[str, Part] | None:
+        lr = float(self.training.probe.optimizer.param_groups[0].get("lr", 0.0))
+        if (curvature := self.training.curvature.ready) is None or not lr:
+            return None
+        if (change := curvature.over_step(step.vectors, lr)) is None:
+            return None
+        g, turn = step.vectors, change.turned
+        return {
+            "squares": Part(dots([(g, g), (turn, turn)], self.training.layout.owned), Combine.SUM),
+            "gap": Part(change.gap, Combine.SAME),
+        }
+
+    def finish(self, whole: Mapping[str, Tensor]) -> Tensor:
+        of_gradient, of_turn = whole["squares"]
+        return torch.stack([(of_turn / of_gradient).sqrt(), whole["gap"]])
+
+
+class Sharpness(Quantity):
+    """``sharpness``: the top eigenvalue of the Hessian of the minibatch's loss, or of one that the script names."""
+
+    name = "sharpness"
+    option, cadence = "sharpness_every", "sharpness_every"
+    columns = ("steps/sharpness",)
+
+    def local(self, step: Step) -> dict[str, Part] | None:
+        losses = self.training.curvature
+        product: Callable[[list[Tensor]], list[Tensor]]
+        if losses.fixed_loss is not None and losses.curvature is not None:
+            product = losses.curvature.products_of(losses.fixed_loss)
+        elif losses.fixed_loss is None and losses.ready is not None:
+            product = functools.partial(losses.ready.product, keep=True)
+        else:
+            return None
+        like = [local(parameter) for parameter in self.training.parameters]
+        value = top_eigenvalue(product, like, total=self.training.layout.total).value
+        found = torch.tensor([value], dtype=torch.float64, device=like[0].device)
+        return {"sharpness": Part(found, Combine.SAME)}
+
+
+class HessianGradient(Quantity):
+    """``g.Hg`` and ``Hg.Hg``; of each parameter tensor too, if asked for. It frees the graphs of the step's losses."""
+
+    PRODUCTS = ("g.Hg", "Hg.Hg")
+    name = "hg"
+    option, cadence = "curvature_interval", "curvature_interval"
+
+    def open(self, recorded: Recorded) -> None:
+        columns = [product_column(product) for product in self.PRODUCTS]
+        if self.training.options.per_parameter:
+            names = self.training.probe.parameters
+            columns += [parameter_column(name, product) for name in names for product in self.PRODUCTS]
+        self.columns = tuple(columns)
+
+    def local(self, step: Step) -> dict[str, Part] | None:
+        if (curvature := self.training.curvature.ready) is None:
+            return None
+        g, hg = step.vectors, curvature.product(step.vectors)
+        owned, per_parameter = self.training.layout.owned, self.training.options.per_parameter
+        return {"products": Part(dots([(g, hg), (hg, hg)], owned, per_parameter=per_parameter), Combine.SUM)}
+
+    def finish(self, whole: Mapping[str, Tensor]) -> Tensor:
+        products = whole["products"]
+        return torch.cat([products[0], products[1:].reshape(-1)]) if products.dim() > 1 else products

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from geomprobe.errors import RunError
-from geomprobe.probe.hooks.mute import muted
+from geomprobe.probe.hooks.global_hooks import muted
 from geomprobe.reproducibility.digest import leaves
 from geomprobe.reproducibility.isolation import keep_gradients, keep_state
 

@@ -17,8 +17,12 @@ from geomprobe.passes.checkpoint.training_state import capture, restore, restore
 from geomprobe.probe.events import Events
 from geomprobe.probe.loops import TOP, Position
 from geomprobe.probe.probe import Probe
-from geomprobe.reproducibility.environment import training_manifest
-from geomprobe.reproducibility.environment_check import FIRST_STEP_SECTIONS, require_same, require_same_kind
+from geomprobe.reproducibility.environment import (
+    FIRST_STEP_SECTIONS,
+    require_same,
+    require_same_kind,
+    training_manifest,
+)
 from geomprobe.reproducibility.fingerprint import StepFingerprint
 
 if TYPE_CHECKING:

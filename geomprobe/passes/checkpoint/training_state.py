@@ -12,7 +12,7 @@ from geomprobe.distributed.dtensor import held, is_dtensor, placed
 from geomprobe.errors import RunError
 from geomprobe.passes.checkpoint.plain_values import HostTensor, StateOf
 from geomprobe.probe.probe import Probe
-from geomprobe.reproducibility.rng import RNGState, capture_rng, restore_rng
+from geomprobe.reproducibility.isolation import RNGState, capture_rng, restore_rng
 
 
 def capture(probe: Probe, loaders: Sequence[Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""What a pass sees without the script's help: the loss, the loaders, the optimizer and the model.
+"""What a pass sees without the script's help: losses, loaders, scalers, clipping, optimizers and module calls.
 
-Everything here is put in place for the time of a pass and taken away after it. It serves the script that
-has no `attach` in it, and the calls around a probe that a script makes in its own way.
+`listening` puts hooks and wrappers in place for the time of a pass. They serve the script that has no `attach` in it,
+and the calls around a probe that a script makes in its own way. `ModelCalls` follows the model of a probe.
 """
 
 from __future__ import annotations
@@ -10,21 +10,39 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterator
+from types import CellType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.utils import clip_grad
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
+from torch.utils.hooks import RemovableHandle
 
 from geomprobe.probe.events import Observer, observe
-from geomprobe.probe.hooks import grad_scaler as gradient_calls
-from geomprobe.probe.hooks.mute import is_muted, unless_muted
 
 # What torch.compile says of hooks on all modules; their being called for the compiled one is what they are for.
 _TWICE = r"Using `torch.compile\(module\)` when there are global hooks"
+
+_SCALE = "_geomprobe_scale"  # on a scaled loss: (the loss, the scale)
+
+# How many `muted` are entered, in the whole process: hooks run in the threads of autograd and of loaders too.
+# Only `muted` writes it.
+_entered = 0
+
+
+@contextlib.contextmanager
+def muted() -> Iterator[None]:
+    """Inside, models run, gradients are taken and loaders are iterated without an event of the run."""
+    global _entered
+    _entered += 1
+    try:
+        yield
+    finally:
+        _entered -= 1
 
 
 @contextlib.contextmanager
@@ -34,79 +52,177 @@ def listening(observer: Observer) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         stack.callback(observe, observe(observer))
-        for owner, name, wrap in (
+        for owner, name, report in (
             (torch.autograd, "backward", _backward),
             (Optimizer, "zero_grad", _zero_grad),
             (DataLoader, "__init__", _make),
             (DataLoader, "__iter__", _iterate),
             (_BaseDataLoaderIter, "__next__", _next),
         ):
-            original = getattr(owner, name)
-            setattr(owner, name, torch.compiler.disable(unless_muted(original, wrap(original, observer))))
-            stack.callback(setattr, owner, name, original)
+            _replace(stack, owner, name, report, observer)
+        for function, name in _CLIPPING:
+            for cell in _inner(function):
+                _replace(stack, cell, "cell_contents", functools.partial(_clip, name), observer)
         hook = register_optimizer_step_pre_hook(torch.compiler.disable(observer.optimizer_stepping))
         stack.callback(hook.remove)
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message=_TWICE)
         modules = _OutermostModules(observer.module_entered)
         stack.callback(modules.stop)
-        stack.enter_context(gradient_calls.listening_to_gradients(observer))
+        _follow_scalers(stack, observer)
         yield
 
 
-def _backward(original: Callable[..., None], observer: Observer) -> Callable[..., None]:
+def _replace(
+    stack: contextlib.ExitStack, owner: Any, name: str, report: Callable[..., Any], observer: Observer
+) -> None:
+    """Let ``report`` stand in for a function of torch, which it is given to call; inside `muted` only that one runs."""
+    original = getattr(owner, name)
+
     @functools.wraps(original)
-    def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
-        losses = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-        plain = all(option is None or option is False for option in (*args, *kwargs.values()))
-        observer.backward(losses, functools.partial(original, tensors, *args, **kwargs), plain)
+    def either(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs) if _entered else report(original, observer, *args, **kwargs)
 
-    return backward
-
-
-def _zero_grad(original: Callable[..., None], observer: Observer) -> Callable[..., None]:
-    @functools.wraps(original)
-    def zero_grad(self: Optimizer, *args: Any, **kwargs: Any) -> None:
-        observer.gradients_dropped()
-        original(self, *args, **kwargs)
-
-    return zero_grad
+    setattr(owner, name, torch.compiler.disable(either))
+    stack.callback(setattr, owner, name, original)
 
 
-def _make(original: Callable[..., None], observer: Observer) -> Callable[..., None]:
-    @functools.wraps(original)
-    def make(self: DataLoader[Any], *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        observer.loader_made(self)
+def _follow_scalers(stack: contextlib.ExitStack, observer: Observer) -> None:
+    from torch.amp.grad_scaler import GradScaler
 
-    return make
+    wrapped: set[type] = set()
+
+    def follow(scaler: type) -> None:
+        # A subclass, such as FSDP's, may have a `scale` of its own, and the script may import it at any time. So
+        # each class that defines one of these methods is wrapped when the first scaler of it is made.
+        for owner in scaler.__mro__[: scaler.__mro__.index(GradScaler) + 1]:
+            for name, report in _OF_SCALER.items() if owner not in wrapped else ():
+                if name in vars(owner):
+                    _replace(stack, owner, name, report, observer)
+            wrapped.add(owner)
+
+    original_init = GradScaler.__init__
+
+    @functools.wraps(original_init)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        follow(type(self))
+        original_init(self, *args, **kwargs)
+
+    follow(GradScaler)
+    GradScaler.__init__ = init  # type: ignore[method-assign]
+    stack.callback(setattr, GradScaler, "__init__", original_init)
 
 
-def _iterate(original: Callable[..., Any], observer: Observer) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def iterate(self: DataLoader[Any]) -> Any:
-        observer.fetching()  # making the iterator draws from the RNG already
-        iterator = original(self)
-        observer.loader_iterated(self, iterator)
-        return iterator
-
-    return iterate
+def unscaled(loss: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A loss as the model gave it, and the factor a GradScaler put on it (None without one)."""
+    original: tuple[Tensor, Tensor | None] = getattr(loss, _SCALE, (loss, None))
+    return original
 
 
-def _next(original: Callable[..., Any], observer: Observer) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def next_batch(self: Any) -> Any:
-        observer.fetching()
-        came = False
-        try:
-            batch = original(self)
-            came = True
-            observer.batch_came(self)
-        finally:
-            observer.fetch_ended(came)
-        return batch
+def tag_scaled(loss: Tensor, factor: Tensor) -> None:
+    """Mark a loss that was computed from a scaled one, such as its part under accumulation.
 
-    return next_batch
+    >>> loss = torch.tensor(8.0)
+    >>> tag_scaled(loss, torch.tensor(4.0)); unscaled(loss)
+    (tensor(2.), tensor(4.))
+    """
+    if not hasattr(loss, _SCALE):
+        setattr(loss, _SCALE, (loss.detach() / factor, factor))
+
+
+# Each of the following is called instead of a function of torch, ``original``, with the arguments of the call.
+
+
+def _backward(
+    original: Callable[..., None], observer: Observer, /, tensors: Any, *args: Any, **kwargs: Any
+) -> None:
+    losses = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    plain = all(option is None or option is False for option in (*args, *kwargs.values()))
+    observer.backward(losses, functools.partial(original, tensors, *args, **kwargs), plain)
+
+
+def _zero_grad(original: Callable[..., None], observer: Observer, /, *args: Any, **kwargs: Any) -> None:
+    observer.gradients_dropped()
+    original(*args, **kwargs)
+
+
+def _make(
+    original: Callable[..., None], observer: Observer, loader: DataLoader[Any], /, *args: Any, **kwargs: Any
+) -> None:
+    original(loader, *args, **kwargs)
+    observer.loader_made(loader)
+
+
+def _iterate(original: Callable[..., Any], observer: Observer, loader: DataLoader[Any]) -> Any:
+    observer.fetching()  # making the iterator draws from the RNG already
+    iterator = original(loader)
+    observer.loader_iterated(loader, iterator)
+    return iterator
+
+
+def _next(original: Callable[..., Any], observer: Observer, iterator: Any) -> Any:
+    observer.fetching()
+    came = False
+    try:
+        batch = original(iterator)
+        came = True
+        observer.batch_came(iterator)
+    finally:
+        observer.fetch_ended(came)
+    return batch
+
+
+def _scale(original: Callable[..., Any], observer: Observer, scaler: Any, /, outputs: Any) -> Any:
+    scaled = original(scaler, outputs)
+    if isinstance(outputs, Tensor) and scaled is not outputs:
+        factor = original(scaler, torch.ones((), device=outputs.device))
+        setattr(scaled, _SCALE, (outputs.detach(), factor))
+        observer.loss_scaled(factor)
+    return scaled
+
+
+def _unscale(original: Callable[..., None], observer: Observer, scaler: Any, /, optimizer: Any) -> None:
+    original(scaler, optimizer)
+    observer.updates.unscaled(optimizer)
+
+
+def _step(
+    original: Callable[..., Any],
+    observer: Observer,
+    scaler: Any,
+    /,
+    optimizer: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    with observer.updates.attempting(optimizer) if scaler.is_enabled() else contextlib.nullcontext():
+        return original(scaler, optimizer, *args, **kwargs)
+
+
+def _clip(
+    name: str, original: Callable[..., Any], observer: Observer, /, parameters: Any, *args: Any, **kwargs: Any
+) -> Any:
+    members = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    observer.updates.clipping(name, members)
+    return original(members, *args, **kwargs)
+
+
+_OF_SCALER: dict[str, Callable[..., Any]] = {"scale": _scale, "unscale_": _unscale, "step": _step}
+
+# clip_grad_norm_ calls the first of these too, and a script may know any of them by a name of its own.
+_CLIPPING = (
+    (clip_grad._clip_grads_with_norm_, "clip_grad_norm_"),
+    (clip_grad.clip_grad_value_, "clip_grad_value_"),
+)
+
+
+def _inner(function: Callable[..., Any]) -> list[CellType]:
+    """Where a function that runs another without gradients, as these two do, keeps that other one.
+
+    A script that imported the function by name has the function itself: only what is inside it can be replaced.
+    """
+    names, cells = function.__code__.co_freevars, function.__closure__ or ()
+    return [cell for name, cell in zip(names, cells, strict=True) if name == "func"]
 
 
 class _OutermostModules:
@@ -133,10 +249,69 @@ class _OutermostModules:
         if torch.compiler.is_compiling():
             return
         evaluating = not torch.is_grad_enabled()  # which is not part of a step
-        if self._depth == 0 and not evaluating and not is_muted() and not self._report(module, inputs):
+        if self._depth == 0 and not evaluating and not _entered and not self._report(module, inputs):
             self.stop()
         self._depth += 1
 
     def _leave(self, *_: Any) -> None:
         if not torch.compiler.is_compiling():
             self._depth -= 1
+
+
+class ModelCalls:
+    """Reports the inputs of each call of a model that may lead to a step.
+
+    The model's own hook does, unless the call is compiled: there it would be compiled too, or break the graph in two.
+    Then the module that `torch.compile` returned is followed instead. ``model.compile()`` returns none, and its calls
+    are not seen.
+
+    Args:
+        model: the trained module, or None.
+        report: called with the inputs: the positional ones, or a pair of these and the keyword ones.
+
+    >>> model = nn.Linear(2, 1)
+    >>> calls = ModelCalls(model, lambda inputs: print(len(inputs)))
+    >>> _ = model(torch.ones(1, 2))
+    1
+    """
+
+    def __init__(self, model: nn.Module | None, report: Callable[[Any], None]) -> None:
+        self._model, self._report = model, report
+        self._seen = model is None
+        self._handles: list[RemovableHandle] = [] if model is None else [self._follow(model)]
+
+    def met(self, module: nn.Module, inputs: Any) -> bool:
+        """A module is called from outside any other; gives whether to look at the next one, too."""
+        if self._seen:
+            return False
+        if _compiled_from(module) is not self._model:
+            return True
+        self._handles.append(self._follow(module))
+        self._entered(module, inputs, {})  # of this call, the hooks are gathered already
+        return False
+
+    def remove(self) -> None:
+        """See no more of them."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _follow(self, module: nn.Module) -> RemovableHandle:
+        return module.register_forward_pre_hook(self._entered, with_kwargs=True)
+
+    def _entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        self._seen = True
+        if torch.is_grad_enabled() and not _entered:  # evaluation is not part of the step
+            self._report((args, kwargs) if kwargs else args)
+
+
+def _compiled_from(module: nn.Module) -> nn.Module | None:
+    """What a module was compiled from, below the wrappers that call it ``module``."""
+    compiled = False
+    while isinstance(
+        inner := getattr(module, "_orig_mod", None) or getattr(module, "module", None), nn.Module
+    ):
+        compiled |= hasattr(module, "_orig_mod")
+        module = inner
+    return module if compiled else None

@@ -1,12 +1,19 @@
-"""Calls of ``Optimizer.step``: the closure in one, and one inside another."""
+"""Calls of ``Optimizer.step``: the hook that sees each gradient before it is used, closures, and nested calls."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.optim import Optimizer
+
+from geomprobe.errors import UnsupportedTraining
+
+if TYPE_CHECKING:
+    from geomprobe.probe.events import Observer
+    from geomprobe.probe.probe import Probe
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -19,7 +26,6 @@ def nested_step(optimizer: Optimizer) -> bool:
 
     torch calls the hooks of a subclass's ``step`` and once more those of the parent's that it calls.
 
-    >>> import torch
     >>> nested_step(torch.optim.SGD([torch.zeros(1)], lr=0.1))
     False
     """
@@ -32,21 +38,89 @@ def nested_step(optimizer: Optimizer) -> bool:
 
 
 def given_closure(args: Args, kwargs: Kwargs) -> Callable[[], Any] | None:
-    """The closure in a call of ``Optimizer.step``, whose first argument is the optimizer.
-
-    >>> given_closure((None, abs), {}) is given_closure((None,), {"closure": abs}) is abs
-    True
-    """
+    """The closure in a call of ``Optimizer.step``, whose first argument is the optimizer."""
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     return closure if callable(closure) else None
 
 
 def replace_closure(args: Args, kwargs: Kwargs, closure: Callable[[], Any]) -> tuple[Args, Kwargs]:
-    """The same call with another closure.
-
-    >>> replace_closure((None, abs), {}, min)
-    ((None, <built-in function min>), {})
-    """
+    """The same call with another closure."""
     if "closure" in kwargs:
         return args, {**kwargs, "closure": closure}
     return (args[0], closure, *args[2:]), kwargs
+
+
+class StepHook:
+    """The hooks on the optimizer's ``step``: they show a pass each gradient before it is used, and count the steps.
+
+    Args:
+        probe: whose optimizer.
+        observer: the pass.
+        begin: called before anything else.
+
+    Attributes:
+        begun: updates that were begun, whether or not the optimizer has finished them.
+    """
+
+    def __init__(self, probe: Probe, observer: Observer, begin: Callable[[], None]) -> None:
+        self._probe, self._observer, self._begin = probe, observer, begin
+        self.begun = 0
+        self._measured = self._skipped = False
+        self._handles = [
+            probe.optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),
+            probe.optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def update_due(self) -> None:
+        """A closure was evaluated: the present gradients are the step's.
+
+        Raises:
+            UnsupportedTraining: it was evaluated for the second time in one step.
+        """
+        if self._measured:
+            raise UnsupportedTraining(
+                f"{type(self._probe.optimizer).__name__} evaluated its closure twice in step {self._probe.step}: which "
+                "of the gradients is the step's is not defined. Use an optimizer that evaluates it once."
+            )
+        self._begin()
+        self._measure()
+
+    def _before_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        if nested_step(optimizer):
+            return None
+        self._begin()
+        self._measured = False
+        closure = given_closure(args, kwargs)
+        if closure is None:
+            self._measure()
+            return None
+
+        def measured_closure() -> Any:
+            # Lightning runs forward and backward in here, so only now is there a gradient to look at.
+            loss = closure()
+            torch.compiler.disable(self.update_due)()
+            return loss
+
+        return replace_closure(args, kwargs, measured_closure)
+
+    @torch.no_grad()
+    def _measure(self) -> None:
+        optimizer = self._probe.optimizer
+        # A fused optimizer under a GradScaler is called on overflow too, and skips on its own. Asking costs
+        # one synchronization, the same that the scaler itself pays with every other optimizer.
+        overflow = getattr(optimizer, "found_inf", None)
+        self._measured, self._skipped = True, overflow is not None and bool(overflow.item())
+        if not self._skipped:
+            gradients = [parameter.grad for parameter in self._probe.parameters.values()]
+            self._observer.before_update(gradients, getattr(optimizer, "grad_scale", None))
+            self.begun += 1
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if self._measured and not self._skipped and not nested_step(optimizer):
+            self._probe.step += 1
+            self._observer.after_update()

@@ -110,7 +110,7 @@ def _column_figure(trace: Trace, grouped: Groups, name: str, curve: Curve) -> Dr
             drawing.axes[0].axvspan(start, grouped.x[-1], color=ALARM, alpha=0.1, linewidth=0)
         return drawing
 
-    described = describe(f"steps/{name}")
+    described = describe(name)
     alt = f"{name}: {described.long_name}, by {grouped.axis}. {_ends(grouped, curve)}"
     meaning = f": {described.long_name}, {typeset(described.formula)} ({described.source})"
     return Drawing(name, meaning, _svg(trace, name, draw, alt))

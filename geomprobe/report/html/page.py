@@ -15,11 +15,8 @@ from geomprobe.report.corridors import THRESHOLDS
 from geomprobe.report.curves import run_name
 from geomprobe.report.html.figures import RESIDUAL, galleries, typeset
 from geomprobe.report.output import refuse_existing, written_aside
-from geomprobe.report.summary.commands import again
-from geomprobe.report.summary.facts import facts
 from geomprobe.report.summary.summary import Summary, summarize
-from geomprobe.report.summary.text import next_command
-from geomprobe.report.summary.verdict import Verdict, verdict
+from geomprobe.report.summary.text import Verdict, again, facts, next_command, verdict
 from geomprobe.report.table import number, percent, size
 from geomprobe.trace.reader import open_trace
 from geomprobe.trace.schema import describe
@@ -46,18 +43,6 @@ def write(run: Path, output: Path, *, force: bool = False) -> Verdict:
             figures to draw and matplotlib is not installed.
         RunError: there is nothing of geomprobe at ``run``, or ``output`` cannot be written; what was there before
             stays.
-
-    >>> import tempfile
-    >>> import numpy as np
-    >>> from geomprobe.trace.stream.writer import PartWriter, Table
-    >>> folder = Path(tempfile.mkdtemp())
-    >>> tables = [Table("values", ("steps/loss",), "float64")]
-    >>> with PartWriter(folder / "part.h5", schema="geomprobe-trace", tables=tables, attributes={}) as part:
-    ...     part.append({"values": np.array([[np.nan]])})
-    >>> write(folder / "part.h5", folder / "report.html").headline
-    'The replay has not finished'
-    >>> "<h1>part</h1>" in (folder / "report.html").read_text()
-    True
     """
     refuse_existing(output, force)
     template = _template()
@@ -118,7 +103,7 @@ def _row(column: Summary) -> list[str]:
     name = column["name"]
     keys = ("first", "last", "minimum", "maximum", "mean")
     numbers = ["–" if column[key] is None else number(column[key]) for key in keys]
-    meaning = describe(name if "/" in name else f"steps/{name}").long_name
+    meaning = describe(name).long_name
     return [name, *numbers, str(column["missing"]), typeset(column["units"]), meaning]
 
 

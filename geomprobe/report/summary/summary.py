@@ -1,4 +1,4 @@
-"""What is in a run and whether its replay held, as JSON values."""
+"""What is in a run and whether its replay is proven, as JSON values."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geomprobe.errors import RunError
-from geomprobe.trace.reader import open_trace
-from geomprobe.trace.record import open_record
+from geomprobe.trace.reader import Trace, open_trace
+from geomprobe.trace.record import Record, open_record
 from geomprobe.trace.schema import COMPONENTS, RECORD_SCHEMA, describe
 from geomprobe.trace.stream.reader import part_state, read_header
 
@@ -28,16 +28,6 @@ def summarize(path: Path) -> Summary:
 
     Raises:
         RunError: there is nothing of geomprobe at ``path``.
-
-    >>> import tempfile
-    >>> from geomprobe.trace.stream.writer import PartWriter, Table
-    >>> path = Path(tempfile.mkdtemp()) / "part.h5"
-    >>> table = Table("values", ("steps/loss",), "float64")
-    >>> with PartWriter(path, schema="geomprobe-trace", tables=[table], attributes={}) as part:
-    ...     part.append({"values": np.array([[0.5], [0.25]])})
-    >>> summary = summarize(path)
-    >>> summary["record"], summary["trace"]["status"], summary["trace"]["num_steps"]
-    (None, 'incomplete', 2)
     """
     is_file = path.is_file()
     is_record = is_file and _is_record(path)
@@ -75,52 +65,44 @@ def _read(read: Callable[[Path], Summary], path: Path) -> Summary:
 def _record(path: Path) -> Summary:
     with open_record(path) as record:
         steps = record.steps
-        return {
-            "path": str(record.path),
-            "status": record.status,
-            "num_steps": record.num_steps,
-            "num_parameters": record.num_parameters,
-            "num_epochs": _epochs(steps["epoch"]),
-            "references": record.references,
-            "fingerprints": {name: len(record.names(name)) for name in COMPONENTS if record.names(name)},
-            "columns": [_column(name, steps[name]) for name in steps],
-            "manifest": record.manifest,
-        }
+        prints = {name: len(record.names(name)) for name in COMPONENTS if record.names(name)}
+        columns = [_column(name, steps[name]) for name in steps]
+        return {**_pass(record, steps["epoch"]), "fingerprints": prints, "columns": columns}
 
 
 def _trace(path: Path) -> Summary:
     trace = open_trace(path)
     return {
-        "path": str(trace.path),
-        "status": trace.status,
-        "num_steps": trace.num_steps,
-        "num_parameters": trace.num_parameters,
-        "num_epochs": _epochs(trace["epoch"]),
-        "references": trace.references,
+        **_pass(trace, trace["epoch"]),
         "per_parameter": trace.parameters,
         "measure": trace.manifest.get("measure") or {},
         "certificate": trace.certificate,
         "columns": [_column(name, trace[name]) for name in (*trace.columns, *trace.oracle_columns)],
-        "manifest": trace.manifest,
     }
 
 
-def _epochs(epoch: NDArray[np.float64]) -> int:
-    return len(np.unique(epoch[np.isfinite(epoch)]))
+def _pass(found: Record | Trace, epoch: NDArray[np.float64]) -> Summary:
+    return {
+        "path": str(found.path),
+        "status": found.status,
+        "num_steps": found.num_steps,
+        "num_parameters": found.num_parameters,
+        "num_epochs": len(np.unique(epoch[np.isfinite(epoch)])),
+        "references": found.references,
+        "manifest": found.manifest,
+    }
 
 
 def _column(name: str, values: NDArray[np.float64]) -> Summary:
     """A column's first and last rows, and the range and mean of its finite values."""
     finite = values[np.isfinite(values)]
-    numbers = {
-        "first": values[0] if len(values) else np.nan,
-        "last": values[-1] if len(values) else np.nan,
-        "minimum": finite.min() if len(finite) else np.nan,
-        "maximum": finite.max() if len(finite) else np.nan,
-        "mean": finite.mean() if len(finite) else np.nan,
-    }
+    numbers = dict.fromkeys(("first", "last", "minimum", "maximum", "mean"), np.nan)
+    if len(values):
+        numbers |= {"first": values[0], "last": values[-1]}
+    if len(finite):
+        numbers |= {"minimum": finite.min(), "maximum": finite.max(), "mean": finite.mean()}
     stated = {key: float(value) if np.isfinite(value) else None for key, value in numbers.items()}
-    described = {"name": name, "units": describe(name if "/" in name else f"steps/{name}").units}
+    described = {"name": name, "units": describe(name).units}
     return {**described, **stated, "missing": int(np.isnan(values).sum()), "measured": len(finite)}
 
 

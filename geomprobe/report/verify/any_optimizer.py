@@ -10,8 +10,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import h5py
 import numpy as np
 
-from geomprobe.report.verify.check import DERIVED, Array, Check, Rows, compare, held, skipped, worst_of
-from geomprobe.report.verify.rounding import Precision
+from geomprobe.report.verify.check import (
+    DERIVED,
+    Array,
+    Check,
+    Precision,
+    Rows,
+    compare,
+    held,
+    skipped,
+    worst_of,
+)
 from geomprobe.trace.schema import (
     FINAL,
     FINAL_LINKS,
@@ -126,9 +135,7 @@ def check_identities(c: Columns, p: Precision) -> list[Check]:
         _check_step(c),
         _check_present(c),
         _check_columns(c),
-        _check_cosine(c),
-        _check_lolr(c),
-        _check_clr(c),
+        *_check_quotients(c),
         _bounded("|cosine| <= 1", c["steps/cosine"], p),
         _check_distance(c, p),
         _check_cauchy_schwarz(c, p),
@@ -136,11 +143,6 @@ def check_identities(c: Columns, p: Precision) -> list[Check]:
         _check_final(c),
         _check_parameters(c, p),
     ]
-
-
-def _follows(name: str, stored: Array, expected: Array) -> Check:
-    """A column from other columns, in the rows where those are numbers (loLR outlives RSI at ``w = w*``)."""
-    return compare(name, relative(stored, expected), DERIVED, np.isfinite(expected))
 
 
 def _check_step(c: Columns) -> Check:
@@ -174,25 +176,25 @@ def not_finite(c: Columns) -> int:
     return int((c.measured & ~rows).sum())
 
 
-def _check_cosine(c: Columns) -> Check:
-    """``cosine = rsi / eb`` (NWT section 3)."""
+def _check_quotients(c: Columns) -> list[Check]:
+    """Each of NWT section 3, NWT eq. 5 and CG eq. 3, from the columns that it divides.
+
+    Only rows where the quotient is a number count: loLR outlives RSI at ``w = w*``.
+    """
+    rsi, eb, loss, grad_norm = (c[f"steps/{name}"] for name in ("rsi", "eb", "loss", "grad_norm"))
     with np.errstate(all="ignore"):
-        return _follows("cosine = rsi / eb", c["steps/cosine"], c["steps/rsi"] / c["steps/eb"])
-
-
-def _check_lolr(c: Columns) -> Check:
-    """``lolr = rsi / eb^2`` (NWT eq. 5)."""
-    with np.errstate(all="ignore"):
-        return _follows("lolr = rsi / eb^2", c["steps/lolr"], c["steps/rsi"] / c["steps/eb"] ** 2)
-
-
-def _check_clr(c: Columns) -> Check:
-    """``clr = loss / grad_norm^2`` (CG eq. 3)."""
-    name = "clr = loss / grad_norm^2"
-    if np.isnan(c["steps/loss"]).all():
-        return skipped(name, "the trace holds no loss")
-    with np.errstate(all="ignore"):
-        return _follows(name, c["steps/clr"], c["steps/loss"] / c["steps/grad_norm"] ** 2)
+        quotients = {
+            "cosine = rsi / eb": rsi / eb,
+            "lolr = rsi / eb^2": rsi / eb**2,
+            "clr = loss / grad_norm^2": loss / grad_norm**2,
+        }
+    checks = []
+    for name, expected in quotients.items():
+        column = name.split()[0]
+        note = "the trace holds no loss" if column == "clr" and np.isnan(loss).all() else ""
+        deviation = relative(c[f"steps/{column}"], expected)
+        checks.append(compare(name, deviation, DERIVED, np.isfinite(expected), note))
+    return checks
 
 
 def _check_distance(c: Columns, p: Precision) -> Check:
@@ -254,14 +256,17 @@ def _parameter_product(c: Columns, parameter: str, name: str) -> Array:
 
 def _check_cauchy_schwarz(c: Columns, p: Precision) -> Check:
     """``|a.b| <= ||a|| ||b||`` for every pair of vectors measured, by reference and by parameter."""
-    checks = []
-    for reference in c.trace.references:
-        find = partial(_product, c, reference)
-        checks += [_cauchy_schwarz(p, reference, find, pair) for pair in ("w.g", "g.d", "w.d")]
-    for parameter in c.trace.parameters:
-        find = partial(_parameter_product, c, parameter)
-        checks += [_cauchy_schwarz(p, parameter, find, pair) for pair in ("w.g", "g.d", "w.d", "g.Hg")]
-    checks.append(_cauchy_schwarz(p, FINAL, partial(_product, c, FINAL), "g.Hg"))
+    pairs = ("w.g", "g.d", "w.d")
+    checks = [
+        _cauchy_schwarz(p, reference, partial(_product, c, reference), pair)
+        for reference in c.trace.references
+        for pair in (*pairs, *(["g.Hg"] if reference == FINAL else []))
+    ]
+    checks += [
+        _cauchy_schwarz(p, parameter, partial(_parameter_product, c, parameter), pair)
+        for parameter in c.trace.parameters
+        for pair in (*pairs, "g.Hg")
+    ]
     return worst_of("Cauchy-Schwarz", checks)
 
 
@@ -321,9 +326,8 @@ def _check_parameters(c: Columns, p: Precision) -> Check:
     for product in WEIGHTS + GRADIENT:
         a, b = product.split(".")
         whole = c[f"inner_products/{product}"]
-        total = sum(
-            (_parameter_product(c, each, product) for each in c.trace.parameters), np.zeros(len(whole))
-        )
+        parts = (_parameter_product(c, each, product) for each in c.trace.parameters)
+        total = sum(parts, np.zeros(len(whole)))
         scale = np.sqrt(c[f"inner_products/{a}.{a}"] * c[f"inner_products/{b}.{b}"])
         gap = np.abs(total - whole) / np.where(scale == 0, 1.0, scale)
         checks.append(compare(product, gap, 2 * p.sums, np.isfinite(whole)))

@@ -1,12 +1,16 @@
-"""One check of a trace: the rows it looked at, the worst of them, its tolerance, and the outcome."""
+"""One check of a trace: the rows it looked at, the worst of them, and what rounding allows."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import sqrt
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from geomprobe.errors import RunError
 
 Array = NDArray[np.float64]
 Rows = NDArray[np.bool_]
@@ -52,38 +56,23 @@ class Check:
         return self.worst / self.tolerance if self.tolerance else float("inf")
 
     def as_json(self) -> dict[str, Any]:
-        """The check as a dictionary of JSON values; numbers that do not exist are None.
-
-        >>> skipped("eq. 4", "momentum 0.9").as_json()["worst"] is None
-        True
-        """
-        numbers = {
-            key: value if np.isfinite(value) else None
-            for key, value in (("worst", self.worst), ("tolerance", self.tolerance))
-        }
-        return {**self.__dict__, **numbers}
+        """The check as a dictionary of JSON values; numbers that do not exist are None."""
+        numbers = {"worst": self.worst, "tolerance": self.tolerance}
+        return {**self.__dict__, **{k: v if np.isfinite(v) else None for k, v in numbers.items()}}
 
 
 def skipped(name: str, why: str) -> Check:
-    """A check that does not apply, and why.
-
-    >>> skipped("eq. 4", "the optimizer is Adam").outcome
-    'SKIPPED'
-    """
+    """A check that does not apply, and why."""
     return Check(name, SKIPPED, note=why)
 
 
 def held(name: str, true: bool, note: str = "") -> Check:
-    """A check without numbers.
-
-    >>> held("certificate", True).outcome
-    'PASS'
-    """
+    """A check without numbers."""
     return Check(name, PASS if true else FAIL, note=note)
 
 
 def compare(name: str, deviation: ArrayLike, tolerance: ArrayLike, rows: Rows, note: str = "") -> Check:
-    """Hold ``abs(deviation) <= tolerance`` in each of ``rows`` (all [T]; tolerance may be a scalar).
+    """Check ``abs(deviation) <= tolerance`` in each of ``rows`` (all [T]; tolerance may be a scalar).
 
     A NaN deviation breaks the check: the caller leaves out rows where there is nothing to compare.
 
@@ -119,3 +108,64 @@ def worst_of(name: str, checks: list[Check]) -> Check:
     rows = sum(check.rows for check in done)
     note = worst.name if worst.excess else ""
     return Check(name, worst.outcome, rows, worst.worst, worst.tolerance, worst.row, note)
+
+
+# dtype: unit roundoff (half the spacing of numbers at 1), smallest subnormal (spacing of numbers at 0).
+_DTYPES = {
+    "float64": (2.0**-53, 2.0**-1074),
+    "float32": (2.0**-24, 2.0**-149),
+    "bfloat16": (2.0**-8, 2.0**-133),
+    "float16": (2.0**-11, 2.0**-24),
+}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The arithmetic that a run's weights live in.
+
+    ``sums`` bounds the error of a measured inner product, ``|fl(a.b) - a.b| <= sums ||a|| ||b||``. The
+    probe forms ``w - w*`` and every product in float64, and adds n of them, in whatever order: n unit
+    roundoffs at most, and 8 more for the difference, the product and the arithmetic of the check.
+    """
+
+    dtype: str
+    unit_roundoff: float
+    smallest: float
+    sums: float
+    num_parameters: int
+
+    def update_error(self, weight_norm: Any, step_norm: Any) -> Any:
+        """Bound on ``||e||`` in ``w' = w - lr G + e``, one rounded SGD update (arrays or floats).
+
+        Per element: the learning rate, a gradient scaler's quotient, and the product of the two round by
+        ``u lr |g_i|`` each; the sum rounds by ``u |w'_i|``, or by half the smallest number where it lands
+        among the subnormals, and the product likewise. Hence
+        ``||e|| <= u ||w'|| + 3 u lr ||G|| + sqrt(n) smallest``.
+
+        >>> p = precision({"model": {"dtype": "bfloat16"}}, num_parameters=1)
+        >>> p.update_error(weight_norm=256.0, step_norm=0.0)
+        1.0
+        """
+        floor = sqrt(self.num_parameters) * self.smallest
+        return self.unit_roundoff * (weight_norm + 3 * step_norm) + floor
+
+
+def precision(manifest: Mapping[str, Any], num_parameters: int) -> Precision:
+    """The precision of a run: the coarsest of its manifest's ``model.dtype``, float32 where it does not say.
+
+    Raises:
+        RunError: a dtype that is none of float64, float32, bfloat16, float16.
+
+    >>> precision({}, num_parameters=100).dtype
+    'float32'
+    """
+    stated = (manifest.get("model") or {}).get("dtype", "float32")
+    dtypes = stated if isinstance(stated, list) else [stated]
+    unknown = [dtype for dtype in dtypes if dtype not in _DTYPES]
+    if unknown:
+        raise RunError(
+            f"the manifest's model.dtype is {stated!r}; verify knows the rounding of {', '.join(_DTYPES)}"
+        )
+    roundoff, smallest = (max(values) for values in zip(*(_DTYPES[dtype] for dtype in dtypes), strict=True))
+    sums = (num_parameters + 8) * UNIT_ROUNDOFF
+    return Precision("+".join(dtypes), roundoff, smallest, sums, num_parameters)

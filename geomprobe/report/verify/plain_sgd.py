@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 
 from geomprobe.report.verify.any_optimizer import Columns
-from geomprobe.report.verify.check import FAIL, Array, Check, Rows, compare, skipped
-from geomprobe.report.verify.rounding import Precision
+from geomprobe.report.verify.check import FAIL, Array, Check, Precision, Rows, compare, skipped
 from geomprobe.trace import geometry
 
 EQ4 = "distance[t+1] from row t (NWT eq. 4)"

@@ -1,4 +1,4 @@
-"""Whether a trace satisfies the identities that any trace must, recomputed from the trace alone."""
+"""Whether a trace satisfies the identities that any trace must, found from the trace alone."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 from geomprobe.errors import RunError
 from geomprobe.report.table import number, table
 from geomprobe.report.verify import any_optimizer as identities
-from geomprobe.report.verify.check import FAIL, SKIPPED, Check, held, skipped
+from geomprobe.report.verify.check import FAIL, SKIPPED, Check, Precision, held, precision, skipped
 from geomprobe.report.verify.plain_sgd import check_plain_sgd
-from geomprobe.report.verify.rounding import Precision, precision
 from geomprobe.trace.certificate import Certificate
 
 if TYPE_CHECKING:

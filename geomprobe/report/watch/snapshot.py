@@ -16,37 +16,23 @@ from geomprobe.errors import RunError
 from geomprobe.trace import schema
 from geomprobe.trace.derive import Array, Derived
 from geomprobe.trace.locate import find, spans
-from geomprobe.trace.lock_holders import Writer, present, writers
 from geomprobe.trace.reader import open_trace
 from geomprobe.trace.record import open_record
+from geomprobe.trace.run_lock import Writer, present, writers
 from geomprobe.trace.schema import TABLES, Kind
 from geomprobe.trace.stream.reader import Block, Header
 from geomprobe.trace.stream.tail import Following, parts
 
 State = Literal["waiting", "starting", "running", "stopped", "unknown", "sealing", "sealed"]
 
-COLUMNS: dict[Kind, tuple[str, ...]] = {
-    "record": ("loss", "lr"),
-    "trace": (
-        "loss",
-        "lr",
-        "grad_norm",
-        "distance",
-        "rsi",
-        "eb",
-        "cosine",
-        "lolr",
-        "clr",
-        "relative_residual",
-    ),
-}
+_TRAINING = ("loss", "lr")
+_GEOMETRY = ("grad_norm", "distance", "rsi", "eb", "cosine", "lolr", "clr", "relative_residual")
+COLUMNS: dict[Kind, tuple[str, ...]] = {"record": _TRAINING, "trace": _TRAINING + _GEOMETRY}
 CURVES: dict[Kind, tuple[str, ...]] = {"record": ("loss",), "trace": ("cosine", "relative_residual")}
 
 SAME = schema.SAME.name
 """The column that is 0 in the rows of an uncertified replay from its first difference on."""
 
-_SEALED = {"record": schema.RECORD_FILE, "trace": schema.TRACE_FILE}
-_SCHEMAS = {"record": schema.RECORD_SCHEMA, "trace": schema.TRACE_SCHEMA}
 _ENDED = ("complete", "incomplete", "uncertified")  # with any other status a pass may still be resumed
 _BUCKETS = 1024
 _RATE_LOOKS = 10
@@ -195,17 +181,6 @@ class Watch:
 
     Raises:
         RunError: there is no run.
-
-    >>> import tempfile
-    >>> from geomprobe.trace.stream.writer import PartWriter, Table
-    >>> run = Path(tempfile.mkdtemp())
-    >>> (run / "stream").mkdir()
-    >>> table, part = Table("values", ("steps/loss",), "float64"), run / "stream" / "trace-00000000.h5"
-    >>> with PartWriter(part, schema="geomprobe-trace", tables=[table], attributes={}) as writer:
-    ...     writer.append({"values": np.array([[4.0], [2.0]])})
-    >>> snapshot = Watch(run).look()
-    >>> snapshot.kind, snapshot.state, snapshot.steps, snapshot.last["loss"]
-    ('trace', 'stopped', 2, Last(step=1, value=2.0))
     """
 
     def __init__(
@@ -228,8 +203,8 @@ class Watch:
             self._begin(self._latest())
             status = self._status(self._kind)
         holders = tuple(writers(self._stream))
-        held = any(holder.alive is not False for holder in holders)
-        if status in _ENDED or (status and not held):
+        gone = all(holder.alive is False for holder in holders)
+        if status in _ENDED or (status and gone):
             return self._snapshot("sealed", status, self._read_sealed(), holders)
         covered = self._read_parts()
         if not (status or covered) and self._status(self._kind):  # it was sealed while we looked
@@ -251,13 +226,13 @@ class Watch:
         return "trace" if recorded and (self._waits or writers(self._stream)) else "record"
 
     def _sealed(self, kind: Kind) -> Path:
-        return self._path / _SEALED[kind]
+        return self._path / schema.FILES[schema.SCHEMAS[kind]]
 
     def _status(self, kind: Kind) -> str:
         """The status in a sealed file; empty where there is no file."""
         file = self._sealed(kind)
         try:
-            return find(file, _SCHEMAS[kind]).status
+            return find(file, schema.SCHEMAS[kind]).status
         except RunError:
             if file.exists():
                 raise

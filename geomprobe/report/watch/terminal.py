@@ -14,7 +14,7 @@ from geomprobe.report.curves import WIDE, column_name
 from geomprobe.report.table import number
 from geomprobe.report.watch.snapshot import COLUMNS, SAME, Snapshot
 from geomprobe.trace.derive import Array
-from geomprobe.trace.lock_holders import Writer
+from geomprobe.trace.run_lock import Writer
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -136,7 +136,7 @@ def _condition(snapshot: Snapshot) -> str:
         "starting": f"starting: {others}{lost}, no row yet",
         "running": f"running: {others or 'its process'}{lost}{age}",
         "stopped": f"stopped: nobody is writing{lost}{age}",
-        "unknown": f"{others}{lost}, which cannot be asked from this machine{age}",
+        "unknown": f"{others}{lost}, which cannot be seen from this machine{age}",
     }[snapshot.state]
 
 

@@ -26,14 +26,14 @@ def row_checksums(step: NDArray[np.int64], rows: NDArray[Any]) -> NDArray[np.int
     >>> bool(sums[0] == row_checksums(step[:1], rows[1:])[0])
     False
     """
-    factors = _factors(rows.shape[1] + 1)
+    factors = odd_factors(rows.shape[1] + 1)
     marks = (step.astype(np.uint64) + np.uint64(1)) * factors[0]
     products = np.ascontiguousarray(rows).view(np.uint64) * factors[1:]
     return (marks + products.sum(axis=1, dtype=np.uint64)).view(np.int64)
 
 
-def _factors(count: int) -> NDArray[np.uint64]:
-    """Odd 64-bit numbers without pattern, the same ones in every version: SplitMix64's finalizer of 1, 2, 3, ..."""
+def odd_factors(count: int) -> NDArray[np.uint64]:
+    """Odd 64-bit numbers [count] without pattern, the same in every version: SplitMix64's finalizer of 1, 2, 3, ..."""
     mixed = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)

@@ -96,14 +96,6 @@ def read_header(path: Path, timeout_s: float = TIMEOUT_S) -> Header:
     Raises:
         PartNotBegun: its writer has not begun.
         RunError: it is missing, no part, or damaged.
-
-    >>> import tempfile
-    >>> from geomprobe.trace.stream.writer import PartWriter
-    >>> path = Path(tempfile.mkdtemp()) / "part.h5"
-    >>> with PartWriter(path, schema="geomprobe-record", tables=[], attributes={}, first_step=5):
-    ...     header = read_header(path)
-    >>> header.first_step, header.rows
-    (5, 0)
     """
     with stream_part(path, stop=0, timeout_s=timeout_s) as (header, blocks):
         list(blocks)  # there are none, and the child, at the end of its answer, serves the next read
@@ -115,9 +107,6 @@ def begun_parts(paths: Iterable[Path], timeout_s: float = TIMEOUT_S) -> list[Hea
 
     Raises:
         RunError: one is missing, no part, or damaged.
-
-    >>> begun_parts([])
-    []
     """
     headers = []
     for path in paths:
@@ -136,11 +125,6 @@ def read_part(path: Path, timeout_s: float = TIMEOUT_S) -> Part:
     Raises:
         PartNotBegun: its writer has not begun.
         RunError: it is missing, no part, or damaged.
-
-    >>> read_part(Path("nowhere.h5"))
-    Traceback (most recent call last):
-        ...
-    geomprobe.errors.RunError: nowhere.h5 does not exist
     """
     with stream_part(path, timeout_s=timeout_s) as (header, blocks):
         whole = list(blocks)

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from geomprobe.errors import RunError
-from geomprobe.trace.lock_holders import present
+from geomprobe.trace.run_lock import present
 from geomprobe.trace.schema import TABLES, Kind
 from geomprobe.trace.stream.reader import Block, Header, PartNotBegun, stream_part
 
@@ -46,7 +46,7 @@ class _Known:
 
 
 class Following:
-    """Reads the growing parts of a pass, each row once, with one short-lived process a part that has grown.
+    """Reads the growing parts of a pass, each row once, and only of the parts that have grown.
 
     Parts may grow several at a time, be cut off, vanish, and be replaced by others under the same name. Their
     writers are not disturbed, and need not be alive.
@@ -57,20 +57,6 @@ class Following:
 
     Attributes:
         problems: by part, why it cannot be read; it is not tried again before it has changed.
-
-    >>> import tempfile
-    >>> from geomprobe.trace.stream.writer import PartWriter, Table
-    >>> class Losses(list):
-    ...     def take(self, header, block): self += block["values"][:, 0].tolist()
-    >>> losses, stream = Losses(), Path(tempfile.mkdtemp())
-    >>> following = Following(stream, "trace")
-    >>> table = Table("values", ("steps/loss",), "float64")
-    >>> with PartWriter(stream / "trace-00000000.h5", schema="geomprobe-trace", tables=[table], attributes={}) as part:
-    ...     part.append({"values": np.array([[4.0], [2.0]])})
-    ...     first = following.look(losses)
-    ...     part.append({"values": np.array([[1.0]])})
-    >>> following.look(losses)[0].rows, losses
-    (3, [4.0, 2.0, 1.0])
     """
 
     def __init__(self, stream: Path, kind: Kind) -> None:
@@ -81,14 +67,11 @@ class Following:
 
     def look(self, reader: Reader) -> list[Header]:
         """Hand over what is new, and give the parts that have begun, each with the rows that were read of it."""
-        try:
-            self._read_all(reader)
-        except _Rewritten:
-            self._known.clear()
-            reader.forget()
+        for _ in range(2):  # a part that is rewritten the second time, too, is for the next look
             try:
                 self._read_all(reader)
-            except _Rewritten:  # again, while it was read; the next look sees it
+                break
+            except _Rewritten:
                 self._known.clear()
                 reader.forget()
         return [known.header for known in self._known.values()]
@@ -148,11 +131,7 @@ class Following:
 
 
 def parts(stream: Path, kind: Kind) -> list[Path]:
-    """The parts of a pass that are there now.
-
-    >>> parts(Path("nowhere"), "trace")
-    []
-    """
+    """The parts of a pass that are there now."""
     return present(stream, f"{kind}-*[0-9].h5")
 
 

@@ -42,10 +42,10 @@ class Heard(Quantity):
     def after_backward(self) -> None:
         self.events.append("after")
 
-    def clipping(self, factor: Tensor | None) -> None:
+    def before_clipping(self, factor: Tensor | None) -> None:
         self.events.append("clipping")
 
-    def dropped(self) -> None:
+    def gradients_dropped(self) -> None:
         self.events.append("dropped")
 
     def local(self, step: Step) -> dict[str, Part] | None:
@@ -93,7 +93,7 @@ def measured(
 
 def backward(measurement: Measurement, probe: Any) -> None:
     loss = probe.model.weight.square().sum()
-    measurement.backward(loss, None, loss.backward, True)
+    measurement.differentiate(loss, None, loss.backward, True)
 
 
 def row(measurement: Measurement, probe: Any, **means: Tensor) -> dict[str, Tensor]:
@@ -138,13 +138,13 @@ def test_a_quantity_hears_the_events_that_it_defines() -> None:
     measurement, probe = measured(MeasureOptions(sharpness_every=1), Heard)
     Heard.events.clear()
     backward(measurement, probe)
-    measurement.clipping(None)
-    measurement.skipped()
+    measurement.before_clipping(None)
+    measurement.step_skipped()
     row(measurement, probe)
     assert Heard.events == ["before 5", "after", "clipping", "dropped"]
     loss = probe.model.weight.sum() * float("nan")
     with pytest.raises(ZeroDivisionError):
-        measurement.backward(loss, None, lambda: 1 // 0, plain=False)  # type: ignore[arg-type,return-value]
+        measurement.differentiate(loss, None, lambda: 1 // 0, plain=False)  # type: ignore[arg-type,return-value]
     assert Heard.events[-1] == "after"
 
 
@@ -156,7 +156,7 @@ def test_giving_hg_up_in_a_step_takes_nothing_from_its_other_quantities(
     weight = probe.model.weight
     backward(measurement, probe)  # g = (2, -4)
     blocked = Opaque.apply(weight).sum()  # (2, 2) more, and no second derivative
-    measurement.backward(blocked, None, blocked.backward, True)
+    measurement.differentiate(blocked, None, blocked.backward, True)
     found = row(measurement, probe)
     assert found["per_rank"].tolist() == [16.0 + 4.0, 4.0 + 4.0, 4.0 + 4.0]
     assert found["hg"].isnan().all()

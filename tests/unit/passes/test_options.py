@@ -15,7 +15,7 @@ from geomprobe.errors import RunError, UsageError
 from geomprobe.measure.option_fields import Options, option
 from geomprobe.measure.options import MeasureOptions
 from geomprobe.passes.options import RecordOptions, ReplayOptions, require_same_options
-from geomprobe.report.summary.commands import again
+from geomprobe.report.summary.text import again
 
 PASSES = {RecordOptions: ["record", "-o", "run"], ReplayOptions: ["replay", "run"]}
 TEXTS = "7", "0.5", "500steps", "best=/tmp/best.pt", "2/3"  # of which each option takes at least one

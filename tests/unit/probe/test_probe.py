@@ -24,8 +24,9 @@ from geomprobe.errors import UnsupportedTraining, UsageError
 from geomprobe.probe import progress_bar as progress
 from geomprobe.probe.events import observe, observing
 from geomprobe.probe.inert import InertProbe
+from geomprobe.probe.listeners import UpdateChecks
 from geomprobe.probe.loops import Position
-from geomprobe.probe.parameters import UpdateChecks, measured_parameters
+from geomprobe.probe.parameters import measured_parameters
 from geomprobe.probe.probe import Probe, attach
 
 

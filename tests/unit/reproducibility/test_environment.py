@@ -12,11 +12,13 @@ from support.command_server import python
 from geomprobe.errors import EnvironmentMismatch
 from geomprobe.reproducibility.environment import (
     BIT_CHANGING_VARIABLES,
+    changed_sources,
+    first_mismatch,
     flags,
+    require_same,
     source_digests,
     start_manifest,
 )
-from geomprobe.reproducibility.environment_check import changed_sources, first_mismatch, require_same
 from geomprobe.reproducibility.seeding import strict_mode
 
 SCRIPT = {"kind": "script", "path": "train.py", "argv": [], "cwd": "/", "root": "/", "sha256": "0"}

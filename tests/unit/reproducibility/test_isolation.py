@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from geomprobe.reproducibility.isolation import (
+    capture_rng,
     keep_gradients,
     keep_rng,
     keep_state,
     move_weights,
+    restore_rng,
     side_computation,
     silence_hooks,
 )
@@ -118,3 +120,20 @@ def test_moved_weights_come_back_in_their_own_memory() -> None:
         w += 7
         assert w.tolist() == [8.5, 8.5]
     assert (w.tolist(), w.data_ptr()) == ([1.0, 1.0], memory)
+
+
+def test_a_restored_state_gives_the_same_draws_again_and_again() -> None:
+    draws()  # leaves a cached normal in python's and NumPy's generators
+    state = capture_rng()
+    first = draws()
+    for _ in range(2):
+        restore_rng(state)
+        assert draws() == first
+
+
+def test_capturing_draws_nothing() -> None:
+    seed_everything(3)
+    expected = draws()
+    seed_everything(3)
+    capture_rng()
+    assert draws() == expected

@@ -10,7 +10,7 @@ from support.hessian_cases import CASES, PRECISIONS, case, dense_product, flat, 
 
 from geomprobe.errors import UsageError
 from geomprobe.measure.curvature.hessian_gradient import Curvature
-from geomprobe.reproducibility.rng import capture_rng
+from geomprobe.reproducibility.isolation import capture_rng
 
 
 @PRECISIONS

@@ -11,14 +11,19 @@ import torch
 from support.hessian_cases import CASES, PRECISIONS, case, dense_product, flat, gradients, relative, same_bits
 
 from geomprobe.measure.curvature.double_backward import hessian_vector_product
-from geomprobe.measure.curvature.side_evaluation import ClosureMismatch, finite_step, side_graph
-from geomprobe.reproducibility.rng import capture_rng
+from geomprobe.measure.curvature.side_evaluation import ClosureMismatch, SideLoss
+from geomprobe.reproducibility.isolation import capture_rng
 
 
-def side_product(closure, parameters, vectors, *, module=None, **options):
+def side_product(closure, parameters, vectors, *, loss, module=None, **options):
     """``H v`` of the loss that ``closure`` evaluates on the side."""
-    graph = side_graph(closure, parameters, module=module, **options)
+    graph = SideLoss(closure, loss, module=module, **options).graph(parameters)
     return hessian_vector_product([graph], parameters, vectors, module=module)
+
+
+def finite_step(closure, parameters, direction, lr, *, loss, **options):
+    """What changes over a step along ``direction`` of the loss that ``closure`` evaluates on the side."""
+    return SideLoss(closure, loss, **options).over_step(parameters, direction, lr)
 
 
 @PRECISIONS

@@ -414,7 +414,7 @@ def test_what_cannot_be_written_leaves_what_was_there(tmp_path, history, monkeyp
     def refuse(path, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pathlib.Path.replace", refuse)
+    monkeypatch.setattr("os.replace", refuse)
     with pytest.raises(RunError, match=r"No space left on device\. What was there before is untouched"):
         write(run, out, force=True)
     assert out.read_text() == "hers"

@@ -10,7 +10,7 @@ import pytest
 from geomprobe.errors import UsageError
 from geomprobe.report.watch.snapshot import Last, Snapshot
 from geomprobe.report.watch.terminal import console, draw, render
-from geomprobe.trace.lock_holders import Writer
+from geomprobe.trace.run_lock import Writer
 
 pytest.importorskip("rich")
 from rich.console import Console
@@ -140,7 +140,7 @@ def test_a_terminal_that_knows_only_ascii_gets_only_that():
         ),
         ({"writers": tuple(Writer(i, "desk", True) for i in range(8))}, "running: 8 processes, last row"),
         ({"state": "waiting", "writers": (), "last": {}, "curves": {}}, "recorded; its replay has not begun"),
-        ({"state": "unknown"}, "process 17 on desk, which cannot be asked from this machine"),
+        ({"state": "unknown"}, "process 17 on desk, which cannot be seen from this machine"),
     ],
 )
 def test_each_state_says_who_writes(changes, said):

@@ -7,8 +7,8 @@ import threading
 
 from support.live_writer import LiveWriter
 
-from geomprobe.trace.lock_holders import Writer, writers
 from geomprobe.trace.run_folder import RunFolder
+from geomprobe.trace.run_lock import Writer, writers
 
 HOST = socket.gethostname()
 

@@ -1,0 +1,316 @@
+"""What each pass keeps of a training besides its rows: the losses, the loaders' passes, attempted steps, and progress.
+
+Each class here is a listener of `geomprobe.passes.session.Session`; all are called in the thread that trains.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from geomprobe.distributed.progress import ProgressMarker
+from geomprobe.errors import UnsupportedTraining
+from geomprobe.probe.events import Events
+from geomprobe.probe.hooks.global_hooks import tag_scaled, unscaled
+
+if TYPE_CHECKING:
+    from geomprobe.probe.loops import Position
+    from geomprobe.probe.probe import Probe
+
+
+class LossTracker(Events):
+    """Collects the losses that backward passes are called on since the last update, as they were before scaling.
+
+    Attributes:
+        values: these losses: several under gradient accumulation.
+    """
+
+    def __init__(self) -> None:
+        self.values: list[Tensor] = []
+        self._factor: Tensor | None = None
+
+    def loss_scaled(self, factor: Tensor) -> None:
+        self._factor = factor
+
+    def losses_seen(self, losses: Sequence[Tensor]) -> None:
+        for loss in losses:
+            if self._factor is not None:
+                tag_scaled(loss, self._factor)
+                self._factor = None
+            self.values.append(unscaled(loss)[0].detach())
+
+    def gradients_dropped(self) -> None:
+        self.values.clear()
+
+    after_update = restored = gradients_dropped
+
+    def total(self, device: torch.device) -> Tensor:
+        """The step's loss, float64 on ``device``; NaN where none was seen or one is no scalar."""
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for loss in self.values:
+            total += loss.to(total) if loss.numel() == 1 else torch.nan
+        return total if self.values else total + torch.nan
+
+
+class LoaderPasses(Events):
+    """Follows the script's loaders and the passes over them, from before the probe is attached.
+
+    Attributes:
+        made: the loaders made before training began, in an order that every process of the run shares.
+        loader: the one that gave the last batch, None where none did.
+        not_resumable: why no other process could begin in the middle of this training; None where it could.
+    """
+
+    def __init__(self) -> None:
+        self.made: list[DataLoader[Any]] = []
+        self.loader: DataLoader[Any] | None = None
+        self.not_resumable: str | None = None
+        self._passes: WeakKeyDictionary[Iterator[Any], tuple[int, DataLoader[Any]]] = WeakKeyDictionary()
+        self._count = 0
+        self._number: int | None = None
+        self._trained_on: dict[int, float] = {}  # the passes that led to steps, and their epochs
+        self._probe: Probe | None = None
+        self._begun = False
+
+    @property
+    def epoch(self) -> float:
+        """As the script names it; else how many passes led to steps, counted from 0; NaN before the first."""
+        named = None if self._probe is None else self._probe.epoch
+        if named is not None:
+            return named
+        return len(self._trained_on) - 1 if self._trained_on else float("nan")
+
+    def attached(self, probe: Probe) -> None:
+        self._probe = probe
+
+    def begin(self) -> None:
+        self._begun = True
+
+    def loader_made(self, loader: DataLoader[Any]) -> None:
+        if not self._begun:
+            self.made.append(loader)
+
+    def loader_iterated(self, loader: DataLoader[Any], iterator: Iterator[Any]) -> None:
+        self._count += 1
+        self._passes[iterator] = self._count, loader  # with persistent workers it may have been another pass
+
+    def batch_came(self, iterator: Iterator[Any]) -> None:
+        if torch.is_grad_enabled():  # evaluation is not part of the step
+            self._number, self.loader = self._passes.get(iterator, (None, None))
+
+    def before_update(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
+        if self._number is None or self.loader is None:
+            return
+        epoch = None if self._probe is None else self._probe.epoch
+        first = self._trained_on.setdefault(self._number, -1 if epoch is None else epoch)
+        if epoch not in (None, first):
+            self.not_resumable = "one pass over its loader lasts for several epochs"
+        elif self.loader.persistent_workers and self.loader.num_workers:
+            self.not_resumable = (
+                "its loader keeps its workers, and their random streams, from epoch to epoch "
+                "(persistent_workers=True)"
+            )
+
+
+class StepAttempts(Events):
+    """Counts the steps that were attempted, and sees which gradients were scaled and clipped before them.
+
+    An attempt is a call of the optimizer's ``step``, or a GradScaler's for it, which leaves the weights alone where a
+    gradient has overflowed. Each attempt that is applied is a step, and a row of the trace.
+
+    Args:
+        report: where clipped gradients and skipped steps are reported, once there is a probe.
+
+    Attributes:
+        skipped: attempts that were not applied.
+        scaled: whether a GradScaler was at work in any of them.
+        clipped_by: torch's functions that clipped gradients before an attempt.
+    """
+
+    name = "updates"
+
+    def __init__(self, report: Events) -> None:
+        self.skipped = 0
+        self.scaled = False
+        self.clipped_by: list[str] = []
+        self._report = report
+        self._probe: Probe | None = None
+        self._early_skips: dict[Any, int] = {}  # before there is a probe, by optimizer
+        self._early_clips: dict[str, set[int]] = {}  # and the ids of what was clipped
+        self._factor: Tensor | None = None
+        self._attempting = False
+
+    def attached(self, probe: Probe) -> None:
+        self._probe = probe  # only its optimizer and parameters count, of what was seen before it too
+        self.skipped = self._early_skips.pop(probe.optimizer, 0)
+        self.scaled = self.skipped > 0
+        own = {id(parameter) for parameter in probe.parameters.values()}
+        self.clipped_by = [name for name, ids in self._early_clips.items() if ids & own]
+        self._early_skips, self._early_clips = {}, {}
+
+    def described(self, applied: int) -> dict[str, Any]:
+        """For the manifest, once all of ``applied`` steps are over."""
+        return {
+            "attempted": applied + self.skipped,
+            "applied": applied,
+            "scaled": self.scaled,
+            "gradient": "as the optimizer takes it",
+            "clipped_by": self.clipped_by,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self.skipped, "scaled": self.scaled, "clipped_by": list(self.clipped_by)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.skipped, self.scaled = state["skipped"], state["scaled"]
+        self.clipped_by = list(state["clipped_by"])
+
+    def loss_scaled(self, factor: Tensor) -> None:
+        self._factor = factor
+
+    # What the hooks on scalers and clipping call
+
+    def unscaled(self, optimizer: Optimizer) -> None:
+        """A GradScaler has divided an optimizer's gradients."""
+        if self._probe is None or self._is_measured(optimizer):
+            self._factor = None
+
+    @contextlib.contextmanager
+    def attempting(self, optimizer: Optimizer) -> Iterator[None]:
+        """Around a GradScaler's step of an optimizer."""
+        if self._attempting:  # from a scaler's own step, which calls torch's
+            yield
+            return
+        before, self._attempting = self._applied, True
+        try:
+            yield
+        finally:
+            self._attempting = False
+        self._factor = None
+        if self._probe is None:
+            self._early_skips[_raw(optimizer)] = 1 + self._early_skips.get(_raw(optimizer), 0)
+        elif self._is_measured(optimizer):
+            self.scaled = True
+            if self._applied == before:
+                self.skipped += 1
+                self._report.step_skipped()
+
+    def clipping(self, name: str, parameters: Sequence[Tensor]) -> None:
+        """The function ``name`` of torch is about to clip the gradients of ``parameters``."""
+        ids = {id(parameter) for parameter in parameters}
+        if self._probe is None:
+            self._early_clips.setdefault(name, set()).update(ids)
+            return
+        if not any(id(parameter) in ids for parameter in self._probe.parameters.values()):
+            return
+        if name not in self.clipped_by:
+            self.clipped_by.append(name)
+        self._report.before_clipping(self._factor)
+
+    @property
+    def _applied(self) -> int:
+        return 0 if self._probe is None else self._probe.step
+
+    def _is_measured(self, optimizer: Any) -> bool:
+        return self._probe is not None and _raw(optimizer) is self._probe.optimizer
+
+
+def _raw(optimizer: Any) -> Any:
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer
+
+
+class UpdateChecks(Events):
+    """Refuses an update of which no row could be right, whose parameters or the update before it are not known.
+
+    Args:
+        probe: just attached: its optimizer's parameters, and their shapes, are fixed for the time of the pass.
+
+    Raises:
+        UnsupportedTraining: parameters were added, removed or resized, or the optimizer's ``step`` raised, and the
+            script did not stop.
+    """
+
+    def __init__(self, probe: Probe) -> None:
+        self._probe = probe
+        self._sizes, self._shapes = self._now()
+
+    def before_update(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
+        self.complete()
+        sizes, shapes = self._now()
+        if sizes == self._sizes and shapes == self._shapes:
+            return
+        if sizes != self._sizes:
+            what = f"the optimizer's parameter groups held {self._sizes} tensors and now hold {sizes}"
+        else:
+            pairs = zip(self._probe.parameters, self._shapes, shapes, strict=True)
+            name, before, now = next(row for row in pairs if row[1] != row[2])
+            what = f"{name} had shape {tuple(before)} and now has {tuple(now)}"
+        raise UnsupportedTraining(
+            f"The parameters changed before step {self._probe.step}: {what}. The distance to the final weights is "
+            "only defined for a fixed set of parameters. Create all of them before the first step (freezing "
+            "one by requires_grad_(False) or grad = None is fine), or record the stages as separate runs."
+        )
+
+    def complete(self) -> None:
+        probe = self._probe
+        if probe.hook.begun != probe.step:
+            name = type(probe.optimizer).__name__
+            raise UnsupportedTraining(
+                f"{name}.step raised in step {probe.step}, and the script went on. What that step did to the "
+                "weights is not known, so no later one can be measured. Mend what raised, or let it end the script."
+            )
+
+    def _now(self) -> tuple[list[int], list[torch.Size]]:
+        sizes = [len(group["params"]) for group in self._probe.optimizer.param_groups]
+        return sizes, [p.shape for p in self._probe.parameters.values()]
+
+
+class StepProgress(Events):
+    """Notes the stage of the step at each event; the watchdog's thread reads the marker.
+
+    Args:
+        marker: where it is noted; see `STAGES` of `geomprobe.distributed.progress` for the numbers.
+    """
+
+    def __init__(self, marker: ProgressMarker) -> None:
+        self._marker = marker
+        self._probe: Probe | None = None
+
+    def attached(self, probe: Probe) -> None:
+        self._probe = probe
+
+    def fetching(self) -> None:
+        self._at(1)
+
+    def fetch_ended(self, came: bool) -> None:
+        self._at(2)
+
+    def fetched(self, batch: Any) -> None:
+        self._at(2)
+
+    def entered(self, inputs: Any) -> None:
+        self._at(3)
+
+    def losses_seen(self, losses: Sequence[Tensor]) -> None:
+        self._at(4)
+
+    def before_update(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
+        self._at(5)
+
+    def between_steps(self, position: Position) -> None:
+        self._at(0)
+
+    def after_update(self) -> None:
+        self._at(0)
+
+    def _at(self, stage: int) -> None:
+        self._marker.at(0 if self._probe is None else self._probe.step, stage)
