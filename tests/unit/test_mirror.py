@@ -13,9 +13,7 @@ TESTED_BY: dict[tuple[str, ...], str] = {
     # Modules that only a command, a pass or a report as a whole gives a meaning to.
     ("behavior/test_cli_passes.py", "behavior/test_unmodified_script.py"): "cli/launch cli/record cli/replay",
     ("behavior/test_cli_reports.py",): "cli/diff cli/inspect cli/plot cli/verify",
-    (
-        "behavior/test_two_pass.py",
-    ): "passes/api passes/param_groups passes/recording passes/replaying probe/loops",
+    ("behavior/test_two_pass.py",): "passes/api passes/param_groups passes/replaying probe/loops",
     ("behavior/test_bad_input.py",): "errors",
     ("behavior/test_faults.py",): "reproducibility/comparison reproducibility/fingerprint",
     ("behavior/test_measuring.py",): "measure/options measure/quantity measure/curvature/step_curvature",
@@ -23,7 +21,7 @@ TESTED_BY: dict[tuple[str, ...], str] = {
     ("behavior/test_precision.py",): "measure/gradient_products",
     ("behavior/test_kill.py",): "passes/attempts trace/stream/child",
     ("behavior/test_resume.py", "behavior/test_resume_damage.py"): (
-        "passes/checkpoint/restore passes/checkpoint/retention passes/checkpoint/shared_tensors "
+        "passes/checkpoint/restore passes/checkpoint/retention "
         "passes/checkpoint/training_state passes/lease passes/sigterm trace/run_folder"
     ),
     ("behavior/test_unmodified_script.py",): "probe/hooks/global_hooks probe/hooks/step_calls",
@@ -43,25 +41,12 @@ TESTED_BY: dict[tuple[str, ...], str] = {
         "passes/references/kept"
     ),
     # Parts of what the test file of a neighbor looks at as a whole.
-    ("unit/probe/test_probe.py",): "probe/inert probe/parameters probe/progress_bar",
+    ("unit/probe/test_probe.py",): "probe/events probe/inert probe/parameters probe/progress_bar",
     ("unit/report/html/test_page.py",): "report/html/figures report/html/svg",
     ("unit/report/test_export.py",): "report/output",
     ("unit/report/summary/test_summary.py",): ("report/summary/text report/table"),
     ("unit/report/verify/test_verify.py",): ("report/verify/check report/verify/plain_sgd"),
-    ("unit/reproducibility/test_environment.py",): "reproducibility/environment_check",
     ("unit/passes/test_options.py",): "measure/option_fields",
-    ("unit/probe/test_probe.py",): "probe/events probe/inert probe/parameters probe/progress_bar",
-    ("unit/report/test_diff.py",): "report/diff_text",
-    (
-        "unit/report/html/test_page.py",
-    ): "report/html/elements report/html/figures report/html/style report/html/svg",
-    ("unit/report/summary/test_summary.py",): (
-        "report/summary/commands report/summary/facts report/summary/text report/summary/verdict report/table"
-    ),
-    ("unit/report/verify/test_verify.py",): (
-        "report/verify/any_optimizer report/verify/check report/verify/plain_sgd report/verify/rounding"
-    ),
-    ("unit/report/watch/test_terminal.py",): "report/watch/braille",
     ("unit/trace/stream/test_kills.py",): "trace/stream/checksum",
     ("unit/trace/stream/test_disk_full.py",): "trace/hdf5_errors",
 }

@@ -11,7 +11,8 @@ import torch
 import geomprobe
 from geomprobe import ReplayDiverged
 from geomprobe.distributed.ranks import Ranks
-from geomprobe.passes.options import RecordOptions, RetentionPolicy
+from geomprobe.passes.checkpoint.retention import RetentionPolicy
+from geomprobe.passes.options import RecordOptions
 from geomprobe.passes.recording import recording
 from geomprobe.reproducibility.environment import start_manifest
 from geomprobe.trace.run_folder import RunFolder
