@@ -6,11 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 from geomprobe.errors import GeomprobeError, ReplayDiverged, Stopped, UsageError
 from geomprobe.measure.gradient_products import require_clipped
@@ -33,11 +33,7 @@ class SegmentsFailed(GeomprobeError):
 
 
 def require_sense(options: ReplayOptions, count: int) -> None:
-    """Refuse what a replay in several processes cannot do, before anything starts.
-
-    Raises:
-        UsageError: an option asks for such a thing, or this process is one of a launch.
-    """
+    """Refuse what a replay in several processes cannot do, before anything starts."""
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise UsageError(
             f"--jobs {count}: it would start processes beside those of this launch. Start a launch for each "
@@ -54,14 +50,7 @@ def require_sense(options: ReplayOptions, count: int) -> None:
 def replay(
     run: RunFolder, recorded: Record, options: ReplayOptions, count: int, *, debug: bool = False
 ) -> None:
-    """Run a process for each segment to its end, and show what they print on standard error.
-
-    Args:
-        run: the run.
-        recorded: its recording.
-        options: those of the whole replay.
-        count: how many segments are asked for.
-        debug: show the tracebacks of errors.
+    """Run a process for each of ``count`` segments to its end, and show what they print on standard error.
 
     Raises:
         UsageError: there are no checkpoints to split the run at, or the options do not go together.
@@ -77,16 +66,16 @@ def replay(
         f"geomprobe: {len(ranges)} segments, of steps {steps}; `geomprobe watch {run.path}` shows how far they are",
         file=sys.stderr,
     )
-    commands = [
-        [*command(run.path, options, i, count), *["--debug"] * debug] for i in range(1, len(ranges) + 1)
-    ]
-    shares = [_share(recorded.manifest, i, len(ranges)) for i in range(len(ranges))]
-    codes = _run(commands, shares)
+    numbers = range(1, len(ranges) + 1)
+    commands = [[*command(run.path, options, i, count), *["--debug"] * debug] for i in numbers]
+    codes = _run(commands, [_share(recorded.manifest, i, len(ranges)) for i in range(len(ranges))])
     failed = {i: code for i, code in enumerate(codes, 1) if code}
     if {Stopped.exit_code, -signal.SIGTERM} & set(failed.values()):  # the latter before its replay had begun
         raise Stopped
     if failed:
-        raise SegmentsFailed(_account(failed, ranges, run, count), _worst(failed))
+        diverged = ReplayDiverged.exit_code in failed.values()
+        worst = ReplayDiverged.exit_code if diverged else GeomprobeError.exit_code
+        raise SegmentsFailed(_account(failed, ranges, run, count), worst)
 
 
 def pieces(run: RunFolder, recorded: Record, count: int) -> int:
@@ -147,23 +136,15 @@ def _run(commands: Sequence[Sequence[str]], environments: Sequence[Mapping[str, 
     # Ctrl-C in a terminal reaches the children by itself.
     before = signal.signal(signal.SIGTERM, pass_on)
     try:
+        output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         for command, environment in zip(commands, environments, strict=True):
-            processes.append(
-                subprocess.Popen(
-                    command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-                )
-            )
+            processes.append(subprocess.Popen(command, env=environment, **output))
         if asked:  # some of them may have started after that
             pass_on(signal.SIGTERM, None)
-        readers = [
-            threading.Thread(target=_show, args=(process.stdout, f"[{i}/{len(processes)}]"))
-            for i, process in enumerate(processes, 1)
-        ]
-        for reader in readers:
-            reader.start()
-        codes = [process.wait() for process in processes]
-        for reader in readers:
-            reader.join()
+        with ThreadPoolExecutor(len(processes)) as readers:
+            for i, process in enumerate(processes, 1):
+                readers.submit(_show, process.stdout, f"[{i}/{len(processes)}]")
+            codes = [process.wait() for process in processes]
     finally:
         for process in processes:
             process.wait()
@@ -171,16 +152,10 @@ def _run(commands: Sequence[Sequence[str]], environments: Sequence[Mapping[str, 
     return codes
 
 
-def _show(output: IO[str], name: str) -> None:
+def _show(output: Any, name: str) -> None:
     with output:
         for line in output:
             print(name, line, end="", file=sys.stderr)
-
-
-def _worst(failed: Mapping[int, int]) -> int:
-    return (
-        ReplayDiverged.exit_code if ReplayDiverged.exit_code in failed.values() else GeomprobeError.exit_code
-    )
 
 
 def _account(failed: Mapping[int, int], ranges: Sequence[tuple[int, int]], run: RunFolder, count: int) -> str:

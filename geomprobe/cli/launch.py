@@ -26,11 +26,7 @@ class ScriptFailed(GeomprobeError):
 def described(script: str, argv: Sequence[str], *, module: bool, cwd: Path | None = None) -> dict[str, Any]:
     """What is run, for the manifest: kind, absolute path (or module name), arguments, folder and digest.
 
-    Args:
-        script: path of a script, or name of a module.
-        argv: its arguments.
-        module: whether ``script`` is a module, as for ``python -m``.
-        cwd: the folder to run in; the present one when None.
+    ``script`` is a path or the name of a ``module``; it runs in ``cwd``, by default the present folder.
 
     Raises:
         UsageError: the script or module does not exist.
@@ -118,11 +114,7 @@ class CommandHelp(argparse.RawDescriptionHelpFormatter):
 
 
 def first_rank() -> bool:
-    """Whether this is the process that reports, of those that torchrun started.
-
-    >>> first_rank()
-    True
-    """
+    """Whether this is the process that reports, of those that torchrun started."""
     return os.environ.get("RANK", "0") == "0"
 
 

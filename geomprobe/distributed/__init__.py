@@ -1,1 +1,1 @@
-"""How one training lies across processes, how these processes talk, and who among them has failed."""
+"""How one training is spread over processes, what these exchange, and which of them has failed."""

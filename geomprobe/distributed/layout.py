@@ -1,6 +1,6 @@
-"""How one training lies across processes, and the few numbers that they exchange to measure it as a whole.
+"""How one training is spread over processes, and the few numbers that they exchange to measure it as a whole.
 
-The values that a process holds of a parameter are its *local* ones: all of them without sharding and under
+The values that a process has of a parameter are its *local* ones: all of them without sharding and under
 DDP, its shard of them under FSDP2. Every sum over the weights is a sum over local values and one all-reduce.
 """
 
@@ -25,7 +25,7 @@ Kind = Literal["one process", "DDP", "FSDP2", "DTensor"]
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the parameters of one training lie: what this process holds, and what of it counts.
+    """Where the parameters of one training are: what this process has of them, and what of it counts.
 
     Attributes:
         kind: ``"one process"``; ``"DDP"``; ``"FSDP2"`` for ``fully_shard`` (HSDP too) and the ``replicate`` that
@@ -34,11 +34,8 @@ class Layout:
         world_size: how many processes there are.
         sharded: whether any parameter is: only then do sums over the weights need the other processes.
         owned: for each parameter, whether this process's values count in such a sum. Where they are sharded,
-            a replica counts on the first of the processes that hold it.
+            a replica counts on the first of the processes that have it.
         replicas: the DDP modules.
-
-    >>> Layout.of(nn.Linear(2, 1), {"weight": torch.ones(1, 2)}).kind
-    'one process'
     """
 
     kind: Kind = "one process"
@@ -50,11 +47,7 @@ class Layout:
 
     @classmethod
     def of(cls, model: nn.Module | None, parameters: Mapping[str, Tensor]) -> Layout:
-        """Find the layout of a training. Nothing is sent.
-
-        Args:
-            model: the trained module: the DDP wrapper or the module in it, or what `fully_shard` was called on.
-            parameters: the measured parameters by name.
+        """Find the layout of a training, by its model and its measured parameters. Nothing is sent.
 
         Raises:
             UnsupportedTraining: FSDP1, tensor or pipeline parallelism, an optimizer inside the backward pass,
@@ -63,7 +56,9 @@ class Layout:
         rank, world_size = _place()
         distributed = any(map(is_dtensor, parameters.values()))
         replicas = [] if distributed else _ddp_modules(model, parameters)
-        managed = managed_by_fsdp(model) if distributed else set()
+        managed = (
+            {id(p) for module in fsdp_modules(model) for p in module.parameters()} if distributed else set()
+        )
         require_supported(model, parameters, managed, replicas, world_size)
         if not distributed:
             kind: Kind = "DDP" if replicas or world_size > 1 else "one process"
@@ -76,28 +71,21 @@ class Layout:
         return cls(kind, rank, world_size, sharded and world_size > 1, owned)
 
     def sum(self, parts: Tensor) -> Tensor:
-        """Sums over all weights from each process's sums over its owned local values.
+        """Sums over all weights, the same on every process, from each one's float64 sums over its owned local values.
 
-        Args:
-            parts: float64, of any shape, of few elements.
-
-        Returns:
-            The same on every process. Without sharding that is ``parts`` itself, and nothing is sent.
-
-        >>> Layout().sum(torch.tensor([1.0, 2.0]))
-        tensor([1., 2.])
+        Without sharding that is ``parts`` itself, and nothing is sent.
         """
         return self.exchange(parts, parts.new_empty(0))[0]
 
     def exchange(
         self, parts: Tensor, averaged: Tensor, apart: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """All that the processes tell one another of a step, in one all-reduce, or none where nothing is to tell.
+        """All numbers of a step that the processes exchange, in one all-reduce, or none where there are none.
 
         Args:
             parts: as for `sum`.
-            averaged: numbers of this process, such as its loss; one dimension, as is ``apart``, and all float64
-                on one device.
+            averaged: numbers of this process, such as its loss; one dimension, as ``apart``, and all float64 on one
+                device.
             apart: numbers of this process that all are to know.
 
         Returns:
@@ -124,23 +112,14 @@ class Layout:
         return total, mean / self.world_size, each.view(everyone.shape)
 
     def total(self, sums: Tensor) -> Tensor:
-        """The sum over all weights of what each process has summed up of each of its tensors.
-
-        Args:
-            sums: float64, one a parameter.
-
-        >>> Layout().total(torch.tensor([1.0, 2.0]))
-        tensor(3.)
-        """
+        """The sum over all weights, from this process's float64 sum over each of its tensors."""
         counted = sums.new_tensor(self.owned or (True,) * len(sums))
         return self.sum(torch.sum(sums * counted))
 
     def failures(self, failure: Exception | None, device: torch.device) -> dict[int, tuple[str, str]]:
         """Which processes have failed, so that none waits for one of them in the next exchange.
 
-        Args:
-            failure: what this process failed with, if it did.
-            device: of the one number that is exchanged where none has. It is waited for.
+        Where none has, one number is exchanged, on ``device``, and waited for.
 
         Returns:
             The exception's class and text by rank.
@@ -149,18 +128,14 @@ class Layout:
         {0: ('ValueError', 'no')}
         """
         own = None if failure is None else (type(failure).__name__, str(failure))
-        said: list[Any] = [own]
+        found: list[Any] = [own]
         if self.largest([int(own is not None)], device)[0] and self.world_size > 1:
-            said = [None] * self.world_size
-            dist.all_gather_object(said, own)
-        return {rank: reason for rank, reason in enumerate(said) if reason is not None}
+            found = [None] * self.world_size
+            dist.all_gather_object(found, own)
+        return {rank: reason for rank, reason in enumerate(found) if reason is not None}
 
     def largest(self, numbers: Sequence[int], device: torch.device) -> list[int]:
-        """Of each number, the largest of the processes', exchanged on ``device``. They are waited for.
-
-        >>> Layout().largest([3, 1], torch.device("cpu"))
-        [3, 1]
-        """
+        """Of each number, the largest of the processes', exchanged on ``device``. They are waited for."""
         if self.world_size == 1:
             return list(numbers)
         sent = torch.tensor(numbers, device=device)
@@ -168,27 +143,17 @@ class Layout:
         return sent.tolist()
 
     def require_same_use(self, used: Mapping[str, bool], device: torch.device) -> None:
-        """Hold all processes to the same use of the parameters, where that is known to differ.
-
-        Args:
-            used: whether each parameter got a gradient here.
-            device: of what is exchanged.
+        """Compare which parameters got a gradient (``used``) over the processes, where that may differ.
 
         Raises:
             UnsupportedTraining: naming the first that some used and others did not.
-
-        >>> Layout().require_same_use({"weight": True}, torch.device("cpu"))
         """
         counts = torch.tensor(list(used.values()), dtype=torch.float64, device=device)
         shares = self.exchange(counts.new_empty(0), counts)[1].tolist()
         refuse_partial_use(dict(zip(used, shares, strict=True)), self.world_size)
 
     def described(self) -> dict[str, Any]:
-        """For the manifest.
-
-        >>> Layout().described()
-        {'kind': 'one process', 'world_size': 1}
-        """
+        """For the manifest."""
         return {"kind": self.kind, "world_size": self.world_size}
 
 
@@ -200,25 +165,12 @@ class ElsewhereFailed(GeomprobeError):
     """
 
     def __init__(self, reasons: Mapping[int, str]) -> None:
-        said = "; ".join(f"rank {rank} failed: {text}" for rank, text in reasons.items())
-        super().__init__(f"This process stops because {said}")
-
-
-def managed_by_fsdp(model: nn.Module | None) -> set[int]:
-    """The ids of the parameters in the modules on which `fully_shard` was called.
-
-    >>> managed_by_fsdp(nn.Linear(1, 1))
-    set()
-    """
-    return {id(p) for module in fsdp_modules(model) for p in module.parameters()}
+        found = "; ".join(f"rank {rank} failed: {text}" for rank, text in reasons.items())
+        super().__init__(f"This process stops because {found}")
 
 
 def fsdp_modules(model: nn.Module | None) -> list[Any]:
-    """The modules on which `fully_shard` was called.
-
-    >>> fsdp_modules(nn.Linear(1, 1))
-    []
-    """
+    """The modules on which `fully_shard` was called."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None or model is None:
         return []

@@ -21,15 +21,6 @@ def across_ranks(
     """The manifest's section ``ranks``, and ``hosts`` for the reader only; nothing where there is one process.
 
     A pass calls it at its first update, on every process, since each waits for what the others publish.
-
-    Args:
-        model: the trained module, if it is known.
-        parameters: the measured ones by name.
-        layout: of the training.
-        ranks: the processes of the run.
-
-    >>> across_ranks(None, {}, Layout(), Ranks())
-    {}
     """
     if ranks.alone:
         return {}
@@ -49,8 +40,7 @@ def across_ranks(
 
 
 def _device(device: torch.device) -> str:
-    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
-    return f"{device}{name}"
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def _exchanges() -> dict[str, Any]:

@@ -21,33 +21,27 @@ STAGES = (
 )
 # Code in these folders is not the user's own.
 _FOREIGN = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), str(FOLDER), "<")
-
 _EXCHANGES = os.sep.join(("", "torch", "distributed", ""))
 
 
 class Place(NamedTuple):
     """Where a process stands.
 
-    Attributes:
-        step: the step that it is in.
-        stage: how far within it; an index into `STAGES`.
-        exchanging: whether it waits in a call of torch.distributed.
-        line: of the user's code, empty where there is none.
-        still: for how long, in seconds.
-        left: whether it has left the run.
-
     >>> print(Place(117, 1, False, "train.py:31", 1800.0))
     at step 117, waiting for a batch, train.py:31
-    >>> print(Place(0, 0, False, "", 0.0))
-    before step 0
     """
 
     step: int
     stage: int
+    """An index into `STAGES`."""
     exchanging: bool
+    """Whether it waits in a call of torch.distributed."""
     line: str
+    """Of the user's code, empty where there is none."""
     still: float
+    """For how many seconds it has stood there."""
     left: bool = False
+    """Whether it has left the run."""
 
     def __str__(self) -> str:
         where = f"{'at' if self.stage else 'before'} step {self.step}"
@@ -56,18 +50,12 @@ class Place(NamedTuple):
 
     @property
     def progress(self) -> tuple[int, int, bool]:
-        """How far it has come: of two processes that wait for each other, the one with less holds the other up."""
+        """How far it has come: of two processes that wait for each other, the one with less delays the other."""
         return self.step, self.stage, self.exchanging
 
 
 class ProgressMarker:
-    """Where one process's training stands: its main thread marks it at each event, and the watchdog's thread looks.
-
-    >>> marker = ProgressMarker()
-    >>> marker.at(3, 4)
-    >>> [marker.look(1.0).still for _ in range(3)]
-    [0.0, 1.0, 2.0]
-    """
+    """Where one process's training stands: its main thread marks it at each event, and the watchdog's thread looks."""
 
     def __init__(self) -> None:
         self._step = self._stage = self._moves = 0
@@ -84,7 +72,8 @@ class ProgressMarker:
         self._still = self._still + elapsed if self._moves == self._seen else 0.0
         self._seen = self._moves
         frame = main_frame()
-        return Place(self._step, self._stage, _exchanges(frame), line(frame), self._still, left)
+        exchanging = frame is not None and _EXCHANGES in frame.f_code.co_filename
+        return Place(self._step, self._stage, exchanging, _user_line(frame), self._still, left)
 
 
 def main_frame() -> FrameType | None:
@@ -92,19 +81,10 @@ def main_frame() -> FrameType | None:
     return sys._current_frames().get(threading.main_thread().ident or 0)
 
 
-def line(frame: FrameType | None) -> str:
-    """The innermost line of the user's own code that a frame was reached from, such as ``train.py:31``.
-
-    >>> line(None)
-    ''
-    """
+def _user_line(frame: FrameType | None) -> str:
+    """The innermost line of the user's own code that a frame was reached from, such as ``train.py:31``."""
     while frame is not None:
         if not frame.f_code.co_filename.startswith(_FOREIGN):
             return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
-
-
-def _exchanges(frame: FrameType | None) -> bool:
-    """Whether a thread is in a call of torch.distributed, where it waits for other processes."""
-    return frame is not None and _EXCHANGES in frame.f_code.co_filename

@@ -16,9 +16,8 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
-from geomprobe.distributed.heartbeat import BEAT_S
 from geomprobe.distributed.progress import ProgressMarker
-from geomprobe.distributed.watchdog import Failure, Watchdog, holds_store
+from geomprobe.distributed.watchdog import BEAT_S, Failure, Watchdog, holds_store
 from geomprobe.errors import GeomprobeError, ReplayDiverged, RunError, Stopped, UsageError
 
 PATIENCE_S = 1800.0  # as gloo's own; how long one process waits for another
@@ -38,7 +37,7 @@ class ElsewhereStopped(GeomprobeError):
 class Ranks:
     """The processes of a launch, seen from one of them; `here` makes it, once a pass.
 
-    Values that are exchanged are what JSON can hold. A key is used once a pass, but for what `publish` replaces.
+    Values that are exchanged are JSON. A key is used once a pass, but for what `publish` replaces.
     What waits for another process raises `ElsewhereStopped` if one fails meanwhile.
 
     Attributes:
@@ -47,9 +46,6 @@ class Ranks:
         first: whether this is the process that writes what is written once.
         alone: whether it is the only one.
         progress: where this process's training stands, for the others.
-
-    >>> Ranks().first, Ranks().alone
-    (True, True)
     """
 
     def __init__(self, rank: int = 0, size: int = 1, store: Any = None, patience: float = PATIENCE_S) -> None:
@@ -62,11 +58,7 @@ class Ranks:
         self._watchdog: Watchdog | None = None
 
     def described(self) -> dict[str, Any]:
-        """For the manifest: nothing where there is one process.
-
-        >>> Ranks().described(), Ranks(1, 4).described()
-        ({}, {'ranks': {'world_size': 4}})
-        """
+        """For the manifest: nothing where there is one process."""
         return {} if self.alone else {"ranks": {"world_size": self.size}}
 
     def require_all(self, world_size: int) -> None:
@@ -74,8 +66,6 @@ class Ranks:
 
         Raises:
             UsageError: it is.
-
-        >>> Ranks().require_all(1)
         """
         if world_size > self.size:
             raise UsageError(
@@ -86,39 +76,25 @@ class Ranks:
     # What the processes exchange
 
     def broadcast(self, key: str, value: Any = None) -> Any:
-        """Rank 0's value, on every rank; the others wait for it.
-
-        >>> Ranks().broadcast("seed", 7)
-        7
-        """
+        """Rank 0's value, on every rank; the others wait for it."""
         if self.first:
             self.publish(key, value)
             return value
         return self._value_of(0, key)
 
     def all_gather(self, key: str, value: Any) -> list[Any]:
-        """Every rank's value, by rank; waits for all of them.
-
-        >>> Ranks().all_gather("host", "a")
-        ['a']
-        """
+        """Every rank's value, by rank; waits for all of them."""
         self.publish(key, value)
         return [value if rank == self.rank else self._value_of(rank, key) for rank in range(self.size)]
 
     def publish(self, key: str, value: Any) -> None:
-        """Let the others know a value of this rank's, in the place of an earlier one, without waiting for them."""
+        """Let the others read a value of this rank's, in the place of an earlier one, without waiting for them."""
         self._own[key] = value
         if not self.alone:
             self._store.set(f"{key}/{self.rank}", json.dumps(value))
 
     def published(self, key: str) -> dict[int, Any]:
-        """What the ranks have published so far, by rank; those that have not yet are missing.
-
-        >>> ranks = Ranks()
-        >>> ranks.publish("compared", 12)
-        >>> ranks.published("compared"), ranks.published("other")
-        ({0: 12}, {})
-        """
+        """What the ranks have published so far, by rank; those that have not yet are missing."""
         found = {self.rank: self._own[key]} if key in self._own else {}
         for rank in range(self.size):
             if rank != self.rank and self._store.check([f"{key}/{rank}"]):
@@ -132,12 +108,7 @@ class Ranks:
             self._store.set(f"flag/{key}", "")
 
     def flag(self, key: str) -> bool:
-        """Whether a process has set a flag; a training step asks this, so the watchdog has looked it up before.
-
-        >>> ranks = Ranks()
-        >>> ranks.flag("stop"), ranks.set_flag("stop"), ranks.flag("stop")
-        (False, None, True)
-        """
+        """Whether a process has set a flag; a training step asks this, so the watchdog has looked it up before."""
         if self._flags.setdefault(key, False) or self._watchdog is not None or self.alone:
             return self._flags[key]
         self._look_up_flags()
@@ -201,7 +172,7 @@ class Ranks:
         if cause is None:
             code = getattr(error, "exit_code", GeomprobeError.exit_code)
             watchdog.report(Failure(f"{type(error).__name__}: {error}", code, self.rank))
-            _tell_torchrun(error)
+            _write_for_torchrun(error)
         if self.first and holds_store():
             time.sleep(2 * BEAT_S)  # so that the others can still read it
         if cause is not None and (broken or isinstance(error, Stopped)):
@@ -219,7 +190,7 @@ def _is_broken_exchange(error: BaseException | None) -> bool:
     return False
 
 
-def _tell_torchrun(error: BaseException) -> None:
+def _write_for_torchrun(error: BaseException) -> None:
     """Write the error where torchrun looks for it, as its decorator ``record`` does, for its report of the root cause.
 
     The decorator itself stands around a whole process, would also write what others' failures made of this one, and
@@ -235,8 +206,7 @@ def _tell_torchrun(error: BaseException) -> None:
 def here(patience: float = PATIENCE_S) -> Ranks:
     """The processes of the launch that this one belongs to, as ``torchrun`` describes it in the environment.
 
-    Args:
-        patience: seconds that all of them may stand still.
+    ``patience`` is the number of seconds that all of them may stand still.
 
     Raises:
         RunError: the store that they share cannot be reached.
@@ -262,12 +232,12 @@ def here(patience: float = PATIENCE_S) -> Ranks:
 
 
 def end_process_group() -> None:
-    """Destroy the process group that a script has left; the command calls it last, after a pass that held on all ranks.
+    """Destroy the process group that a script has left; the command calls it last, after a pass without an error.
 
     A thread of gloo's that frees the tensors of a last exchange needs Python's lock. Where the interpreter is ending
     already, the thread cannot have it, and aborts the process ("terminate called without an active exception").
-    Destroying the group waits for its threads, unless something else holds the group, as DDP modules do; these lie in
-    reference cycles.
+    Destroying the group waits for its threads, unless something else refers to the group, as DDP modules do, which are
+    part of reference cycles.
     """
     from torch import distributed as dist
 

@@ -1,18 +1,28 @@
-"""The step before which all processes of a run do what one of them wants, such as to stop."""
+"""The step before which all processes of a run do what one of them wants, such as to stop after SIGTERM."""
 
 from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
 
 import torch
 
 from geomprobe.distributed.ranks import Ranks
 from geomprobe.errors import RunError
 
+_AT_ONCE_S = 1.0
+
 
 class StepBarrier:
-    """Brings processes that train in step to do something between the same two steps, without holding any of them up.
+    """Lets processes that train in step do something between the same two steps; none waits for another.
 
-    Whoever wants it sets a flag. Once all processes have seen the flag, rank 0 names the step after its present one:
-    no other can have passed that yet, since each update takes the gradients of all.
+    The process that wants it sets a flag. Once all processes have seen the flag, rank 0 names the step after its
+    present one: no other can have passed that yet, since each update takes the gradients of all.
 
     Args:
         ranks: the processes of the run.
@@ -37,18 +47,14 @@ class StepBarrier:
             self._ranks.set_flag(self._key)
 
     def due(self, step: int) -> bool:
-        """Whether it is to be done here; every process asks at every place between two steps, in the same order.
-
-        Args:
-            step: the next step.
+        """Whether it is to be done before ``step``; every process asks between any two steps, in the same order.
 
         Raises:
             RunError: the processes are not in step, and this one has passed the others.
         """
-        if not self._ranks.flag(self._key):
-            self._last = step
-            return False
-        at = step if self._ranks.alone else self._agreed(step)
+        at = None
+        if self._ranks.flag(self._key):
+            at = step if self._ranks.alone else self._agreed(step)
         if at is None or step < at:
             self._last = step
             return False
@@ -75,3 +81,48 @@ class StepBarrier:
             at = step + 1
             self._ranks.publish(named, at)
         return at
+
+
+class StopRequest(StepBarrier):
+    """Whether a pass is to stop, for another process to continue it; all processes stop before the same step.
+
+    Attributes:
+        asked: whether this process was asked to.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        super().__init__(ranks, "stop")
+        self.asked = False
+
+    def due(self, step: int) -> bool:
+        if self.asked:
+            self.call()
+        return super().due(step)
+
+    @contextlib.contextmanager
+    def by_sigterm(self) -> Iterator[None]:
+        """Let SIGTERM, by which a queue announces the end, ask while inside.
+
+        Another one kills, unless it comes at once: a queue and a launcher that passes its signals on may both send it.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        own = os.getpid()
+        first = math.inf
+
+        def stop(number: int, frame: object) -> None:
+            nonlocal first
+            first = min(first, time.monotonic())
+            forked = os.getpid() != own  # by the script
+            if forked or time.monotonic() - first > _AT_ONCE_S:
+                signal.signal(number, before)
+                os.kill(os.getpid(), number)
+            else:
+                self.asked = True
+
+        before = signal.signal(signal.SIGTERM, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,38 +21,27 @@ def require_supported(
     replicas: Sequence[Any],
     world_size: int,
 ) -> None:
-    """Refuse a training whose layout is not one that `Layout` can describe.
+    """Refuse a training whose layout `Layout` cannot describe.
 
-    Args:
-        model: the trained module, if it is known.
-        parameters: the measured parameters by name.
-        managed: the ids of those that FSDP2 manages.
-        replicas: the DDP modules.
-        world_size: how many processes there are.
+    ``managed`` holds the ids of the parameters that FSDP2 manages, and ``replicas`` the DDP modules.
 
     Raises:
         UnsupportedTraining: naming the first obstacle.
-
-    >>> require_supported(None, {"weight": nn.Parameter()}, set(), [], world_size=4)
-    Traceback (most recent call last):
-    ...
-    geomprobe.errors.UnsupportedTraining: 4 processes train, and neither DDP nor fully_shard averages ...
     """
     distributed = [name for name, parameter in parameters.items() if is_dtensor(parameter)]
     plain = [name for name in parameters if name not in set(distributed)]
-    for reason in _of_any(model, parameters):
-        raise UnsupportedTraining(reason)
+    reasons = _of_any(model, parameters)
     if distributed and plain:
-        raise UnsupportedTraining(
+        mixture = (
             f"{distributed[0]} is a DTensor and {plain[0]} a plain tensor ({len(distributed)} and {len(plain)} in "
             "all): no one averages the plain ones' gradients over the processes. Call fully_shard on the root "
             "module too, without ignored_params."
         )
-    reasons = (
-        _of_dtensors(parameters, managed, world_size)
-        if distributed
-        else _of_replicas(parameters, replicas, world_size)
-    )
+        reasons = chain(reasons, [mixture])
+    elif distributed:
+        reasons = chain(reasons, _of_dtensors(parameters, managed, world_size))
+    else:
+        reasons = chain(reasons, _of_replicas(parameters, replicas, world_size))
     for reason in reasons:
         raise UnsupportedTraining(reason)
 
@@ -162,9 +152,7 @@ def refuse_join(replicas: Iterable[Any]) -> None:
 def refuse_partial_use(shares: Mapping[str, float], world_size: int) -> None:
     """Refuse parameters that some processes used and others did not, in a training that does not expect it.
 
-    Args:
-        shares: the part of the processes on which each parameter got a gradient.
-        world_size: how many processes there are.
+    ``shares`` is the part of the processes on which each parameter got a gradient.
 
     >>> refuse_partial_use({"weight": 1.0, "bias": 0.5}, 2)
     Traceback (most recent call last):

@@ -7,7 +7,9 @@ manifest. A command line that asks for the same again (for a segment of a replay
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import math
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
@@ -42,12 +44,9 @@ class Option:
 
 
 def option(default: Any, help: str, **details: Any) -> Any:
-    """A field of an `Options` class.
+    """A field of an `Options` class; ``details`` are the other attributes of `Option`.
 
-    Args:
-        default: its value where nothing is asked for. A bool makes a switch, a dict an option that may be repeated.
-        help: what it does.
-        **details: the other attributes of `Option`.
+    A bool as the default makes a switch, a dict an option that may be repeated.
     """
     metadata = {"option": Option(help, **details)}
     if isinstance(default, dict):
@@ -113,8 +112,7 @@ class Options:
         for each, described in _written(cls):
             target: Any = parser
             if word := described.excludes or each.name * bool(described.constants):
-                target = groups.setdefault(word, None) or parser.add_mutually_exclusive_group()
-                groups[word] = target
+                target = groups[word] = groups.get(word) or parser.add_mutually_exclusive_group()
             default = _default(each)
             # Only what is given shall be in the namespace: defaults are those of the fields.
             shared: dict[str, Any] = {"dest": each.name, "default": argparse.SUPPRESS}
@@ -163,21 +161,19 @@ class Options:
 
     def lasting(self: Some) -> Some:
         """These options without those of one attempt at the pass, such as ``force``."""
-        return replace(
-            self, **{e.name: _default(e) for e, described in _written(self) if not described.lasting}
-        )
+        passing = {each.name: _default(each) for each, described in _written(self) if not described.lasting}
+        return replace(self, **passing)
 
     def asked(self) -> dict[str, Any]:
         """The lasting options that differ from their defaults, by name."""
-        lasting = {each: getattr(self, each.name) for each, described in _written(self) if described.lasting}
-        return {each.name: value for each, value in lasting.items() if value != _default(each)}
+        lasting = self.lasting()
+        values = {each: getattr(lasting, each.name) for each, _ in _written(self)}
+        return {each.name: value for each, value in values.items() if value != _default(each)}
 
     def described(self) -> dict[str, Any]:
         """For the manifest: the value of each lasting option, and the command line that asks for them."""
-        values = {
-            each.name: getattr(self, each.name) for each, described in _written(self) if described.lasting
-        }
-        return {**values, "argv": self.lasting().argv()}
+        lasting = {e.name: getattr(self, e.name) for e, described in _written(self) if described.lasting}
+        return {**lasting, "argv": self.lasting().argv()}
 
     @classmethod
     def documented(cls) -> str:
@@ -188,24 +184,27 @@ class Options:
         )
 
 
-def whole(minimum: int | None = None) -> Callable[[str], int]:
+def parser(make: Callable[[str], Any], valid: Callable[[Any], object], words: str) -> Callable[[str], Any]:
+    """A parser for `Option`: what ``make`` makes of a text, where that is ``valid``; else an error, in these words."""
+
+    def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            value = make(text)
+            if valid(value):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} {words}")
+
+    return parse
+
+
+def whole(minimum: float = -math.inf) -> Callable[[str], int]:
     """A parser of whole numbers.
 
     >>> whole(1)("12")
     12
     """
-    bound = "" if minimum is None else f" of at least {minimum}"
-
-    def parse(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = None
-        if number is None or (minimum is not None and number < minimum):
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number{bound}")
-        return number
-
-    return parse
+    bound = f" of at least {minimum}" if minimum > -math.inf else ""
+    return parser(int, lambda number: number >= minimum, f"is no whole number{bound}")
 
 
 def _written(options: Options | type[Options]) -> Iterator[tuple[Field[Any], Option]]:

@@ -1,1 +1,1 @@
-"""What a pass does: record, replay, be cut off, go on, be sealed."""
+"""The two passes: record and replay, continue what was cut off, seal what is over."""

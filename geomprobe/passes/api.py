@@ -19,7 +19,7 @@ from geomprobe.passes.lease import (
     StepRange,
     acquire,
     begun_recording,
-    held_by_first,
+    locked_by_first,
     own_record,
     replayed_before,
     unfinished_recording,
@@ -45,10 +45,9 @@ R = TypeVar("R")
 def _takes(
     options: Callable[P, Options],
 ) -> Callable[[Callable[..., R]], Callable[Concatenate[Train, RunPath, P], R]]:
-    """Declare that the ``**options`` of a function are the fields of a dataclass.
+    """Declare that the ``**options`` of a function are the fields of a dataclass, so that none is written twice.
 
-    For mypy and editors by the types here, for `help` and the documentation by the signature and the docstring that
-    the function gets. So no option is written out a second time.
+    mypy and editors read the types here; `help` and the documentation read the signature and docstring that it sets.
     """
 
     def declare(function: Callable[..., R]) -> Callable[Concatenate[Train, RunPath, P], R]:
@@ -102,24 +101,16 @@ def record(train: Train, run: RunPath, **options: Any) -> Record:
 
 
 def run_record(train: Train, run: RunPath, options: RecordOptions, script: Mapping[str, Any]) -> Record:
-    """Record ``train()``, as `record` does and `geomprobe record` too.
-
-    Args:
-        train: what is run.
-        run: the run folder.
-        options: what is asked for.
-        script: what the manifest says of ``train``.
-    """
+    """Record ``train()``, as `record` does and `geomprobe record` too; ``script`` goes into the manifest."""
     target = RunFolder(run)
     _require_startable(options.seed or 0)
     ranks = here(options.patience)
-    held = unfinished_recording(target) if options.resume else target.recording(options.force)
-    with ranks.watched(), held_by_first(ranks, held) as left:
+    lease = unfinished_recording(target) if options.resume else target.recording(options.force)
+    with ranks.watched(), locked_by_first(ranks, lease) as left:
         if left or not options.resume:
-            begun = resume_point = None
-            if options.resume:
-                begun, resume_point = begun_recording(target, options.seed, ranks)
-            if begun is not None:
+            point = begun_recording(target, options.seed, ranks) if options.resume else None
+            if point is not None:
+                begun = point.manifest
                 require_same_options(
                     f"{target.path} was recorded", {**begun, **begun["recording"]}, options.asked()
                 )
@@ -127,10 +118,10 @@ def run_record(train: Train, run: RunPath, options: RecordOptions, script: Mappi
             seed = ranks.broadcast("seed", draw_seed() if options.seed is None else options.seed)
             with _running(seed, options.strict):
                 manifest = start_manifest(seed=seed, strict=options.strict, script=script) | ranks.described()
-                if resume_point is not None:
-                    require_same_start(resume_point.manifest, manifest, target.path, "go on")
-                    manifest = resume_point.manifest
-                session = recording(target, manifest, replace(options, seed=seed), ranks, resume_point)
+                if point is not None:
+                    require_same_start(point.manifest, manifest, target.path, "go on")
+                    manifest = point.manifest
+                session = recording(target, manifest, replace(options, seed=seed), ranks, point)
                 with session.reporting():
                     train()
                     session.complete()
@@ -159,14 +150,7 @@ def replay(train: Train, run: RunPath, **options: Any) -> Trace:
 
 
 def run_replay(train: Train, run: RunPath, options: ReplayOptions, script: Mapping[str, Any]) -> Trace:
-    """Replay ``train()``, as `replay` does and `geomprobe replay` too.
-
-    Args:
-        train: what is run.
-        run: the run folder.
-        options: what is asked for.
-        script: what ``train`` is, to compare with the recording's manifest.
-    """
+    """Replay ``train()``, as `replay` does and `geomprobe replay` too; ``script`` is compared with the recording's."""
     target = RunFolder(run)
     ranks = here(options.patience)
     with ranks.watched(), contextlib.closing(own_record(target, ranks)) as recorded:
@@ -180,19 +164,12 @@ def run_replay(train: Train, run: RunPath, options: ReplayOptions, script: Mappi
             weights = References(recorded, files)  # before an earlier trace is removed
             require_clipped(options, recorded.manifest)
             lease = acquire(target, recorded, options.force, options.resume, options.segment)
-            with held_by_first(ranks, lease) as claimed:
+            with locked_by_first(ranks, lease) as claimed:
                 if claimed is not None:
                     stretch = StepRange(*claimed)
                     begin = replayed_before(target, recorded, stretch, ranks)
                     session = replaying(
-                        target,
-                        recorded,
-                        weights,
-                        manifest,
-                        options,
-                        begin,
-                        stretch.stop,
-                        ranks,
+                        target, recorded, weights, manifest, options, begin, stretch.stop, ranks
                     )
                     with contextlib.suppress(SegmentEnded), session.reporting():
                         train()

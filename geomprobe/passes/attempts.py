@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from geomprobe.distributed.ranks import Ranks
 from geomprobe.errors import RunError
 from geomprobe.passes.checkpoint.resume_point import ResumePoint
 from geomprobe.trace.atomic_file import atomic_file
 from geomprobe.trace.run_folder import RunFolder
-from geomprobe.trace.schema import SCHEMAS, Kind
+from geomprobe.trace.schema import SCHEMAS, VALUES, Kind
 from geomprobe.trace.stream.reader import (
     Header,
     PartNotBegun,
@@ -32,15 +34,9 @@ Tables = Mapping[str, NDArray[Any]]
 
 
 def committed(run: RunFolder, kind: Kind, first: int = 0, stop: int | None = None) -> list[Header]:
-    """The parts with rows of an earlier attempt, by first step; the caller holds the run, or that range of it.
+    """The parts with rows of an earlier attempt, by first step; the caller has the lock of the run, or of that range.
 
     Parts that begin in the range and never got a row are removed, and damaged ones are cut before the damage.
-
-    Args:
-        run: the run.
-        kind: which pass.
-        first: the first step of the range that the caller holds.
-        stop: the step after it; None for the end.
     """
     found = []
     for path in run.parts(kind):
@@ -61,22 +57,19 @@ def begun(run: RunFolder, kind: Kind) -> list[Header]:
 
 
 def contiguous_end(run: RunFolder, kind: Kind, parts: Sequence[Header], first: int = 0) -> int:
-    """How far the rows reach from a step on without a gap, and without a seam that nobody has proven.
+    """How far the rows reach from a step on without a gap, each part proven to continue the one before it.
 
-    A part is continuous with the one before it where its process had started earlier than that one ends, since it then
-    went over the same steps again, or where the other's process compared the state in which it ended.
+    It is proven where its process had started earlier than that one ends, since it then went over the same steps again,
+    or where the other's process compared the state in which it ended.
     """
     reached = first
     for part in parts:
         if part.first_step > reached or part.stop_step <= reached:
             continue
-        seam = kind == "trace" and part.first_step == reached and reached > first
-        if (
-            seam
-            and int(part.attributes.get(STARTED, part.first_step)) >= reached
-            and not run.proof(kind, reached).exists()
-        ):
-            break
+        if kind == "trace" and part.first_step == reached > first:
+            started = int(part.attributes.get(STARTED, part.first_step))
+            if started >= reached and not run.proof(kind, reached).exists():
+                break
         reached = part.stop_step
     return reached
 
@@ -95,17 +88,10 @@ class _Rows:
 
 
 class AttemptLog:
-    """Takes a pass's rows in the order of their steps.
-
-    Args:
-        run: the run.
-        kind: which pass.
-        tables: the tables of its parts.
-        attributes: what each part says of the run.
-        resumption: where this process goes on, and over which parts of earlier attempts.
+    """Takes a pass's rows in the order of their steps; ``attributes`` are those of each part.
 
     Raises:
-        RunError: an earlier part holds other columns.
+        RunError: an earlier part has other columns.
     """
 
     def __init__(
@@ -114,11 +100,11 @@ class AttemptLog:
         kind: Kind,
         tables: Sequence[Table],
         attributes: Mapping[str, str | int | float],
-        resumption: ResumePoint | None = None,
+        point: ResumePoint | None = None,
     ) -> None:
-        going_on = ResumePoint({}) if resumption is None else resumption
-        started, earlier = going_on.step, going_on.earlier
-        self._first = going_on.first
+        point = point or ResumePoint({})
+        started, earlier = point.step, point.earlier
+        self._first = point.first
         self._run, self._kind, self._tables = run, kind, tables
         self._attributes = {**attributes, STARTED: started}
         self._writer: PartWriter | None = None
@@ -126,8 +112,8 @@ class AttemptLog:
         for part in earlier:
             if part.tables != {table.name: table for table in tables}:
                 raise RunError(
-                    f"{part.path} holds other columns than this pass would write: it was begun with other options. "
-                    "Give the same ones, or begin anew with --force."
+                    f"{part.path} holds other columns than this pass would write: it was started with other options. "
+                    "Give the same ones, or start over with --force."
                 )
         self._earlier = [_rows(part, started) for part in earlier if part.stop_step > started]
         end_readers()
@@ -135,10 +121,7 @@ class AttemptLog:
             self._writer = self._part(started)
 
     def append(self, blocks: Tables) -> None:
-        """Compare or write the rows of the next steps.
-
-        Args:
-            blocks: by table, an array [k, columns].
+        """Compare or write the rows of the next steps: by table, an array [k, columns].
 
         Raises:
             RunError: a row differs from the one that an earlier attempt committed for the same step.
@@ -148,10 +131,9 @@ class AttemptLog:
         step = first
         while step < first + count:
             known = self._known(step)
-            ahead = [
-                start for start in (self._first, *(rows.first for rows in self._earlier)) if start > step
-            ]
-            stop = min([first + count, *([known.stop] if known is not None else ahead)])
+            starts = (self._first, *(rows.first for rows in self._earlier))
+            ends = [known.stop] if known is not None else [start for start in starts if start > step]
+            stop = min([first + count, *ends])
             piece = {name: block[step - first : stop - first] for name, block in blocks.items()}
             if known is not None:
                 self._compare(step, piece, known)
@@ -161,7 +143,7 @@ class AttemptLog:
         self._next = step
 
     def close(self) -> None:
-        """Let go of the part; safe to call twice."""
+        """Close the part; safe to call twice."""
         if self._writer is not None:
             self._writer.close()
 
@@ -182,7 +164,7 @@ class AttemptLog:
         )
 
     def _known(self, step: int) -> _Rows | None:
-        """The rows of an earlier attempt that hold a step."""
+        """The rows of an earlier attempt with this step, if there are any."""
         return next((rows for rows in self._earlier if rows.first <= step < rows.stop), None)
 
     def _compare(self, step: int, piece: Tables, known: _Rows) -> None:
@@ -198,8 +180,59 @@ class AttemptLog:
                     f"{known.path} holds step {step + row} already, as an earlier attempt saw it, and now its "
                     f"{table.name} ({table.columns[column]}) is another: this is not the run that was cut off. "
                     "Does the script keep state of its own, such as a counter or a random generator, that was not "
-                    "given to attach? Nothing was changed; --force begins anew."
+                    "given to attach? Nothing was changed; --force starts over."
                 )
+
+
+class GroupCommit:
+    """Commits rows once every process has compared their steps with its own recording.
+
+    Args:
+        log: where rank 0 commits them; None on the others, which only publish how far they have come.
+        ranks: the processes of the run.
+        first: the first step.
+        marked: rows that differ come too, marked in their last column.
+    """
+
+    def __init__(self, log: AttemptLog | None, ranks: Ranks, first: int, marked: bool = False) -> None:
+        self._log, self._ranks, self._marked = log, ranks, marked
+        self._compared = first
+        self._waiting: list[tuple[int, Tables]] = []  # with the step after each block
+        self._differs = False
+
+    def append(self, blocks: Tables, equal: int) -> None:
+        """Take the next rows, of which ``equal`` are equal here, and commit those that all have compared."""
+        count = len(blocks[VALUES])
+        if equal < count and not self._differs:
+            self._differs = True
+            self._ranks.publish("differs", self._compared + equal)
+        self._compared += count
+        if self._log is None:
+            self._ranks.publish("compared", self._compared)
+            return
+        self._waiting.append((self._compared, blocks))
+        others = self._ranks.published("compared").values()  # rank 0, which has the log, publishes none
+        all_have = len(others) == self._ranks.size - 1
+        self._commit(min(others, default=math.inf) if all_have else 0)
+
+    def commit_all(self) -> None:
+        """Every process has compared everything."""
+        self._commit(math.inf)
+
+    def close(self) -> None:
+        """Close the part; rows that not all have compared are not written."""
+        if self._log is not None:
+            self._log.close()
+
+    def _commit(self, until: float) -> None:
+        while self._log is not None and self._waiting and self._waiting[0][0] <= until:
+            stop, blocks = self._waiting.pop(0)
+            if self._marked:
+                values = blocks[VALUES]
+                first_different = min(self._ranks.published("differs").values(), default=math.inf)
+                if first_different < stop:
+                    values[max(0, int(first_different) - (stop - len(values))) :, -1] = 0.0
+            self._log.append(blocks)
 
 
 def _rows(part: Header, first: int) -> _Rows:

@@ -1,6 +1,6 @@
 """Seal a pass that is over, so that a kill or a full disk in the middle of it costs nothing but a second try.
 
-What is to be sealed is first written down beside the parts; whoever comes next finishes it from there.
+What is to be sealed is first written down beside the parts; the next command finishes it from there.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def seal(
 ) -> None:
     """Seal the parts of a pass into ``record.h5`` or ``trace.h5``, and remove them.
 
-    Where the pass failed or diverged they stay, so that it can go on with ``--resume``.
+    Where the pass failed or diverged they stay, so that ``--resume`` can continue it. The parts must be closed.
 
     Args:
-        run: whose parts, which must be closed.
+        run: whose parts.
         kind: which pass.
-        status: what the sealed file says of itself.
+        status: of the sealed file.
         manifest: the environment, complete.
         references: names of stored references, for a record.
         certificate: what the comparison found, for a trace.
@@ -45,26 +45,13 @@ def seal(
     Raises:
         WriteFailed: the disk refused; `finish` takes it up again once there is space.
     """
-    plan = {
-        "status": status,
-        "manifest": dict(manifest),
-        "references": list(references),
-        "certificate": certificate,
-        "num_steps": num_steps,
-    }
-    write_json(_plan(run, kind), plan)
+    plan = {"status": status, "manifest": dict(manifest), "references": list(references)}
+    write_json(_plan(run, kind), {**plan, "certificate": certificate, "num_steps": num_steps})
     _carry_out(run, kind)
 
 
 def seal_whole(run: RunFolder, total: int) -> bool:
-    """Seal a trace that was replayed in segments, if this was the last of them.
-
-    Args:
-        run: the run; its segments have ended, or are held by others.
-        total: steps of the run.
-
-    Returns:
-        Whether the trace is sealed now.
+    """Seal a trace of ``total`` steps that was replayed in segments, if all have ended; gives whether it is sealed now.
 
     Raises:
         WriteFailed: the disk refused; `finish` takes it up again once there is space.
@@ -80,17 +67,11 @@ def seal_whole(run: RunFolder, total: int) -> bool:
 
 
 def finish(run: RunFolder) -> list[Kind]:
-    """Finish a sealing that was cut off, if there is one.
-
-    Returns:
-        What was sealed.
+    """Finish a sealing that was cut off, if there is one; gives what was sealed.
 
     Raises:
         RunError: another process is writing there, or the parts are damaged.
         WriteFailed: the disk refused.
-
-    >>> finish(RunFolder("nowhere"))
-    []
     """
     cut_off = [kind for kind in SCHEMAS if planned(run, kind)]
     for kind in cut_off:
@@ -100,11 +81,7 @@ def finish(run: RunFolder) -> list[Kind]:
 
 
 def planned(run: RunFolder, kind: Kind) -> bool:
-    """Whether a sealing was begun and not finished.
-
-    >>> planned(RunFolder("nowhere"), "trace")
-    False
-    """
+    """Whether a sealing was begun and not finished."""
     return _plan(run, kind).exists()
 
 
@@ -124,20 +101,13 @@ def _plan(run: RunFolder, kind: Kind) -> Path:
 
 def _carry_out(run: RunFolder, kind: Kind) -> None:
     plan = json.loads(_plan(run, kind).read_text())
-    manifest = plan["manifest"]
-    status = plan["status"]
-    facts: dict[str, Any] = {
-        "status": status,
-        "manifest": manifest,
-        "num_parameters": manifest["model"]["num_parameters"],
-        "num_steps": plan["num_steps"],
-        "timeout_s": _PATIENCE_S,
-    }
+    facts = {name: plan[name] for name in ("status", "manifest", "num_steps")}
+    facts |= {"num_parameters": plan["manifest"]["model"]["num_parameters"], "timeout_s": _PATIENCE_S}
     if kind == "record":
         references = {name: run.stored_reference(name) for name in plan["references"]}
         seal_record(run.parts(kind), run.record, references=references, ranks=_of_ranks(run, plan), **facts)
     else:
         seal_trace(run.parts(kind), run.trace, certificate=plan["certificate"], **facts)
     _plan(run, kind).unlink()  # first: from here on there is nothing to take up again
-    if status not in ("failed", "diverged"):
+    if plan["status"] not in ("failed", "diverged"):
         run.clear_stream()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
@@ -10,95 +9,27 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from geomprobe.distributed.ranks import PATIENCE_S
 from geomprobe.errors import RunError, UsageError
-from geomprobe.measure.option_fields import Options, option, whole
+from geomprobe.measure.option_fields import Options, option, parser, whole
 from geomprobe.measure.options import MeasureOptions
 
-if TYPE_CHECKING:
-    from geomprobe.passes.checkpoint.retention import RetentionPolicy
 
-_INTERVAL = re.compile(r"(\d+)(steps|min)")
+def interval(text: str) -> tuple[int, str]:
+    """How often checkpoints are written, as a number and its unit; 0 for an epoch or never.
 
-
-def checkpoint_interval(text: str) -> tuple[int, str]:
-    """How often checkpoints are written, as a number and its unit; 0 where it is no number of anything.
-
-    Raises:
-        argparse.ArgumentTypeError: the text is no such interval.
-
-    >>> checkpoint_interval("500steps"), checkpoint_interval("never")
+    >>> interval("500steps"), interval("never")
     ((500, 'steps'), (0, 'never'))
     """
-    found = _INTERVAL.fullmatch(text)
-    count, unit = (int(found[1]), found[2]) if found else (0, text)
-    if not count and unit not in ("epoch", "never"):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not epoch, never, or a number of steps or minutes, such as 500steps or 30min"
-        )
-    return count, unit
-
-
-def _interval(text: str) -> str:
-    checkpoint_interval(text)
-    return text
-
-
-def _count(text: str) -> int | None:
-    if text == "all":
-        return None
-    try:
-        return whole(2)(text)  # the first and the latest are always kept
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error}, and not 'all'") from None
-
-
-def _steps(text: str) -> tuple[int, ...]:
-    try:
-        steps = tuple(int(item) for item in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of steps such as 100,200") from None
-    if min(steps) < 0:
-        raise argparse.ArgumentTypeError(f"{text!r}: steps are counted from 0")
-    return steps
-
-
-def _decays(text: str) -> tuple[float, ...]:
-    try:
-        decays = tuple(float(item) for item in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of decays such as 0.99,0.999") from None
-    if not all(0 < decay < 1 for decay in decays):
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: an exponential moving average has a decay between 0 and 1, such as 0.999"
-        )
-    return decays
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
-    return seconds
+    found = re.fullmatch(r"(\d+)(steps|min)", text)
+    return (int(found[1]), found[2]) if found else (0, text)
 
 
 def _reference(text: str) -> tuple[str, str]:
     name, _, path = text.partition("=")
-    if not (name and path):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH, such as best=checkpoints/best.pt")
-    return name, str(Path(path).absolute())
-
-
-def _segment(text: str) -> tuple[int, int]:
-    number, _, count = text.partition("/")
-    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
-        raise argparse.ArgumentTypeError(f"{text!r} is none of 1/K to K/K, such as 3/4")
-    return int(number), int(count)
+    return name, path and str(Path(path).absolute())
 
 
 def _joined(by: str) -> Any:
@@ -110,7 +41,7 @@ def _patience() -> Any:
         PATIENCE_S,
         "of several processes: abort if no process has made progress for this many seconds",
         metavar="SECONDS",
-        parse=_seconds,
+        parse=parser(float, lambda seconds: 0 < seconds < math.inf, "is no number of seconds above 0"),
         text=lambda seconds: str(seconds).removesuffix(".0"),
         lasting=False,
     )
@@ -146,40 +77,47 @@ class RecordOptions(Options):
         "write a checkpoint at each epoch, after so many steps or minutes (500steps, 30min; these need "
         "probe.batches), or never",
         metavar="WHEN",
-        parse=_interval,
+        parse=parser(
+            str,
+            lambda text: interval(text)[0] or text in ("epoch", "never"),
+            "is not epoch, never, or a number of steps or minutes, such as 500steps or 30min",
+        ),
     )
     keep_checkpoints: int | None = option(
         32,
         "keep at most N checkpoints, spread evenly over the run; all (in Python, None) keeps every one",
         metavar="N",
-        parse=_count,
+        parse=parser(
+            lambda text: None if text == "all" else int(text),
+            lambda count: count is None or count >= 2,  # the first and the latest are always kept
+            "is no whole number of at least 2, and not 'all'",
+        ),
         text=lambda count: "all" if count is None else str(count),
     )
     reference_steps: Collection[int] = option(
         (),
         "also keep the weights before these steps, as references step-N",
         metavar="N,N,...",
-        parse=_steps,
+        parse=parser(
+            lambda text: tuple(map(int, text.split(","))),
+            lambda steps: min(steps) >= 0,
+            "is no list of steps such as 100,200; steps are counted from 0",
+        ),
         text=_joined(","),
     )
     ema: Sequence[float] = option(
         (),
         "also keep exponential moving averages of the weights with these decays, such as 0.999, as references ema-B",
         metavar="B,B,...",
-        parse=_decays,
+        parse=parser(
+            lambda text: tuple(map(float, text.split(","))),
+            lambda decays: all(0 < decay < 1 for decay in decays),
+            "is no list of decays such as 0.99,0.999; an exponential moving average has a decay between 0 and 1",
+        ),
         text=_joined(","),
     )
     average: bool = option(False, "also keep the running average of the weights, as the reference average")
     patience: float = _patience()
-
-    @property
-    def keeping(self) -> RetentionPolicy:
-        """When checkpoints are written, and how many are kept."""
-        from geomprobe.passes.checkpoint.retention import (
-            RetentionPolicy,
-        )  # imports torch, and --help does not
-
-        return RetentionPolicy(self.checkpoint_every, self.keep_checkpoints)
 
     def described(self) -> dict[str, Any]:
         """For the manifest, which has the seed and ``strict`` at its top."""
@@ -201,7 +139,7 @@ class ReplayOptions(MeasureOptions):
         "also measure against the weights in a file: a state_dict, or safetensors (may be repeated; in Python, a "
         "mapping from name to path)",
         metavar="NAME=PATH",
-        parse=_reference,
+        parse=parser(_reference, all, "is not NAME=PATH, such as best=checkpoints/best.pt"),
         text=lambda item: f"{item[0]}={fspath(item[1])}",
         flag="--reference",
     )
@@ -219,7 +157,11 @@ class ReplayOptions(MeasureOptions):
         "replay only the I-th of K pieces, while other processes replay the others, and continue where it was cut "
         "off; whichever ends last seals the trace",
         metavar="I/K",
-        parse=_segment,
+        parse=parser(
+            lambda text: tuple(map(int, text.split("/"))),
+            lambda values: len(values) == 2 and 1 <= values[0] <= values[1],
+            "is none of 1/K to K/K, such as 3/4",
+        ),
         text=_joined("/"),
         excludes="split",
         lasting=False,
@@ -241,15 +183,10 @@ class ReplayOptions(MeasureOptions):
 def require_same_options(begun: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse to continue a pass with other options than those it was started with.
 
-    Args:
-        begun: what was begun, and how, such as ``"runs/a was recorded"``.
-        then: the options in its manifest.
-        now: those to compare, by the same names.
+    ``begun`` says what was started and how, such as ``"runs/a was recorded"``; ``then`` are the manifest's options.
 
     Raises:
-        RunError: one of them differs.
-
-    >>> require_same_options("runs/a was replayed", {"every": 1, "compiled": False}, {"every": 1})
+        RunError: one of those in ``now`` differs.
     """
     for name, value in json.loads(json.dumps(now)).items():
         if value != then.get(name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +22,13 @@ from geomprobe.passes.checkpoint import store as checkpoint
 from geomprobe.passes.checkpoint.ddp_buckets import buckets
 from geomprobe.passes.checkpoint.restore import Resumer
 from geomprobe.passes.checkpoint.resume_point import ResumePoint
-from geomprobe.passes.checkpoint.retention import CheckpointTimer, RetentionPolicy
-from geomprobe.passes.options import RecordOptions
+from geomprobe.passes.options import RecordOptions, interval
 from geomprobe.passes.references.averages import Averages
 from geomprobe.passes.references.kept import KeptReferences
 from geomprobe.passes.row_buffer import Block, RowBuffer
 from geomprobe.passes.session import Session, part_attributes
 from geomprobe.probe.events import Events
-from geomprobe.probe.loops import Position
+from geomprobe.probe.loops import TOP, Position
 from geomprobe.probe.probe import Probe
 from geomprobe.reproducibility.columns import Columns
 from geomprobe.reproducibility.environment import source_digests
@@ -47,22 +47,16 @@ def recording(
 ) -> Session:
     """Pass 1 over a run, as a session with its listeners.
 
-    Args:
-        run: where to.
-        manifest: what is known of the environment before the script runs.
-        options: what to keep.
-        ranks: the processes of the run.
-        point: where to go on; None for the start.
+    ``manifest`` is what is known of the environment before the script runs, ``point`` where to continue a recording.
     """
     manifest["recording"] = options.described()
-    ranks = Ranks() if ranks is None else ranks
+    ranks = ranks or Ranks()
     own = run.of_rank(ranks.rank)
 
     def listeners(
         session: Session, probe: Probe, fingerprint: StepFingerprint, resumer: Resumer
     ) -> list[Events]:
-        references = KeptReferences(own, ranks)
-        references.sharded = session.layout.sharded
+        references = KeptReferences(own, ranks, session.layout.sharded)
         averages = [AverageKeeper(probe, options, references)] if options.ema or options.average else []
         taken = [name for each in averages for name in each.averages.weights]
         rows = RecordWriter(session, probe, own, fingerprint)
@@ -74,7 +68,7 @@ def recording(
             *averages,
             ReferenceKeeper(session, probe, frozenset(options.reference_steps), references, taken),
             rows,
-            Checkpointer(session, fingerprint, resumer, rows, options.keeping, own, shared),
+            Checkpointer(session, fingerprint, resumer, rows, options, own, shared),
             RecordSealer(session, own, rows, references),
         ]
 
@@ -213,7 +207,7 @@ class ReferenceKeeper(Events):
 class RecordWriter(Events):
     """Writes one row a step: epoch, loss, learning rate and fingerprint."""
 
-    _log: AttemptLog  # opened at the first update, since it holds the manifest
+    _log: AttemptLog  # opened at the first update, since it needs the manifest
 
     def __init__(self, session: Session, probe: Probe, run: RunFolder, fingerprint: StepFingerprint) -> None:
         self._session, self._probe, self._run, self._fingerprint = session, probe, run, fingerprint
@@ -265,17 +259,17 @@ class Checkpointer(Events):
     fingerprint: StepFingerprint
     resumer: Resumer
     rows: RecordWriter
-    policy: RetentionPolicy
+    options: RecordOptions
     run: RunFolder
     shared: checkpoint.SharedByFirst | None  # what rank 0 writes for all
 
     def __post_init__(self) -> None:
         self.run.stream.mkdir(parents=True, exist_ok=True)
-        self._writer = checkpoint.Writer(self.run.checkpoints, self.policy.too_many, self.shared)
-        self._timer = CheckpointTimer(self.policy)
+        self._writer = checkpoint.Writer(self.run.checkpoints, self.options.keep_checkpoints, self.shared)
+        self._count, self._unit = interval(self.options.checkpoint_every)
         self._clock = StepBarrier(self.session.ranks, "checkpoint")
-        self._never = self.policy.every == "never"
-        self._overdue = self._stops = False
+        self._stops = False
+        self._taken(0)
 
     def begin(self) -> None:
         point = self.session.point
@@ -285,7 +279,7 @@ class Checkpointer(Events):
     def between_steps(self, position: Position) -> None:
         due = self._due(position)
         self._stops |= self.session.stop.due(self.session.steps)
-        if self._never:
+        if self._unit == "never":
             self._stop_if_due()
         elif (due or self._stops) and not self.session.losses.values:  # else gradients wait for their update
             self._save()
@@ -293,9 +287,9 @@ class Checkpointer(Events):
 
     def before_update(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
         reason = self.session.passes.not_resumable
-        if reason is None or self._never:
+        if reason is None or self._unit == "never":
             return
-        self._never = True
+        self._unit = "never"
         self.session.manifest["recording"]["no_checkpoints"] = reason
         self._writer.wait()
         for step in checkpoint.saved(self.run.checkpoints)[1:]:
@@ -312,7 +306,7 @@ class Checkpointer(Events):
             self._stop_if_due()
 
     def restored(self) -> None:
-        self._timer.taken(self.session.steps)
+        self._taken(self.session.steps)
 
     def complete(self) -> None:
         self._writer.close()
@@ -324,20 +318,25 @@ class Checkpointer(Events):
         self._writer.close()
 
     def _due(self, position: Position) -> bool:
-        due = self._timer(position, self.session.steps)
-        if self.policy.parsed[1] == "min":  # by the clock of rank 0, for all
-            if due and self.session.ranks.first:
+        """Whether a checkpoint is due between two steps; it stays due until one is written."""
+        since = self.session.steps - self._last
+        self._epoch_passed |= position.sweep == TOP and since > 0
+        if self._unit == "min":  # by the clock of rank 0, for all
+            if self.session.ranks.first and since and time.monotonic() - self._time >= 60 * self._count:
                 self._clock.call()
             self._overdue |= self._clock.due(self.session.steps)
             return self._overdue
-        return due
+        return since >= self._count if self._unit == "steps" else since > 0 and self._epoch_passed
+
+    def _taken(self, step: int) -> None:
+        self._last, self._time = step, time.monotonic()
+        self._epoch_passed = self._overdue = False
 
     def _stop_if_due(self) -> None:
         if self._stops:
             raise Stopped(together=True)
 
     def _save(self) -> None:
-        """Begin to write a checkpoint of the present state."""
         contents = {**self.session.state_dict(), **self.resumer.capture()}
         facts = {
             "position": self.resumer.position,
@@ -346,8 +345,7 @@ class Checkpointer(Events):
         }
         self.rows.flush()  # so that they reach as far as the checkpoint, whatever comes
         self._writer.submit(self.session.steps, contents, facts)
-        self._timer.taken(self.session.steps)
-        self._overdue = False
+        self._taken(self.session.steps)
 
 
 @dataclass(eq=False)

@@ -9,20 +9,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from geomprobe.distributed.dtensor import local
 from geomprobe.distributed.ranks import Ranks
 from geomprobe.errors import EnvironmentMismatch, ReplayDiverged, RunError, Stopped
 from geomprobe.measure.measurement import Measurement
 from geomprobe.passes import finalize
-from geomprobe.passes.attempts import AttemptLog, manifest_of
+from geomprobe.passes.attempts import AttemptLog, GroupCommit, manifest_of
 from geomprobe.passes.checkpoint import store as checkpoint
 from geomprobe.passes.checkpoint.restore import Resumer
 from geomprobe.passes.checkpoint.resume_point import ResumePoint
-from geomprobe.passes.group_commit import GroupCommit
 from geomprobe.passes.options import ReplayOptions, require_same_options
-from geomprobe.passes.param_groups import ParamGroups
 from geomprobe.passes.references.loaded import References
 from geomprobe.passes.row_buffer import Block, RowBuffer
 from geomprobe.passes.session import Session, part_attributes
@@ -37,7 +37,7 @@ from geomprobe.reproducibility.fingerprint import StepFingerprint
 from geomprobe.trace.atomic_file import write_json
 from geomprobe.trace.record import Record
 from geomprobe.trace.run_folder import RunFolder
-from geomprobe.trace.schema import FINAL, VALUES
+from geomprobe.trace.schema import FINAL, GROUP_COLUMNS, VALUES, group_column
 from geomprobe.trace.stream.writer import Table
 
 
@@ -64,12 +64,12 @@ def replaying(
         manifest: what is known of the environment before the script runs.
         options: what to measure, and whether to continue past the first difference.
         point: where to begin, if not at the start.
-        segment: replay only up to this step; others do the rest, and whoever is last seals the trace.
+        segment: replay only up to this step; other processes do the rest, and the last one seals the trace.
         ranks: the processes of the run.
     """
-    ranks = Ranks() if ranks is None else ranks
+    ranks = ranks or Ranks()
     manifest["measure"] = {**options.described(), "files": references.digests}
-    # A resumed replay goes on only over rows that were found equal before they were committed.
+    # A resumed replay skips only rows that were found equal before they were committed.
     start = point.step if point is not None else 0
     comparison = Comparison(record, run.path, start, None if ranks.alone else ranks.rank)
 
@@ -80,18 +80,9 @@ def replaying(
         if session.updates.clipped_by:  # by now, in the first step of a script without `attach`
             measurement.clipping_missed()
         rows = RowChecker(
-            session,
-            probe,
-            fingerprint,
-            run,
-            record,
-            references,
-            measurement,
-            comparison,
-            options.uncertified,
-            segment,
+            session, probe, fingerprint, run, record, references, measurement, comparison, options, segment
         )
-        sealer = TraceSealer(session, fingerprint, run, record, measurement, comparison, rows, segment)
+        sealer = TraceSealer(session, rows)
         return [*measurement.listeners, rows, sealer]
 
     def without_steps() -> ReplayDiverged:
@@ -99,6 +90,37 @@ def replaying(
         return comparison.error()
 
     return Session(manifest, ranks, point, listeners, without_steps)
+
+
+class GroupValues:
+    """A row's lr, weight decay and momentum of the optimizer's groups: numbers on the host, tensors on their device."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._groups = optimizer.param_groups
+        numbered = enumerate(self._groups)
+        members = [(i, c.name) for i, group in numbered for c in GROUP_COLUMNS if c.name in group]
+        self._host = [(i, name) for i, name in members if not _on_device(self._groups[i][name])]
+        self._device = [(i, name) for i, name in members if _on_device(self._groups[i][name])]
+
+    @property
+    def columns(self) -> list[Columns]:
+        host, device = (tuple(group_column(*each) for each in own) for own in (self._host, self._device))
+        return [
+            Columns("groups", VALUES, host, "float64", False),
+            Columns("device groups", VALUES, device, "float64", True),
+        ]
+
+    def values(self) -> dict[str, Any]:
+        """The present ones; read after the update, since an optimizer that finds its own rate has it only then."""
+        found: dict[str, Any] = {"groups": [float(self._groups[i][name]) for i, name in self._host]}
+        if self._device:
+            on_device = [torch.as_tensor(self._groups[i][name]).detach() for i, name in self._device]
+            found["device groups"] = torch.cat([value.double().reshape(1) for value in on_device])
+        return found
+
+
+def _on_device(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
 @dataclass(eq=False)
@@ -113,42 +135,42 @@ class RowChecker(Events):
     references: References
     measurement: Measurement
     comparison: Comparison
-    uncertified: bool  # go on past the first difference, and mark every later row
+    options: ReplayOptions
     segment: int | None  # the step before which this replay ends; None for the end of the run
 
     # Made at the first update, when the manifest and what is measured are known.
     opened: bool = False
     _rows: RowBuffer = field(init=False)
     _commit: GroupCommit = field(init=False)
-    _groups: ParamGroups = field(init=False)
+    _groups: GroupValues = field(init=False)
     _final: dict[str, Tensor] = field(init=False)
     _row: dict[str, Any] = field(init=False)
 
     def first_update(self) -> None:
         session = self.session
-        if not self.uncertified:
+        if not self.options.uncertified:
             require_same(self.record.manifest, session.manifest, FIRST_STEP_SECTIONS, self.run.path)
         self._require_same_layout()
         self._require_same_options()
         references = self.references.beside(self.probe.parameters)
         self._final = references[FINAL]
         self.measurement.open(references, record=self.record, seed=session.manifest["seed"])
-        self._groups = ParamGroups(self.probe.optimizer)
+        self._groups = GroupValues(self.probe.optimizer)
         columns = self._columns()
         self._rows = RowBuffer(self.fingerprint.device, columns, self._compare_and_commit)
         log = None
         if session.ranks.first:
             table = next(table for table in self._rows.tables if table.name == VALUES)
-            names = (*table.columns, "steps/same") if self.uncertified else table.columns
+            names = (*table.columns, "steps/same") if self.options.uncertified else table.columns
             attributes = part_attributes(session.manifest)
             log = AttemptLog(self.run, "trace", [Table(VALUES, names, "float64")], attributes, session.point)
-        self._commit = GroupCommit(log, session.ranks, session.steps, marked=self.uncertified)
+        self._commit = GroupCommit(log, session.ranks, session.steps, marked=self.options.uncertified)
         self.opened = True
 
     def before_update(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
         step = self.probe.step
         stop = self.record.num_steps if self.segment is None else self.segment
-        if step >= stop and not self.uncertified:
+        if step >= stop and not self.options.uncertified:
             self._rows.flush()  # an earlier difference is the cause, and comes first
             self.differs(step, "length", "steps")
         loss = self.session.losses.total(self.fingerprint.device).reshape(1)
@@ -184,7 +206,7 @@ class RowChecker(Events):
         self.agree()
 
     def agree(self) -> None:
-        """Commit the rows that were held back, once every process has found its part to be the recorded one."""
+        """Commit the rows that are left, once every process has found its part to be the recorded one."""
         self._rows.flush()
         # A process that has not found that stops, and ends the others, but for an uncertified replay.
         self.comparison.join(self.session.ranks.all_gather("found", self.comparison.found()))
@@ -197,13 +219,13 @@ class RowChecker(Events):
             ReplayDiverged: it is.
         """
         self.comparison.differs(step, component, tensor)
-        if not self.uncertified:
+        if not self.options.uncertified:
             raise self.comparison.error()
 
     @property
     def diverged(self) -> bool:
         """Whether a difference has ended the replay."""
-        return self.comparison.difference is not None and not self.uncertified
+        return self.comparison.difference is not None and not self.options.uncertified
 
     def flush(self) -> None:
         """Compare and commit the rows so far.
@@ -248,7 +270,7 @@ class RowChecker(Events):
         if self.diverged:
             return
         equal = found.block(self.fingerprint.layout, block, len(values))
-        if self.uncertified:
+        if self.options.uncertified:
             same = (np.arange(len(values)) < equal).astype(np.float64)
             self._commit.append({VALUES: np.column_stack([values, same])}, equal)
         elif equal:
@@ -264,7 +286,7 @@ class RowChecker(Events):
                 raise EnvironmentMismatch(
                     f"{self.run.path} was recorded with {len(then)} entries under {component}, and here there are "
                     f"{len(names)} (not in both: {', '.join(only[:5])}), so the steps cannot be compared. Nothing was "
-                    "replayed. Build the same model and optimizer, or record anew."
+                    "replayed. Build the same model and optimizer, or record the run again."
                 )
 
     def _require_same_options(self) -> None:
@@ -281,26 +303,20 @@ class TraceSealer(Events):
     """Ends a replay: seals the trace with its certificate, or leaves a proof for the next segment."""
 
     session: Session
-    fingerprint: StepFingerprint
-    run: RunFolder
-    record: Record
-    measurement: Measurement
-    comparison: Comparison
     rows: RowChecker
-    segment: int | None  # the step before which this replay ends; None for the end of the run
 
     def between_steps(self, position: Position) -> None:
-        stop = self.segment
-        at_end = stop is not None and self.session.steps == stop < self.record.num_steps
+        stop = self.rows.segment
+        at_end = stop is not None and self.session.steps == stop < self.rows.record.num_steps
         if at_end and position == self._end["position"]:
             self._end_segment(self.session.steps)
 
     def complete(self) -> None:
         self.rows.close()
-        if self.segment is not None:
+        if self.rows.segment is not None:
             self._prove()
         else:
-            self._seal("complete" if self.comparison.difference is None else "uncertified")
+            self._seal("complete" if self.rows.comparison.difference is None else "uncertified")
         self.session.ranks.broadcast("sealed", True)
 
     def fail(self, failure: BaseException | None) -> None:
@@ -314,17 +330,17 @@ class TraceSealer(Events):
         finally:
             self.rows.close()
             if self.rows.diverged:
-                self._seal("diverged", self.comparison.equal)
+                self._seal("diverged", self.rows.comparison.equal)
 
     def _seal(self, status: str, num_steps: int | None = None) -> None:
-        if self.segment is None and self.session.ranks.first and self.rows.opened:
-            finalize.seal(self.run, "trace", status=status, num_steps=num_steps, **self._facts())
+        if self.rows.segment is None and self.session.ranks.first and self.rows.opened:
+            finalize.seal(self.rows.run, "trace", status=status, num_steps=num_steps, **self._facts())
 
     def _facts(self) -> dict[str, Any]:
         session = self.session
-        session.manifest["measure"]["curvature"] = self.measurement.curvature_found()
+        session.manifest["measure"]["curvature"] = self.rows.measurement.curvature_found()
         session.manifest["updates"] = updates = session.updates.described(session.steps)
-        certificate = self.comparison.certificate(self.fingerprint.layout)
+        certificate = self.rows.comparison.certificate(self.rows.fingerprint.layout)
         return {
             "manifest": session.manifest,
             "certificate": certificate | {"steps_attempted": updates["attempted"]},
@@ -332,15 +348,15 @@ class TraceSealer(Events):
 
     @functools.cached_property
     def _end(self) -> dict[str, Any]:
-        """What the checkpoint that this segment ends at says of itself."""
+        """The facts of the checkpoint that this segment ends at."""
         try:
-            own = self.run.of_rank(self.session.ranks.rank).checkpoints
+            own = self.rows.run.of_rank(self.session.ranks.rank).checkpoints
             facts = checkpoint.facts(checkpoint.folder(own, self.session.steps))
         except RunError as error:
             raise RunError(
                 f"{error}: this segment ends there, so its end cannot be compared. What was measured is kept. Remove "
-                "that checkpoint, so that the run is cut elsewhere, and go on: "
-                f"geomprobe replay {self.run.path} --resume"
+                "that checkpoint, so that the run is cut elsewhere, and continue: "
+                f"geomprobe replay {self.rows.run.path} --resume"
             ) from error
         return {**facts, "position": Position(*facts["position"])}
 
@@ -352,7 +368,7 @@ class TraceSealer(Events):
             ReplayDiverged: it is not.
         """
         self.rows.flush()
-        if (different := self.fingerprint.differs_from(self._end["digests"])) is not None:
+        if (different := self.rows.fingerprint.differs_from(self._end["digests"])) is not None:
             self.rows.differs(step, *different)
         self.rows.agree()
         self.rows.close()
@@ -362,4 +378,4 @@ class TraceSealer(Events):
     def _prove(self) -> None:
         """Leave word that the state before the next step was compared, and found equal."""
         if self.session.ranks.first:
-            write_json(self.run.proof("trace", self.session.steps), self._facts())
+            write_json(self.rows.run.proof("trace", self.session.steps), self._facts())

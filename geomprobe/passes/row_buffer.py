@@ -23,20 +23,11 @@ _DTYPES = {"float64": torch.float64, "int64": torch.int64}
 
 
 class RowBuffer:
-    """Collects a row of values at each step, and hands the rows over in blocks, as tables.
+    """Collects a row of values at each step, and calls ``deliver`` with each `Block`, in order.
 
-    A row comes as a mapping from name to values. The order of the values is fixed here, once, by ``columns``.
-
-    Args:
-        device: where the tensors of a row are.
-        columns: of a row.
-        deliver: called with each `Block`, in order.
-
-    Attributes:
-        tables: names and types of the columns of each table.
-
-    On a GPU a block is copied to pinned memory behind the kernels that fill it and delivered when the next
-    one is due, so the host never waits for the device in between.
+    A row comes as a mapping from name to values; ``columns`` fix their order, and ``tables`` are made of them. On a GPU
+    (``device``) a block is copied to pinned memory behind the kernels that fill it and delivered when the next one is
+    due, so the host never waits for the device in between.
 
     >>> got = []
     >>> loss = Columns("loss", "steps", ("loss",), "float64", on_device=True)
@@ -62,10 +53,8 @@ class RowBuffer:
         self._places: dict[str, slice] = {}
         self._blocks: dict[str, Tensor] = {}
         for dtype, torch_dtype in _DTYPES.items():
-            end, own = (
-                0,
-                [each for each in columns if each.on_device and each.dtype == dtype and each.columns],
-            )
+            own = [each for each in columns if each.on_device and each.dtype == dtype and each.columns]
+            end = 0
             for each in own:
                 self._places[each.name] = slice(end, end := end + len(each.columns))
             if own:
@@ -99,18 +88,14 @@ class RowBuffer:
         count, self._opened = len(self._host), time.monotonic()
         if not count:
             return
-        filled, event = {dtype: block[:count] for dtype, block in self._blocks.items()}, None
-        if self._device.type == "cuda":
-            filled = {
-                dtype: torch.empty(block.shape, dtype=block.dtype, pin_memory=True).copy_(
-                    block, non_blocking=True
-                )
-                for dtype, block in filled.items()
-            }
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(self._device))
-        else:
-            filled = {dtype: block.cpu().clone() for dtype, block in filled.items()}
+        cuda = self._device.type == "cuda"
+        filled = {
+            dtype: torch.empty(block[:count].shape, dtype=block.dtype, device="cpu", pin_memory=cuda).copy_(
+                block[:count], non_blocking=cuda
+            )
+            for dtype, block in self._blocks.items()
+        }
+        event = torch.cuda.current_stream(self._device).record_event() if cuda else None
         self._copying, self._host = (filled, event, self._host), []
         if event is None:
             self._finish_copy()

@@ -15,11 +15,11 @@ from torch.optim import Optimizer
 
 from geomprobe.distributed.layout import Layout
 from geomprobe.distributed.ranks import Ranks
+from geomprobe.distributed.step_barrier import StopRequest
 from geomprobe.errors import Stopped, UnsupportedTraining, UsageError
 from geomprobe.measure.curvature.global_loss import without_gradients
 from geomprobe.passes.checkpoint.restore import Resumer
 from geomprobe.passes.checkpoint.resume_point import ResumePoint
-from geomprobe.passes.sigterm import StopRequest
 from geomprobe.probe.events import Closure, Events, Observer
 from geomprobe.probe.hooks.global_hooks import listening
 from geomprobe.probe.hooks.step_calls import Args, Kwargs, given_closure, nested_step, replace_closure
@@ -29,7 +29,7 @@ from geomprobe.probe.parameters import ModelDiscovery, described, refuse_another
 from geomprobe.probe.probe import Probe
 from geomprobe.reproducibility.fingerprint import StepFingerprint, StepInputs
 
-# At these the pass says that it has failed, again and again, to a script that catches errors and goes on.
+# At these the pass raises what it failed with, again and again, for a script that catches errors and continues.
 _STOPPING = {"begin", "fetching", "between_steps", "before_update", "after_update", "reference"}
 
 
@@ -37,12 +37,12 @@ class Session(Observer):
     """One pass over a run.
 
     It passes each event on to the listeners that override it, in the order of their list. What a listener raises ends
-    the pass, even where the script catches it and goes on.
+    the pass, even where the script catches it and continues.
 
     Args:
         manifest: what is known of the environment; completed at the first update.
         ranks: the processes of the run.
-        point: where to go on; None for the start of the run.
+        point: where to continue a pass; None for the start of the run.
         make: gives the pass's own listeners, once the probe is attached.
         without_steps: gives what to raise where the script ends without a probe.
 
@@ -50,9 +50,9 @@ class Session(Observer):
         listeners: all of them; those that come before the pass's own see the events before the probe is attached, too.
         passes, losses, inputs, updates: those of them that others ask.
         probe: the attached probe; None before there is one.
-        layout: how the training lies across processes.
+        layout: how the training is spread over processes.
         failure: what ended the pass.
-        stop: whether the pass is to stop where it can go on later.
+        stop: whether the pass is to stop where another process can continue it.
     """
 
     def __init__(
@@ -180,16 +180,16 @@ class Session(Observer):
 
     @contextlib.contextmanager
     def reporting(self) -> Iterator[None]:
-        """Let what happens inside be of this pass: `attach` finds it, and the hooks report to it.
+        """Let `attach` find this pass, and the hooks report to it, while inside.
 
-        May be entered again and again; `complete` ends the pass. An error ends it too, and is raised as what the pass
-        itself had found, if it had.
+        May be entered again and again; `complete` ends the pass. An error ends it too; what the pass itself had found
+        is raised in its place.
         """
         try:
             with listening(self), self.stop.by_sigterm():
                 yield
         except Exception as error:
-            if self.stop.asked:  # the queue has told the loader's workers too, and they are gone
+            if self.stop.asked:  # the queue has signaled the loader's workers too, and they are gone
                 self.close()
                 raise Stopped from error
             try:
@@ -201,7 +201,7 @@ class Session(Observer):
             if self.manifest["strict"] and "use_deterministic_algorithms(True)" in str(error):
                 raise UnsupportedTraining(
                     f"{error} The recording is strict about that: replace the operation, or record with `geomprobe "
-                    "record --no-strict` (strict=False in Python), and the replay will tell whether it came out the "
+                    "record --no-strict` (strict=False in Python), and the replay will show whether it came out the "
                     "same."
                 ) from error
             raise
@@ -210,12 +210,12 @@ class Session(Observer):
             raise
 
     def complete(self) -> None:
-        """The script has ended well; to be called inside `reporting`.
+        """End the pass after the script has ended well, inside `reporting`.
 
         Raises:
             UnsupportedTraining: no optimizer stepped, or what it left is not what a recording needs.
             ReplayDiverged: a replay was not the same run.
-            Exception: what ended the pass earlier, where the script caught it and went on.
+            Exception: what ended the pass earlier, where the script caught it and continued.
         """
         with self._errors_end_the_pass():
             if self.probe is None:
@@ -278,7 +278,7 @@ class Session(Observer):
 
     @contextlib.contextmanager
     def _errors_end_the_pass(self) -> Iterator[None]:
-        """What is raised in here ends the pass, even where the script catches it and goes on."""
+        """What is raised in here ends the pass, even where the script catches it and continues."""
         self.stop_if_failed()
         try:
             yield
@@ -305,5 +305,5 @@ class Session(Observer):
 
 
 def part_attributes(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What each part of a pass says of the run that it is streamed from."""
+    """The attributes of each part of a pass."""
     return {"manifest": json.dumps(manifest), "num_parameters": manifest["model"]["num_parameters"]}

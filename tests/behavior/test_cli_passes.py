@@ -299,7 +299,7 @@ USAGE = {
     ),
     "a reference step below 0": (
         ["record", "-o", "new", "--reference-steps", "4,-1", "train.py"],
-        "'4,-1': steps are counted from 0",
+        "'4,-1' is no list of steps such as 100,200; steps are counted from 0",
     ),
     "a run that exists": (
         ["record", "-o", "run", "train.py"],

@@ -208,7 +208,7 @@ def test_a_loop_of_fewer_epochs_than_the_checkpoint_is_refused(bench, killed):
 def test_a_script_that_keeps_state_from_attach_is_found_not_to_be_the_same_run(bench, path):
     assert bench.record(path, sort="secretive", AT=str(LATE), DO="SIGINT").code == 130
     result = bench.record(path, sort="secretive")
-    said(result, 1, "holds step 60 already", "loss", "not given to attach", "--force begins anew")
+    said(result, 1, "holds step 60 already", "loss", "not given to attach", "--force starts over")
     assert open_record(path).num_steps == LATE
 
 

@@ -259,7 +259,7 @@ def test_state_that_attach_was_not_given_is_found_out_and_nothing_is_lost(tmp_pa
     with pytest.raises(Cut):
         geomprobe.record(training, run, seed=1)
     before = {path.name: path.read_bytes() for path in (run / "stream").iterdir()}
-    with pytest.raises(RunError, match=r"holds step 5 already.*not given to attach.*--force begins anew"):
+    with pytest.raises(RunError, match=r"holds step 5 already.*not given to attach.*--force starts over"):
         geomprobe.record(training, run, resume=True)
     after = {path.name: path.read_bytes() for path in (run / "stream").iterdir()}
     assert {name: after[name] for name in before} == before

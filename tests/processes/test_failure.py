@@ -16,9 +16,9 @@ from support.launches import Training, both_passes, start
 import geomprobe
 from geomprobe import open_trace
 from geomprobe.cli import main
-from geomprobe.distributed import heartbeat, watchdog
-from geomprobe.distributed.heartbeat import SILENCE_S, FailureDetector, Heartbeat
+from geomprobe.distributed import watchdog
 from geomprobe.distributed.progress import Place, ProgressMarker
+from geomprobe.distributed.watchdog import SILENCE_S, FailureDetector, Heartbeat
 from geomprobe.trace.record import open_record
 
 PATIENCE_S = 6.0
@@ -49,7 +49,7 @@ def watched(run: Path, training: Training, doing: str) -> None:
     """One pass of a training, with what it says on standard error kept beside the run."""
     log = os.open(run.parent / f"stderr.{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 2)
-    heartbeat.BROKEN_S, watchdog.GRACE_S = 3.0, 2.0
+    watchdog.BROKEN_S, watchdog.GRACE_S = 3.0, 2.0
     if doing == "record":
         geomprobe.record(training, run, seed=0, patience=PATIENCE_S).close()
     else:
@@ -212,7 +212,7 @@ def test_a_run_that_was_suspended_as_a_whole_goes_on() -> None:
 
 
 def test_silence_counts_for_less_where_an_exchange_has_broken() -> None:
-    for broken_exchange, limit in ((False, SILENCE_S), (True, heartbeat.BROKEN_S)):
+    for broken_exchange, limit in ((False, SILENCE_S), (True, watchdog.BROKEN_S)):
         detector = FailureDetector(3, patience=1800.0)
         detector.exchange_broken = broken_exchange
         beat = Heartbeat(1, LATE)

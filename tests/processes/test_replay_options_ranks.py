@@ -9,7 +9,7 @@ import torch
 from support.launches import STEPS, Training, recorded, replayed, start
 
 from geomprobe import open_trace
-from geomprobe.passes.references.raw_arrays import from_numpy
+from geomprobe.passes.references.loaded import from_numpy
 from geomprobe.trace.record import open_record
 
 SIZE = 2

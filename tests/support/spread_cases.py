@@ -17,7 +17,7 @@ from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from geomprobe.distributed.dtensor import local, whole
+from geomprobe.distributed.dtensor import is_dtensor, local
 from geomprobe.distributed.layout import Layout
 from geomprobe.errors import GeomprobeError
 from geomprobe.measure.curvature.double_backward import graph_of, hessian_vector_product
@@ -84,7 +84,7 @@ def replicated_dtensors() -> dict[str, Any]:
     g = torch.autograd.grad(plain(x).square().mean(), list(plain.parameters()))
     return {
         "came": came,
-        "loss": (float(whole(loss)), float(expected)),
+        "loss": (float(loss.full_tensor() if is_dtensor(loss) else loss), float(expected)),
         "products": (measured, InnerProducts(list(plain.parameters()), {"final": stars}).measure(g)),
         "hg": (flat(hg), flat(hessian_vector_product([graph], list(plain.parameters()), g))),
         "step": step,

@@ -13,7 +13,7 @@ TESTED_BY: dict[tuple[str, ...], str] = {
     # Modules that only a command, a pass or a report as a whole gives a meaning to.
     ("behavior/test_cli_passes.py", "behavior/test_unmodified_script.py"): "cli/launch cli/record cli/replay",
     ("behavior/test_cli_reports.py",): "cli/diff cli/inspect cli/plot cli/verify",
-    ("behavior/test_two_pass.py",): "passes/api passes/param_groups passes/replaying probe/loops",
+    ("behavior/test_two_pass.py",): "passes/api passes/replaying probe/loops",
     ("behavior/test_bad_input.py",): "errors",
     ("behavior/test_faults.py",): "reproducibility/comparison reproducibility/fingerprint",
     ("behavior/test_measuring.py",): "measure/options measure/quantity measure/curvature/step_curvature",
@@ -21,8 +21,7 @@ TESTED_BY: dict[tuple[str, ...], str] = {
     ("behavior/test_precision.py",): "measure/gradient_products",
     ("behavior/test_kill.py",): "passes/attempts trace/stream/child",
     ("behavior/test_resume.py", "behavior/test_resume_damage.py"): (
-        "passes/checkpoint/restore passes/checkpoint/retention "
-        "passes/checkpoint/training_state passes/lease passes/sigterm trace/run_folder"
+        "passes/checkpoint/restore passes/checkpoint/training_state passes/lease trace/run_folder"
     ),
     ("behavior/test_unmodified_script.py",): "probe/hooks/global_hooks probe/hooks/step_calls",
     ("behavior/test_packaging.py",): "_package",
@@ -32,21 +31,20 @@ TESTED_BY: dict[tuple[str, ...], str] = {
     ),
     # Modules that have something to do only where there are several processes.
     ("processes/test_environment_ranks.py",): "distributed/manifest",
-    ("processes/test_failure.py",): "distributed/heartbeat distributed/progress distributed/watchdog",
+    ("processes/test_failure.py",): "distributed/progress distributed/watchdog",
     ("processes/test_global_numbers.py",): "distributed/dtensor measure/curvature/global_loss",
     ("processes/test_layouts.py",): "distributed/layout distributed/unsupported",
-    ("processes/test_replay_options_ranks.py",): "passes/references/loaded passes/references/raw_arrays",
+    ("processes/test_replay_options_ranks.py",): "passes/references/loaded",
     ("processes/test_resume_ranks.py",): (
-        "distributed/ranks distributed/step_barrier passes/checkpoint/ddp_buckets passes/group_commit "
-        "passes/references/kept"
+        "distributed/ranks distributed/step_barrier passes/checkpoint/ddp_buckets passes/references/kept"
     ),
     # Parts of what the test file of a neighbor looks at as a whole.
+    ("unit/passes/test_options.py",): "measure/option_fields",
     ("unit/probe/test_probe.py",): "probe/events probe/inert probe/parameters probe/progress_bar",
     ("unit/report/html/test_page.py",): "report/html/figures report/html/svg",
     ("unit/report/test_export.py",): "report/output",
-    ("unit/report/summary/test_summary.py",): ("report/summary/text report/table"),
-    ("unit/report/verify/test_verify.py",): ("report/verify/check report/verify/plain_sgd"),
-    ("unit/passes/test_options.py",): "measure/option_fields",
+    ("unit/report/summary/test_summary.py",): "report/summary/text report/table",
+    ("unit/report/verify/test_verify.py",): "report/verify/check report/verify/plain_sgd",
     ("unit/trace/stream/test_kills.py",): "trace/stream/checksum",
     ("unit/trace/stream/test_disk_full.py",): "trace/hdf5_errors",
 }

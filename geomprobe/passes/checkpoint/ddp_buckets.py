@@ -18,24 +18,18 @@ from geomprobe.probe.hooks.global_hooks import muted
 from geomprobe.reproducibility.digest import leaves
 from geomprobe.reproducibility.isolation import keep_gradients, keep_state
 
-_STEPS = 3  # after which a run's buckets stay as they are, with a static graph too, and DDP's log tells them
+_STEPS = 3  # after which a run's buckets stay as they are, with a static graph too, and DDP's log has them
 
 
 def buckets(replicas: Sequence[nn.Module]) -> list[str | None]:
-    """How each DDP module has its gradients in buckets now; None while it has not regrouped them.
-
-    >>> buckets([])
-    []
-    """
-    return [_logged(replica).get("rebuilt_per_bucket_param_indices") for replica in replicas]
+    """How each DDP module has its gradients in buckets now; None while it has not regrouped them."""
+    logged: list[Any] = [replica._get_ddp_logging_data() for replica in replicas]  # type: ignore[operator]
+    return [each.get("rebuilt_per_bucket_param_indices") for each in logged]
 
 
 class WarmUp:
-    """Takes each DDP module through some passes before its first real one, and puts all back but the buckets.
-
-    Args:
-        replicas: the DDP modules.
-        step: from which the run goes on.
+    """Takes each DDP module through some passes before its first real one, from ``step`` on, and restores all but the
+    buckets.
     """
 
     def __init__(self, replicas: Sequence[nn.Module], step: int) -> None:
@@ -57,18 +51,14 @@ class WarmUp:
                 outputs = [t for t in leaves(replica.forward(*args, **kwargs))[0] if t.requires_grad]
                 if not outputs:
                     raise RunError(
-                        "the run cannot go on in the middle under DDP: the model's output holds no tensor with a "
-                        "gradient, so its buckets cannot be brought to what they were. Begin anew, with --force."
+                        "the run cannot continue in the middle under DDP: the model's output holds no tensor with a "
+                        "gradient, so its buckets cannot be brought to what they were. Start over with --force."
                     )
                 torch.stack([output.float().sum() for output in outputs]).sum().backward()
 
 
 def require_buckets(then: Sequence[str | None], replicas: Sequence[nn.Module]) -> None:
-    """Hold DDP's buckets to those of the run that goes on.
-
-    Args:
-        then: what `buckets` gave when the checkpoint was taken.
-        replicas: the DDP modules, after the first backward pass.
+    """Compare DDP's buckets, after the first backward pass, with what `buckets` gave when the checkpoint was taken.
 
     Raises:
         RunError: they are others, so sums over the processes would come in another order.
@@ -78,7 +68,7 @@ def require_buckets(then: Sequence[str | None], replicas: Sequence[nn.Module]) -
             raise RunError(
                 f"DDP had its gradients in the buckets {before} when the checkpoint was taken, and has them in "
                 f"{now} now: sums would come in another order, and the run would be another one. Does the model use "
-                "its parameters in another order from step to step? It can only be made anew, from its start."
+                "its parameters in another order from step to step? It can only start over, with --force."
             )
 
 
@@ -89,8 +79,3 @@ def _synchronizing(replica: Any) -> Iterator[None]:
         yield
     finally:
         replica.require_backward_grad_sync = before
-
-
-def _logged(replica: Any) -> dict[str, Any]:
-    found: dict[str, Any] = replica._get_ddp_logging_data()
-    return found

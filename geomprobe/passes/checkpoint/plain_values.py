@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from geomprobe.distributed.dtensor import held, is_dtensor
+from geomprobe.distributed.dtensor import is_dtensor, to_local
 from geomprobe.errors import RunError
 
-_TAG = "__geomprobe__"  # the key whose value says what a dict stands for
+_TAG = "__geomprobe__"  # the key whose value is the name of what a dict stands for
 _ATOMS = (type(None), bool, int, float, complex, str, bytes)
 _IMMUTABLE = (*_ATOMS, torch.dtype, torch.device, torch.Size)
 _MAPPINGS = {kind.__name__: kind for kind in (dict, OrderedDict, Counter)}
@@ -34,7 +34,7 @@ class HostTensor(NamedTuple):
 
 
 class StateOf(NamedTuple):
-    """A state with its owner, whom an error names where it holds something that cannot be kept."""
+    """A state with its owner, which an error names where something in it cannot be kept."""
 
     owner: str
     state: Any
@@ -43,13 +43,11 @@ class StateOf(NamedTuple):
 def encode(contents: Any) -> Any:
     """A copy of a nest that consists of plain containers, plain values and tensors on the CPU.
 
-    It shares no memory with what it is given, so that the training can go on at once.
-
-    Args:
-        contents: containers, numbers, strings, tensors, NumPy arrays, enums; `HostTensor` and `StateOf` mark some.
+    It shares no memory with what it is given, so that the training can continue at once. `HostTensor` and `StateOf`
+    mark some of its contents.
 
     Raises:
-        RunError: it holds something else; the message names the owner, the path in its state, and the type.
+        RunError: something in it cannot be kept; the message names the owner, the path in its state, and the type.
 
     >>> decode(encode({"order": {3, 1}, "at": (0, None)}))
     {'order': {1, 3}, 'at': (0, None)}
@@ -83,7 +81,7 @@ class _Encoder:
         self._owner = ""
         self._copies: dict[
             int, Any
-        ] = {}  # by id, so that a tensor that is held twice is kept, and comes back, once
+        ] = {}  # by id, so that a tensor that occurs twice is kept, and comes back, once
 
     def plain(self, value: Any, path: tuple[Any, ...]) -> Any:
         kind = type(value)
@@ -141,7 +139,7 @@ class _Encoder:
             # Its mesh and placements are on torch's list of allowed types wherever there are DTensors.
             shape, stride = list(tensor.shape), list(tensor.stride())
             spread = {"mesh": tensor.device_mesh, "placements": tensor.placements}  # type: ignore[attr-defined]
-            local = self._tensor(held(tensor), path)
+            local = self._tensor(to_local(tensor), path)
             return {_TAG: "DTensor", **spread, "shape": shape, "stride": stride, "value": local}
         if type(tensor) not in (Tensor, nn.Parameter):
             raise self._refusal(tensor, path)

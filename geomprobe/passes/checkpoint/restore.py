@@ -34,11 +34,7 @@ TRAINING = "training"  # the entry of a checkpoint's contents for the state of t
 class Resumer(Events):
     """Takes a pass to the middle of a run, and knows what a checkpoint needs so that another process can do so.
 
-    Args:
-        session: of the pass; its `goal` is where the script's loops have to get to.
-        probe: on the training.
-        fingerprint: of its steps.
-        point: where to go on; None for the start of the run.
+    The session's `goal` is where the script's loops have to get to, and ``point`` where the pass continues.
 
     Attributes:
         position: where the script's loops stand between two steps; None before the first time.
@@ -50,10 +46,9 @@ class Resumer(Events):
         self, session: Session, probe: Probe, fingerprint: StepFingerprint, point: ResumePoint | None
     ) -> None:
         self._session, self._probe, self._fingerprint = session, probe, fingerprint
-        self._point = point if point is not None else ResumePoint({})
-        self._begun_loop: tuple[Any, dict[str, Any]] | None = (
-            None  # its loader, and the streams before its iterator
-        )
+        self._point = point or ResumePoint({})
+        # Its loader, and the random streams before its iterator was made.
+        self._begun_loop: tuple[Any, dict[str, Any]] | None = None
         self._first = True
         self.position: Position | None = None
 
@@ -87,11 +82,7 @@ class Resumer(Events):
         """
         contents, step = self._stored, self._point.step
         del self._stored
-        loaders = [
-            *self._session.passes.made,
-            *([self._begun_loop[0]] if self._begun_loop is not None else []),
-        ]
-        restore(self._probe, loaders, contents[TRAINING])
+        restore(self._probe, self._loaders(self._begun_loop), contents[TRAINING])
         self._session.load_state_dict(contents)
         self._probe.resume_from(step)
         self._session.goal = None
@@ -120,7 +111,7 @@ class Resumer(Events):
             training_manifest(probe.model, probe.optimizer, probe.parameters, session.passes.loader) | across
         )
         if point.checkpoint is not None:
-            # The learning rate moves on, and the loader that gives the first batch may be another one.
+            # The learning rate changes over time, and the loader that gives the first batch may be another one.
             require_same(point.manifest, found, ("flags", "model", "ranks"), point.checkpoint, "go on")
             require_same_kind(point.manifest["optimizer"], found["optimizer"], point.checkpoint)
             found |= {name: point.manifest[name] for name in FIRST_STEP_SECTIONS if name in point.manifest}
@@ -134,12 +125,7 @@ class Resumer(Events):
 
     def capture(self) -> dict[str, Any]:
         """The training's own state, between two steps."""
-        loop = self._loop()
-        return {
-            TRAINING: capture(
-                self._probe, [*self._session.passes.made, *([loop[0]] if loop is not None else [])]
-            )
-        }
+        return {TRAINING: capture(self._probe, self._loaders(self._loop()))}
 
     def state_dict(self) -> dict[str, Any]:
         """What `iterating` needs before all else is put back: the streams before the loop's iterator was made."""
@@ -155,12 +141,15 @@ class Resumer(Events):
         """The loop over batches that the script stands in the middle of."""
         return None if self.position is None or self.position.sweep == TOP else self._begun_loop
 
+    def _loaders(self, loop: tuple[Any, dict[str, Any]] | None) -> list[Any]:
+        return [*self._session.passes.made, *([loop[0]] if loop is not None else [])]
+
     def _require_goal(self) -> None:
         if (goal := self._session.goal) is not None:
             raise RunError(
                 f"the script takes a step, or ends, before its loop over epochs is back at epoch {goal.epoch}, "
                 "where the checkpoint was taken. Take all steps inside `for epoch in probe.epochs(n)`, with the same "
-                "n, and the batches from probe.batches(loader). As it is, this run can only be made anew, with --force."
+                "n, and the batches from probe.batches(loader). As it is, this run can only start over, with --force."
             )
 
     @functools.cached_property

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from torch import Tensor
 from geomprobe.distributed.ranks import Ranks
 from geomprobe.errors import RunError
 from geomprobe.passes.checkpoint.plain_values import decode, encode
+from geomprobe.trace.atomic_file import atomic_file, write_json
 
 FACTS, STATE = "geomprobe.json", "state.pt"
 
@@ -28,34 +29,20 @@ _PREFIX = "step-"
 
 @dataclass(frozen=True)
 class SharedByFirst:
-    """A part of the contents that is the same on every process of a run, so that only rank 0 writes it.
-
-    Attributes:
-        ranks: the processes of the run.
-        checkpoints: rank 0's folder of checkpoints.
-        part: the keys that lead to it.
-    """
+    """A part of the contents that is the same on every process of a run, so that only rank 0 writes it."""
 
     ranks: Ranks
-    checkpoints: Path
-    part: tuple[str, ...] = ("training", "replicated")
+    checkpoints: Path  # rank 0's folder of them
+    part: tuple[str, ...] = ("training", "replicated")  # the keys that lead to it
 
 
 def folder(checkpoints: Path, step: int) -> Path:
-    """Where the state before step ``step`` lies.
-
-    >>> folder(Path("checkpoints"), 12).name
-    'step-00000012'
-    """
+    """Where the state before step ``step`` is, or would be."""
     return checkpoints / f"{_PREFIX}{step:08d}"
 
 
 def saved(checkpoints: Path) -> list[int]:
-    """The steps of the checkpoints that were written to their end, in order.
-
-    >>> saved(Path("nowhere"))
-    []
-    """
+    """The steps of the checkpoints that were written to their end, in order."""
     return sorted(
         int(path.parent.name.removeprefix(_PREFIX)) for path in checkpoints.glob(f"{_PREFIX}*[0-9]/{FACTS}")
     )
@@ -68,17 +55,14 @@ def write(
     facts: Mapping[str, Any],
     shared: SharedByFirst | None = None,
 ) -> Path:
-    """Write a state aside, sync it, and rename it, so that a folder that has its name is whole.
+    """Write a state aside, sync it, and rename it, so that a folder that has its name is whole; gives the folder.
 
     Args:
         checkpoints: the run's folder of checkpoints.
         step: names the folder; one that is there already is replaced.
         contents: the state; see `encode` for what it may hold.
-        facts: what is to be known of the state without loading it; JSON.
+        facts: what can be read of the state without loading it; JSON.
         shared: what rank 0 writes for the other processes; it is waited for.
-
-    Returns:
-        The new folder.
 
     Raises:
         RunError: the disk is full, or the state holds what cannot be kept.
@@ -89,29 +73,21 @@ def write(
 def read(path: Path) -> dict[str, Any]:
     """The contents of a checkpoint; no code in it is ever run.
 
-    Args:
-        path: what `write` returned.
-
     Raises:
         RunError: it is damaged, or cannot be read.
     """
     described = _description(path)
     contents = _load(path, described["sha256"])
-    shared = described["shared"]
-    if shared is not None and shared["checkpoint"] is not None:
-        other = path.parent / shared["checkpoint"]
-        whole = _load(other, _holder(path, shared)["sha256"])
-        *above, last = shared["part"]
-        _at(contents, above)[last] = _at(whole, shared["part"])
+    if (holder := _holder(path, described)) is not None:
+        other, theirs = holder
+        part = described["shared"]["part"]
+        _at(contents, part[:-1])[part[-1]] = _at(_load(other, theirs["sha256"]), part)
     found: dict[str, Any] = decode(contents)
     return found
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """Compare a checkpoint with the digests that were taken when it was written.
-
-    Returns:
-        Its facts.
+    """Compare a checkpoint with the digests that were taken when it was written; gives its facts.
 
     Raises:
         RunError: a file is missing, or a bit of it has changed; the message names it.
@@ -119,14 +95,13 @@ def verify(path: Path) -> dict[str, Any]:
     described = _description(path)
     with _whole(path, described["sha256"]):
         pass
-    if described["shared"] is not None and described["shared"]["checkpoint"] is not None:
-        _holder(path, described["shared"])
+    _holder(path, described)
     found: dict[str, Any] = described["facts"]
     return found
 
 
 def facts(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself, without a look at its state.
+    """The facts of a checkpoint, read without its state.
 
     Raises:
         RunError: that is missing or damaged.
@@ -135,23 +110,30 @@ def facts(path: Path) -> dict[str, Any]:
     return found
 
 
+def too_many(steps: Sequence[int], keep: int | None) -> list[int]:
+    """Which checkpoints go where ``keep`` may stay: those whose neighbors are closest, never the first or the last.
+
+    >>> too_many([0, 10, 20, 30, 40, 50], 4)
+    [10, 30]
+    """
+    left, gone = list(steps), []
+    while keep is not None and len(left) > keep:
+        i = min(range(1, len(left) - 1), key=lambda i: left[i + 1] - left[i - 1])
+        gone.append(left.pop(i))
+    return gone
+
+
 class Writer:
     """Writes checkpoints behind the training: the state is copied at once, and another thread writes it.
 
     Args:
         checkpoints: the run's folder of checkpoints.
-        written: called in the thread with the steps on disk after each checkpoint; gives those to remove.
-        shared: what rank 0 writes for all processes; may be set later, before the first `submit`.
+        keep: how many stay there at most, spread evenly over the steps; None for all.
+        shared: what rank 0 writes for all processes.
     """
 
-    def __init__(
-        self,
-        checkpoints: Path,
-        written: Callable[[list[int]], list[int]],
-        shared: SharedByFirst | None = None,
-    ) -> None:
-        self.shared = shared
-        self._checkpoints, self._written = checkpoints, written
+    def __init__(self, checkpoints: Path, keep: int | None, shared: SharedByFirst | None = None) -> None:
+        self._checkpoints, self._keep, self._shared = checkpoints, keep, shared
         self._pool = ThreadPoolExecutor(1, "geomprobe-checkpoint")
         self._pending: Future[None] | None = None
 
@@ -186,8 +168,8 @@ class Writer:
             self._pool.shutdown()
 
     def _run(self, step: int, plain: dict[str, Any], facts: Mapping[str, Any]) -> None:
-        _write(self._checkpoints, step, plain, facts, self.shared)
-        for old in self._written(saved(self._checkpoints)):
+        _write(self._checkpoints, step, plain, facts, self._shared)
+        for old in too_many(saved(self._checkpoints), self._keep):
             remove(self._checkpoints, old)
 
 
@@ -214,14 +196,11 @@ class _DigestedFile:
         return len(data)
 
     def flush(self) -> None:
-        """For torch, which calls it; `finish` does it."""
+        """For torch, which calls it; closing the file does it."""
 
-    def finish(self) -> str:
-        """Bring it to the disk; gives the digest."""
+    def hexdigest(self) -> str:
         if self._error is not None:
             raise self._error
-        self._file.flush()
-        os.fsync(self._file.fileno())
         return self._digest.hexdigest()
 
 
@@ -240,30 +219,27 @@ def _write(
             at = None
             if not shared.ranks.first:
                 at = os.path.relpath(shared.checkpoints / target.name, checkpoints)
-                *above, last = shared.part
-                _at(plain, above)[last] = None
+                _at(plain, shared.part[:-1])[shared.part[-1]] = None
             described["shared"] = {"part": shared.part, "digest": digest, "checkpoint": at}
     aside = target.with_name(f"{target.name}.part")
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        with open(aside / STATE, "wb", buffering=0) as file:
+        with atomic_file(aside / STATE) as path, open(path, "wb") as file:
             digested = _DigestedFile(file)
             torch.save(plain, digested)  # type: ignore[arg-type]
-            described["sha256"] = digested.finish()
+            described["sha256"] = digested.hexdigest()
         text = json.dumps(described)
-        with open(aside / FACTS, "w") as facts_file:
-            json.dump({"sha256": hashlib.sha256(text.encode()).hexdigest(), "text": text}, facts_file)
-            facts_file.flush()
-            os.fsync(facts_file.fileno())
-        _sync(aside)
+        write_json(aside / FACTS, {"sha256": hashlib.sha256(text.encode()).hexdigest(), "text": text})
         shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)
-        _sync(checkpoints)
+        descriptor = os.open(checkpoints, os.O_RDONLY)
+        os.fsync(descriptor)  # or a crash of the machine could undo the renaming
+        os.close(descriptor)
     except OSError as error:
         raise RunError(
             f"cannot write {target}: {error.strerror}. Checkpoints written before it are whole. Free space on that "
-            "disk, or choose another, and go on with --resume."
+            "disk, or choose another, and continue with --resume."
         ) from error
     return target
 
@@ -281,19 +257,22 @@ def _description(path: Path) -> dict[str, Any]:
     if "sha256" not in found:
         raise RunError(
             f"checkpoint {path} was written by an older geomprobe, in a format that this one does not read. Use that "
-            "version, or record anew with --force"
+            "version, or record again with --force"
         )
     return found
 
 
-def _holder(path: Path, shared: Mapping[str, Any]) -> dict[str, Any]:
-    """The description of the checkpoint that holds what another left out: it must hold it itself."""
+def _holder(path: Path, described: Mapping[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that has what this one leaves out, and its description; None where this one is complete."""
+    shared = described["shared"]
+    if shared is None or shared["checkpoint"] is None:
+        return None
     other = path.parent / shared["checkpoint"]
-    described = _description(other)
-    theirs = described["shared"] or {}
+    found = _description(other)
+    theirs = found["shared"] or {}
     if theirs.get("checkpoint", "") is not None or theirs["digest"] != shared["digest"]:
         raise RunError(f"checkpoint {path} is damaged: {other.resolve()} does not hold what it left out")
-    return described
+    return other, found
 
 
 @contextmanager
@@ -347,11 +326,3 @@ def _digest(plain: Any) -> str:
 
     take(plain)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""A training's whole state, taken between two steps and put back bit for bit: what a checkpoint holds."""
+"""A training's whole state, taken between two steps and put back bit for bit: what a checkpoint keeps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from geomprobe.distributed.dtensor import held, is_dtensor, placed
+from geomprobe.distributed.dtensor import is_dtensor, placed, to_local
 from geomprobe.errors import RunError
 from geomprobe.passes.checkpoint.plain_values import HostTensor, StateOf
 from geomprobe.probe.probe import Probe
@@ -18,14 +18,9 @@ from geomprobe.reproducibility.isolation import RNGState, capture_rng, restore_r
 def capture(probe: Probe, loaders: Sequence[Any]) -> dict[str, Any]:
     """The state of a probe's training, for `store.Writer.submit`, which copies its tensors.
 
-    Of tensors that are spread over several processes it is what this one holds.
-
-    Args:
-        probe: whose model, optimizer and attached objects.
-        loaders: those whose random generators count, in an order that a second process shares.
-
-    Returns:
-        A nest; what is under ``replicated`` is the same on every process of a run under DDP.
+    Of tensors that are spread over several processes it is this process's part. What is under ``replicated`` is the
+    same on every process of a run under DDP. ``loaders`` are those whose random generators count, in an order that a
+    second process shares.
     """
     weights, optimizer = probe.weights, probe.optimizer
     state = {name: optimizer.state.get(parameter, {}) for name, parameter in probe.parameters.items()}
@@ -37,7 +32,7 @@ def capture(probe: Probe, loaders: Sequence[Any]) -> dict[str, Any]:
     extra = {name: m.get_extra_state() for name, m in _modules(probe.model) if _has_extra_state(m)}
     return {
         "replicated": {
-            "weights": {name: HostTensor(held(weight)) for name, weight in weights.items()},
+            "weights": {name: HostTensor(to_local(weight)) for name, weight in weights.items()},
             "gradients": {name: _kept(w.grad, w) for name, w in weights.items() if w.grad is not None},
             "optimizer": {
                 name: {
@@ -64,23 +59,26 @@ def capture(probe: Probe, loaders: Sequence[Any]) -> dict[str, Any]:
 
 
 def restore(probe: Probe, loaders: Sequence[Any], state: Mapping[str, Any]) -> None:
-    """Put a state back into an equal training that another process has built; the random streams come last.
-
-    Args:
-        probe: of the training.
-        loaders: as for `capture`.
-        state: what `store.read` gave of what `capture` gave.
+    """Put back what `capture` gave into an equal training of another process; the random streams come last.
 
     Raises:
         RunError: the training is not equal: a tensor is missing, too much, or of another shape.
     """
     weights, stored = probe.weights, state["replicated"]
-    _require_same_names(weights, set(stored["weights"]))
+    if differing := sorted(set(weights) ^ set(stored["weights"])):
+        raise RunError(
+            f"the checkpoint holds {len(stored['weights'])} weights and the model has {len(weights)}; not in both: "
+            f"{', '.join(differing[:5])}. Build the model as it was built when the run began."
+        )
     with torch.no_grad():
         for name, weight in weights.items():
-            values = stored["weights"][name]
-            _require_same_shape(name, held(weight), values)
-            held(weight).copy_(values)
+            values, own = stored["weights"][name], to_local(weight)
+            if own.shape != values.shape:
+                raise RunError(
+                    f"the checkpoint holds {name} of shape {list(values.shape)}, and the model has it of shape "
+                    f"{list(own.shape)}. Build the model as it was built when the run began."
+                )
+            own.copy_(values)
             weight.requires_grad_(state["requires_grad"][name])
             gradient = stored["gradients"].get(name)
             weight.grad = None if gradient is None else _rebuilt(gradient, weight)
@@ -100,14 +98,9 @@ def restore(probe: Probe, loaders: Sequence[Any], state: Mapping[str, Any]) -> N
 
 def streams(loaders: Sequence[Any]) -> dict[str, Any]:
     """The state of every global random generator, and of each loader's own."""
-    rng = capture_rng()
-    return {
-        "python": rng.python,
-        "numpy": rng.numpy,
-        "torch": rng.torch,
-        "cuda": list(rng.cuda),
-        "loaders": [[generator.get_state() for generator in _generators(loader)] for loader in loaders],
-    }
+    rng = vars(capture_rng())
+    own = [[generator.get_state() for generator in _generators(loader)] for loader in loaders]
+    return {**rng, "cuda": list(rng["cuda"]), "loaders": own}
 
 
 def restore_streams(loaders: Sequence[Any], states: Mapping[str, Any]) -> None:
@@ -116,7 +109,7 @@ def restore_streams(loaders: Sequence[Any], states: Mapping[str, Any]) -> None:
     Raises:
         RunError: the loaders are not the same.
     """
-    own = [list(_generators(loader)) for loader in loaders]
+    own = [_generators(loader) for loader in loaders]
     then, now = ([len(each) for each in found] for found in (states["loaders"], own))
     if then != now:
         raise RunError(
@@ -153,8 +146,8 @@ def _restore_optimizer(
 
 
 def _kept(tensor: Tensor, beside: Tensor) -> dict[str, Any]:
-    """A tensor's values and how they lie; ``beside`` is the one whose device it usually has."""
-    own = held(tensor)
+    """A tensor's values and layout; ``beside`` is the one whose device it usually has."""
+    own = to_local(tensor)
     kept: dict[str, Any] = {"values": HostTensor(own)}
     kept["device"] = None if own.device == beside.device else str(own.device)
     # In memory order too, or a channels_last moment would come back in another one, and with other bits to read.
@@ -180,7 +173,7 @@ def _restore_buffer(model: nn.Module | None, name: str, buffer: Tensor, kept: An
         raise RunError(f"the checkpoint holds no buffer {name!r}, which the model has now")
     stored = _rebuilt(kept, buffer)
     if buffer.shape == stored.shape and buffer.dtype == stored.dtype:
-        held(buffer).copy_(held(stored))
+        to_local(buffer).copy_(to_local(stored))
         return
     assert model is not None
     owner, _, own = name.rpartition(".")
@@ -195,34 +188,9 @@ def _has_extra_state(module: nn.Module) -> bool:
     return type(module).get_extra_state is not nn.Module.get_extra_state
 
 
-def _generators(loader: Any) -> Iterator[torch.Generator]:
+def _generators(loader: Any) -> list[torch.Generator]:
     """The random generators that a loader and its samplers hold, each once."""
     batch_sampler = getattr(loader, "batch_sampler", None)
-    holders = (
-        loader,
-        getattr(loader, "sampler", None),
-        batch_sampler,
-        getattr(batch_sampler, "sampler", None),
-    )
-    seen: set[int] = set()
-    for holder in holders:
-        generator = getattr(holder, "generator", None)
-        if isinstance(generator, torch.Generator) and id(generator) not in seen:
-            seen.add(id(generator))
-            yield generator
-
-
-def _require_same_names(weights: Mapping[str, Tensor], kept: set[str]) -> None:
-    if differing := sorted(set(weights) ^ kept):
-        raise RunError(
-            f"the checkpoint holds {len(kept)} weights and the model has {len(weights)}; not in both: "
-            f"{', '.join(differing[:5])}. Build the model as it was built when the run began."
-        )
-
-
-def _require_same_shape(name: str, weight: Tensor, stored: Tensor) -> None:
-    if weight.shape != stored.shape:
-        raise RunError(
-            f"the checkpoint holds {name} of shape {list(stored.shape)}, and the model has it of shape "
-            f"{list(weight.shape)}. Build the model as it was built when the run began."
-        )
+    samplers = getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)
+    found = [getattr(holder, "generator", None) for holder in (loader, *samplers)]
+    return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())

@@ -16,24 +16,10 @@ RUNNING = "average"
 _Update = Callable[[Any, Any, int], None]
 
 
-def require_decay(decay: float) -> None:
-    """Hold the decay of an exponential moving average to be one.
-
-    Raises:
-        UsageError: it is not between 0 and 1.
-
-    >>> require_decay(0.999)
-    """
-    if not 0 < decay < 1:
-        raise UsageError(
-            f"an exponential moving average has a decay between 0 and 1, such as 0.999; got {decay!r}"
-        )
-
-
 class Averages:
     """Exponential moving averages of the weights, and their running average, one step at a time.
 
-    With ``w_0`` the weights at construction and ``w_t`` those after update t, T updates so far:
+    With ``w_0`` the weights at construction and ``w_t`` those after update t, after T updates:
 
     - ``ema-BETA``: ``e_0 = w_0``, ``e_t = BETA e_(t-1) + (1 - BETA) w_t``, without bias correction,
       so ``e_T = BETA^T w_0 + (1 - BETA) sum_(t=1..T) BETA^(T-t) w_t`` (Polyak averaging as in
@@ -68,10 +54,16 @@ class Averages:
         self, parameters: Mapping[str, Tensor], *, decays: Sequence[float] = (), running: bool = False
     ) -> None:
         for decay in decays:
-            require_decay(decay)
+            if not 0 < decay < 1:
+                raise UsageError(
+                    f"an exponential moving average has a decay between 0 and 1, such as 0.999; got {decay!r}"
+                )
         self._names = list(parameters)
         self._parameters = list(parameters.values())  # themselves: a script may give them other storage
-        self._sources = [_float32_like(p) if p.element_size() < 4 else p for p in self._parameters]
+        self._sources = [
+            torch.empty_like(p, dtype=torch.float32, requires_grad=False) if p.element_size() < 4 else p
+            for p in self._parameters
+        ]
         self._widen()
         updates: dict[str, _Update] = {f"ema-{decay!r}": get_ema_multi_avg_fn(decay) for decay in decays}
         self._updates = {**updates, RUNNING: get_swa_multi_avg_fn()} if running else updates
@@ -81,7 +73,7 @@ class Averages:
         self._count = 0
 
     def update(self) -> None:
-        """Take the present weights into every average; to be called after each step of the optimizer."""
+        """Take the present weights into every average, after each step of the optimizer."""
         self._widen()
         for name, update in self._updates.items():
             update(self._averages[name], self._sources, self._count)
@@ -95,18 +87,11 @@ class Averages:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to go on bit for bit; as a module's, it holds the tensors, not copies.
-
-        >>> sorted(Averages({"w": torch.ones(1)}, running=True).state_dict())
-        ['averages', 'updates']
-        """
+        """What a checkpoint needs to continue bit for bit; as a module's, it holds the tensors, not copies."""
         return {"updates": self._count, "averages": self.weights}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Copy a state back in place, bit for bit.
-
-        Args:
-            state: what `state_dict` gave.
+        """Copy back what `state_dict` gave, in place, bit for bit.
 
         Raises:
             RunError: it is of other averages, or of other parameters.
@@ -131,13 +116,7 @@ class Averages:
                 source.copy_(parameter)
 
 
-def _float32_like(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, dtype=torch.float32, requires_grad=False)
-
-
-def _layout(
-    averages: Mapping[str, Mapping[str, Tensor]],
-) -> set[tuple[str, str, tuple[int, ...], torch.dtype]]:
+def _layout(averages: Mapping[str, Mapping[str, Tensor]]) -> set[tuple[Any, ...]]:
     return {
         (name, parameter, tuple(tensor.shape), tensor.dtype)
         for name, tensors in averages.items()

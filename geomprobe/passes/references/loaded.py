@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from geomprobe.distributed.dtensor import local, own_part
 from geomprobe.errors import EnvironmentMismatch, RunError, UsageError
-from geomprobe.passes.references.raw_arrays import from_numpy
 from geomprobe.passes.references.weights_file import read_weights
 from geomprobe.reproducibility.environment import file_digest
 from geomprobe.trace.record import Record
@@ -24,14 +26,14 @@ class References:
 
     Args:
         record: the recording.
-        files: weights from elsewhere, by the name that their reference is to have.
+        files: weights from elsewhere, by the name that their reference gets.
 
     Attributes:
         digests: SHA-256 of each file, by name.
 
     Raises:
-        RunError: a reference holds a value that is not finite, or a file holds other weights.
-        UsageError: a file goes by the name of one of them, or by one that no reference can have.
+        RunError: a reference has a value that is not finite, or a file has other weights.
+        UsageError: a file has the name of one of them, or one that no reference can have.
     """
 
     def __init__(self, record: Record, files: Mapping[str, Path]) -> None:
@@ -44,10 +46,9 @@ class References:
                 )
         self._record = record
         self._stored = {name: _finite(record, name) for name in record.references}
-        shapes = {name: tuple(tensor.shape) for name, tensor in self._stored[FINAL].items()}
         self._files, self._elsewhere = files, {}
         if record.manifest.get("ranks", {}).get("kind", "DDP") == "DDP":  # else the recording holds shards
-            self._elsewhere = _read(files, shapes)
+            self._elsewhere = _read(files, self._stored[FINAL])
         self.digests = {name: file_digest(path) for name, path in files.items()}
 
     def beside(self, parameters: Mapping[str, Tensor]) -> dict[str, Weights]:
@@ -68,12 +69,9 @@ class References:
                     f"{self._record.path} was recorded with {name} of shape {then.get(name)}, and here it has shape "
                     f"{shapes.get(name)}: there is no distance to its reference {reference!r}. Nothing was replayed."
                 )
-        whole = self._elsewhere or _read(
-            self._files, {name: tuple(p.shape) for name, p in parameters.items()}
-        )
         elsewhere = {
             reference: {name: own_part(weights[name], p) for name, p in parameters.items()}
-            for reference, weights in whole.items()
+            for reference, weights in (self._elsewhere or _read(self._files, parameters)).items()
         }
         stored = self._stored | elsewhere
         self._stored = self._elsewhere = {}
@@ -83,7 +81,15 @@ class References:
         }
 
 
-def _read(files: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Weights]:
+def from_numpy(array: NDArray[Any], dtype: str) -> Tensor:
+    """The tensor, on the host, that the recording stored as a raw array; see `geomprobe.passes.references.kept`."""
+    tensor = torch.from_numpy(np.array(array))
+    wanted: torch.dtype = getattr(torch, dtype)
+    return tensor if tensor.dtype == wanted else tensor.view(wanted)
+
+
+def _read(files: Mapping[str, Path], like: Mapping[str, Tensor]) -> dict[str, Weights]:
+    shapes = {name: tuple(tensor.shape) for name, tensor in like.items()}
     return {name: read_weights(path, shapes) for name, path in files.items()}
 
 

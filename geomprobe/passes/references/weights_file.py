@@ -14,9 +14,7 @@ from torch import Tensor
 
 from geomprobe.errors import RunError, UsageError
 
-SAFETENSORS = ".safetensors"
-NESTINGS = ("state_dict", "model", "model_state_dict")
-
+_NESTINGS = ("state_dict", "model", "model_state_dict")
 _SAVE = "Save the state_dict of the model that was recorded: torch.save(model.state_dict(), FILE)"
 
 
@@ -33,7 +31,7 @@ def read_weights(path: Path, names_and_shapes: Mapping[str, tuple[int, ...]]) ->
         names_and_shapes: the parameters wanted.
 
     Returns:
-        By the names asked for, tensors on the host, in the file's own dtypes.
+        Tensors on the host, in the file's own dtypes.
 
     Raises:
         RunError: the file cannot be read, or a parameter is missing, of another shape, not floating-point, or
@@ -47,14 +45,6 @@ def read_weights(path: Path, names_and_shapes: Mapping[str, tuple[int, ...]]) ->
     {'weight': tensor([[1., 1.]])}
     """
     path = Path(path)
-    _refuse_what_is_no_file(path)
-    entries = _safetensors(path) if path.suffix == SAFETENSORS else _state_dict(path, names_and_shapes)
-    found = _matched(entries, names_and_shapes)
-    _refuse_missing(path, entries, found, names_and_shapes)
-    return {name: _checked(path, name, found[name], shape) for name, shape in names_and_shapes.items()}
-
-
-def _refuse_what_is_no_file(path: Path) -> None:
     if path.is_dir():
         raise RunError(
             f"{path} is a folder, and a reference is read from one file, because the index of a "
@@ -63,6 +53,11 @@ def _refuse_what_is_no_file(path: Path) -> None:
         )
     if not path.exists():
         raise RunError(f"{path} does not exist: there is no reference to read. Name a state_dict file")
+    entries = _safetensors(path) if path.suffix == ".safetensors" else _state_dict(path, names_and_shapes)
+    found = _matched(entries, names_and_shapes)
+    for missing in (name for name in names_and_shapes if name not in found):
+        raise _missing(path, missing, len(names_and_shapes) - len(found), entries, names_and_shapes)
+    return {name: _checked(path, name, found[name], shape) for name, shape in names_and_shapes.items()}
 
 
 def _safetensors(path: Path) -> dict[str, Any]:
@@ -89,7 +84,7 @@ def _state_dict(path: Path, names: Iterable[str]) -> Mapping[str, Any]:
         raise RunError(f"{path} holds a {type(whole).__name__}, not the weights of a model. {_SAVE}")
     if _matched(whole, names):
         return whole
-    nested = [key for key in NESTINGS if isinstance(whole.get(key), Mapping)]
+    nested = [key for key in _NESTINGS if isinstance(whole.get(key), Mapping)]
     if len(nested) > 1:
         raise RunError(
             f"{path} holds weights under {' and '.join(nested)}: it is not clear which are meant. {_SAVE}"
@@ -125,19 +120,13 @@ def _unwrapped(name: str) -> str:
     return ".".join(components)
 
 
-def _refuse_missing(
-    path: Path,
-    entries: Mapping[str, Any],
-    found: Mapping[str, Any],
-    wanted: Mapping[str, tuple[int, ...]],
-) -> None:
-    missing = [name for name in wanted if name not in found]
-    if not missing:
-        return
-    name, keys = missing[0], [str(key) for key in entries]
+def _missing(
+    path: Path, name: str, count: int, entries: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]
+) -> RunError:
+    keys = [str(key) for key in entries]
     near = [key for key in keys if key.endswith(f".{name}") or name.endswith(f".{key}")] or keys
-    raise RunError(
-        f"{path} has no {name} of shape {list(wanted[name])}: {len(missing)} of {len(wanted)} parameters are missing. "
+    return RunError(
+        f"{path} has no {name} of shape {list(wanted[name])}: {count} of {len(wanted)} parameters are missing. "
         f"It has {', '.join(near[:5]) or 'nothing'}{', ...' if len(near) > 5 else ''}. {_SAVE}"
     )
 

@@ -156,7 +156,7 @@ def test_a_value_that_means_nothing_is_refused(kind, asked, words):
 
 def test_values_of_other_types_become_those_of_the_command_line(tmp_path):
     options = RecordOptions(reference_steps=range(2, 4), ema=[0.5], keep_checkpoints=None)
-    assert (options.reference_steps, options.ema, options.keeping.keep) == ((2, 3), (0.5,), None)
+    assert (options.reference_steps, options.ema, options.keep_checkpoints) == ((2, 3), (0.5,), None)
     assert RecordOptions(reference_steps=[]) == RecordOptions()
     assert ReplayOptions(references={"a": tmp_path / "a.pt"}).references == {"a": str(tmp_path / "a.pt")}
 

@@ -11,7 +11,6 @@ import torch
 import geomprobe
 from geomprobe import ReplayDiverged
 from geomprobe.distributed.ranks import Ranks
-from geomprobe.passes.checkpoint.retention import RetentionPolicy
 from geomprobe.passes.options import RecordOptions
 from geomprobe.passes.recording import recording
 from geomprobe.reproducibility.environment import start_manifest
@@ -85,7 +84,7 @@ def test_where_a_process_stands_is_known_at_each_stage_with_and_without_attach(t
     run = RunFolder(tmp_path / "run")
     run.stream.mkdir(parents=True)
     manifest = start_manifest(seed=0, strict=True, script={})
-    session = recording(run, manifest, RecordOptions(keeping=RetentionPolicy("never")), ranks)
+    session = recording(run, manifest, RecordOptions(checkpoint_every="never"), ranks)
     seen = []
 
     def look() -> None:

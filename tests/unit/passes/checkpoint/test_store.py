@@ -19,7 +19,6 @@ from torch import nn
 
 from geomprobe.errors import RunError
 from geomprobe.passes.checkpoint import store as checkpoint
-from geomprobe.passes.checkpoint.retention import RetentionPolicy
 from geomprobe.passes.checkpoint.training_state import capture, restore
 from geomprobe.probe.events import Observer
 from geomprobe.probe.probe import Probe
@@ -211,7 +210,7 @@ def test_a_changed_bit_in_any_file_is_found_and_the_file_named(tmp_path: Path) -
 
 def test_the_writer_keeps_the_state_as_it_was_and_thins_what_lies_closest(tmp_path: Path) -> None:
     probe = trained(mlp, momentum, 0)
-    writer = checkpoint.Writer(tmp_path, RetentionPolicy(keep=4).too_many)
+    writer = checkpoint.Writer(tmp_path, 4)
     states = {}
     for step in range(8):
         probe.step = step
@@ -233,7 +232,7 @@ def test_the_writer_keeps_the_state_as_it_was_and_thins_what_lies_closest(tmp_pa
 def test_what_the_writer_could_not_write_is_told_at_the_next_occasion(tmp_path: Path) -> None:
     file = tmp_path / "checkpoints"
     file.write_text("in the way")
-    writer = checkpoint.Writer(file, lambda steps: [])
+    writer = checkpoint.Writer(file, None)
     writer.submit(0, {"weight": torch.ones(2)}, {})
     with pytest.raises(RunError, match=r"cannot write .*step-00000000"):
         writer.close()
@@ -317,7 +316,7 @@ def test_a_checkpoint_of_an_older_format_is_refused_with_words(tmp_path: Path) -
     digest = hashlib.sha256(text.encode()).hexdigest()
     (path / checkpoint.FACTS).write_text(json.dumps({"sha256": digest, "text": text}))
     for use in (checkpoint.read, checkpoint.verify, checkpoint.facts):
-        with pytest.raises(RunError, match=r"older geomprobe.*record anew"):
+        with pytest.raises(RunError, match=r"older geomprobe.*record again"):
             use(path)
 
 
@@ -381,7 +380,7 @@ def test_an_object_whose_state_cannot_be_kept_is_named_when_the_checkpoint_is_ta
 
     probe = trained(mlp, adam, 0)
     probe.stateful["sampler"] = Sampler()
-    writer = checkpoint.Writer(tmp_path, lambda steps: [])
+    writer = checkpoint.Writer(tmp_path, None)
     with pytest.raises(RunError, match=r"state_dict of 'sampler'.*Sampler at \['order'\]\[0\]"):
         writer.submit(0, {"training": capture(probe, [])}, {})
     writer.close()
