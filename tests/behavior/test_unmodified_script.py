@@ -329,7 +329,7 @@ def test_a_script_with_attach_runs_by_itself_and_loads_no_hdf5(tmp_path: Path) -
     attached += "\nimport sys\nprint(probe.active, 'h5py' in sys.modules)\n"
     (tmp_path / "network.py").write_text(MODEL)
     (tmp_path / "train.py").write_text(attached)
-    alone = [sys.executable, "train.py", "--lr", "0.2", "--log", "log.json"]  # fresh, since what it imports counts
-    done = subprocess.run(alone, cwd=tmp_path, capture_output=True, text=True, check=True)
+    command = [sys.executable, "train.py", "--lr", "0.2", "--log", "log.json"]  # fresh: its imports count
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.endswith("False False\n")
     assert {path.name for path in tmp_path.iterdir()} <= {"network.py", "train.py", "log.json", "__pycache__"}
