@@ -75,8 +75,20 @@ def assert_caught(found, run, recorded_run, step, component, tensor, right=None)
         np.testing.assert_array_equal(trace[column][:right], whole[column][:step][:right])
 
 
-@pytest.mark.parametrize(("style", "step"), [("batches", DEEP), ("attach", 3), ("unmodified", DEEP)])
-@pytest.mark.parametrize("name", FAULTS)
+# Each fault in one style, and each style with a fault of each point of a step.
+EVERYWHERE = {"two samples swapped", "an ulp in a weight", "another momentum", "another loss"}
+
+
+@pytest.mark.parametrize(
+    ("name", "style", "step"),
+    [
+        pytest.param(
+            name, style, step, marks=() if style == "batches" or name in EVERYWHERE else pytest.mark.slow
+        )
+        for name in FAULTS
+        for style, step in (("batches", DEEP), ("attach", 3), ("unmodified", DEEP))
+    ],
+)
 def test_a_fault_is_caught_at_its_step_with_its_cause(recorded, tmp_path, name, style, step):
     fault = FAULTS[name]
     found, run = diverge(recorded, tmp_path, style, at_step(step, fault.point, fault.do), momentum=0.9)

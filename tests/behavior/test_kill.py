@@ -13,7 +13,7 @@ from geomprobe.errors import RunError
 from geomprobe.trace.reader import open_trace
 from geomprobe.trace.record import open_record
 
-STEPS = 1000
+STEPS = 400  # seven blocks of rows
 COMPONENTS = ("rng", "weights", "optimizer")
 TRIALS = [3, pytest.param(50, marks=pytest.mark.slow)]
 READ_S = 30

@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 import pytest
 from support.cases import CASES, Case, Watch, classified, mlp
+from support.command_server import Result, python
 from support.oracle import History, float64, held, seeded
 from torch import nn
 from torch.optim import SGD, Optimizer
@@ -229,11 +230,9 @@ print(f"trained {len(log)} steps")
 """
 
 
-def command(*arguments: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == code, done.stderr
+def command(*arguments: str, cwd: Path) -> Result:
+    done = python(*arguments, cwd=cwd)
+    assert done.code == 0, done.err
     return done
 
 
@@ -276,10 +275,10 @@ def by_command(project: Path) -> Path:
     """The script, recorded and replayed from a shell; the run folder."""
     script = ("train.py", "--lr", "0.2", "--log", "log.json")
     recorded = command("-m", "geomprobe", "record", "-o", "runs/a", "--seed", str(SEED), *script, cwd=project)
-    assert "Wrote runs/a/record.h5" in recorded.stdout
+    assert "Wrote runs/a/record.h5" in recorded.out
     replayed = command("-m", "geomprobe", "replay", "runs/a", cwd=project)
-    assert "certified" in replayed.stdout
-    assert recorded.stdout.count("trained") == replayed.stdout.count("trained") == 1
+    assert "certified" in replayed.out
+    assert recorded.out.count("trained") == replayed.out.count("trained") == 1
     return project / "runs" / "a"
 
 
@@ -330,6 +329,7 @@ def test_a_script_with_attach_runs_by_itself_and_loads_no_hdf5(tmp_path: Path) -
     attached += "\nimport sys\nprint(probe.active, 'h5py' in sys.modules)\n"
     (tmp_path / "network.py").write_text(MODEL)
     (tmp_path / "train.py").write_text(attached)
-    done = command("train.py", "--lr", "0.2", "--log", "log.json", cwd=tmp_path)
+    command = [sys.executable, "train.py", "--lr", "0.2", "--log", "log.json"]  # fresh: its imports count
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.endswith("False False\n")
     assert {path.name for path in tmp_path.iterdir()} <= {"network.py", "train.py", "log.json", "__pycache__"}

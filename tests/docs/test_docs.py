@@ -6,10 +6,10 @@ import argparse
 import ast
 import importlib
 import runpy
-import subprocess
 import sys
 
 import pytest
+from support.command_server import python
 from support.documents import PAGES, ROOT, anchors, blocks, commands, links, relative
 
 from geomprobe.cli import VERBS, build_parser
@@ -37,9 +37,8 @@ def test_every_option_is_in_the_command_line_reference(verb):
     sys.version_info[:2] not in ((3, 11), (3, 12)), reason="argparse words its help by version"
 )
 def test_the_command_line_reference_is_up_to_date():
-    command = [sys.executable, str(ROOT / "scripts" / "make_cli_docs.py"), "--check"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = python(ROOT / "scripts" / "make_cli_docs.py", "--check")
+    assert done.code == 0, done.err
 
 
 def test_the_readme_explains_every_column():

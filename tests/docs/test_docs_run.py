@@ -6,11 +6,11 @@ import os
 import runpy
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.command_server import shims
 from support.documents import PAGES, ROOT, Block, blocks, commands, relative
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -51,14 +51,11 @@ for epoch in probe.epochs(8):
 
 def run(command: list[str], folder: Path, codes: tuple[int, ...] = (0,)) -> str:
     """What the command prints, in a terminal where `python` and `geomprobe` are those of the tests."""
-    shims = folder / ".bin"
-    shims.mkdir(exist_ok=True)
-    for name, words in (("python", ""), ("geomprobe", " -m geomprobe")):
-        (shims / name).write_text(f'#!/bin/sh\nexec "{sys.executable}"{words} "$@"\n')
-        (shims / name).chmod(0o755)
-    environment = {**os.environ, "PATH": f"{shims}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    environment.update(OMP_NUM_THREADS="1", PYTHONHASHSEED="0", CUBLAS_WORKSPACE_CONFIG=":4096:8")
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    with shims() as programs:
+        environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        )
     assert done.returncode in codes, f"{command} gave {done.returncode}:\n{done.stdout}{done.stderr}"
     return done.stdout
 

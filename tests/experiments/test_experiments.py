@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import runpy
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from support.command_server import python
 from support.paths import EXAMPLES, ROOT
 
 import geomprobe
@@ -177,6 +179,7 @@ for epoch in probe.epochs(3):
 def small(tmp_path, monkeypatch):
     """An experiment of one small training, which is killed in its second epoch the first time."""
     import command_line
+    from catalog import runs
     from catalog.entry import Experiment
     from catalog.runs import Run
     from catalog.tiny import Tiny
@@ -187,7 +190,13 @@ def small(tmp_path, monkeypatch):
     run = Run(str(tmp_path / "train.py"), {"lr": 0.1})
     entry = Experiment("small", "what it shows", [("rate {lr}", [run])], loss_and_error, Tiny(1, {}))
     monkeypatch.setattr(command_line, "EXPERIMENTS", {"small": entry})
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def in_a_fork(command, *, stdout, **_):
+        result = python(*command[1:])
+        stdout.write(result.out)
+        return SimpleNamespace(returncode=result.code)
+
+    monkeypatch.setattr(runs, "subprocess", SimpleNamespace(run=in_a_fork))
     return command_line.main, tmp_path / "runs" / run.name
 
 

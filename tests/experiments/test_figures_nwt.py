@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from support.command_server import python
 from support.paths import EXPERIMENTS
 from support.sealed_runs import train, write_run
 
@@ -127,10 +126,9 @@ def test_quantities_of_both_signs_are_symmetrically_logarithmic(tmp_path):
 def test_the_command_draws_runs_named_by_what_differs(tmp_path, run):
     other = write_run(tmp_path / "b", train(steps=60, lr=0.02))
     words = ["figure", "nwt", "fig1", run, other, "-o", tmp_path / "out.png"]
-    command = [sys.executable, EXPERIMENTS, *words]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"Wrote {tmp_path / 'out.png'}\n"
+    done = python(EXPERIMENTS, *words)
+    assert (done.code, done.err) == (0, "")
+    assert done.out == f"Wrote {tmp_path / 'out.png'}\n"
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 

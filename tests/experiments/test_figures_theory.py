@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
 import re
-import subprocess
-import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +12,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from support.command_server import python
 from support.paths import EXPERIMENTS, ROOT
 
 import geomprobe
@@ -42,11 +40,10 @@ class Gallery(NamedTuple):
 def gallery(tmp_path_factory):
     folder = tmp_path_factory.mktemp("theory")
     figures, runs = folder / "gallery", folder / "runs"
-    command = [sys.executable, EXPERIMENTS, "figure", "theory", "--quick", "-o", figures, "--runs", runs]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    numbers = re.findall(r"^    (.+): (\S+)$", done.stdout, re.MULTILINE)
+    words = ["figure", "theory", "--quick", "-o", figures, "--runs", runs]
+    done = python(EXPERIMENTS, *words, timeout_s=300)
+    assert done.code == 0, done.err
+    numbers = re.findall(r"^    (.+): (\S+)$", done.out, re.MULTILINE)
     return Gallery(figures, runs, {name: float(value) for name, value in numbers})
 
 

@@ -64,7 +64,8 @@ def run(folder: Path, *command: str) -> list[tuple[int, str]]:
     return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [8])
 def test_threads_of_a_process_group_end_before_the_interpreter(tmp_path: Path, times: int) -> None:
     for _ in range(times):
         for code, said in run(tmp_path, "-c", LEAVING):

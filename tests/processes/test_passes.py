@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+from support.command_server import python
 from support.launches import STEPS, Training, both_passes, replayed, start
 
 import geomprobe
 from geomprobe import open_trace
 from geomprobe.report.verify.verify import verify
+from geomprobe.trace.record import open_record
 
 COLUMNS = ("loss", "grad_norm", "distance", "rsi", "eb", "cosine", "lolr", "clr", "hg_norm", "g_hg")
 
@@ -82,15 +82,23 @@ def test_another_number_of_processes_is_refused_with_the_reason(tmp_path: Path) 
     assert (run / "trace.h5").read_bytes() == kept
 
 
-def test_torchrun_starts_both_passes(tmp_path: Path) -> None:
+PASSES = ["record", "-o", "run", "--seed", "0", "train.py"], ["replay", "run"]
+
+
+@pytest.mark.parametrize("passes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_torchrun_starts_both_passes(tmp_path: Path, passes: int) -> None:
     script = tmp_path / "train.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
         "from support.launches import Training\nTraining('DDP')()\n"
     )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "geomprobe"]
-    for command in (["record", "-o", "run", "--seed", "0", "train.py"], ["replay", "run"]):
-        done = subprocess.run([*torchrun, *command], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("Wrote") == 1
-    assert verify(open_trace(tmp_path / "run")).broken == ()
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "geomprobe"]
+    fresh = {"PYTHONHASHSEED": None, "CUBLAS_WORKSPACE_CONFIG": None}  # the passes set these themselves
+    for command in PASSES[:passes]:
+        done = python(*torchrun, *command, cwd=tmp_path, env=fresh, timeout_s=240)
+        assert done.code == 0, done.err
+        assert done.out.count("Wrote") == 1
+    with open_record(tmp_path / "run") as record:
+        assert (record.status, record.num_steps) == ("complete", STEPS)
+    if passes == 2:
+        assert verify(open_trace(tmp_path / "run")).broken == ()

@@ -1,7 +1,7 @@
-"""Run geomprobe's command lines in forks of a process that has imported torch: a fraction of a second each.
+"""Run command lines of Python in forks of a process that has imported torch: a fraction of a second each.
 
 prepare()                                                   # once, before anything uses torch
-pid = begin(["record", "-o", "run", "train.py"], folder, out, err)
+pid = begin(["-m", "geomprobe", "record", "-o", "run", "train.py"], folder, out, err)
 code = ended(pid, timeout_s=60)
 """
 
@@ -11,18 +11,20 @@ import atexit
 import ctypes
 import importlib
 import os
+import runpy
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 
 # Read at start-up, so a command that lacks them would start itself again; one thread, since more do not survive a fork.
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "OMP_NUM_THREADS": "1"}
 
 # What the passes import on their way; torch imports Inductor where deterministic algorithms are switched on.
-_IMPORTED = (
+IMPORTED = (
     "geomprobe.cli.record",
     "geomprobe.cli.replay",
     "geomprobe.cli.inspect",
@@ -39,7 +41,7 @@ _IMPORTED = (
 def prepare() -> None:
     """Import what the commands need."""
     os.environ.update(ENVIRONMENT)
-    for name in _IMPORTED:
+    for name in IMPORTED:
         importlib.import_module(name)
 
 
@@ -48,23 +50,22 @@ def begin(
     cwd: str | Path,
     out: str | Path,
     err: str | Path,
-    env: Mapping[str, str] | None = None,
+    env: Mapping[str, str | None] | None = None,
     first: Callable[[], None] | None = None,
 ) -> int:
-    """Start ``geomprobe`` with arguments in a fork.
+    """Start ``python`` with arguments in a fork.
 
     Args:
-        argv: the arguments.
+        argv: the arguments: ``-m MODULE``, ``-c CODE`` or the path of a script, and what follows it.
         cwd: the folder to run in.
         out: file for standard output.
         err: file for standard error.
-        env: environment variables to add.
+        env: environment variables to set, or to remove where None.
         first: called in the fork, before the command.
 
     Returns:
         The number of its process.
     """
-    main = importlib.import_module("geomprobe.cli").main
     sys.stdout.flush()
     if (pid := os.fork()) == 0:
         try:
@@ -74,7 +75,7 @@ def begin(
         except BaseException:
             traceback.print_exc()
             os._exit(1)
-        _leave(main, argv)
+        _leave(argv)
     return pid
 
 
@@ -91,7 +92,7 @@ def ended(pid: int, timeout_s: float) -> int | None:
     return None
 
 
-def _become(cwd: str | Path, out: str | Path, err: str | Path, env: Mapping[str, str]) -> None:
+def _become(cwd: str | Path, out: str | Path, err: str | Path, env: Mapping[str, str | None]) -> None:
     """Make this process look like one that was started for the command."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, name in enumerate((os.devnull, out, err)):
@@ -99,19 +100,26 @@ def _become(cwd: str | Path, out: str | Path, err: str | Path, env: Mapping[str,
         os.dup2(descriptor, number)
         os.close(descriptor)
     os.chdir(cwd)
-    os.environ.update(env)
+    for name, value in env.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
-def _leave(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> None:
-    """Run a command and exit as it says, with what Python and C libraries do at exit, such as HDF5.
+def _leave(argv: Sequence[str]) -> None:
+    """Run a command line and exit as it says, with what Python and C libraries do at exit, such as HDF5.
 
     Only taking torch's modules apart is left out, which takes a second.
     """
-    code: int | str | None
+    code: int | str | None = 0
     try:
-        code = main(argv)
+        _run(*argv)
     except SystemExit as stop:
         code = stop.code
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
     except BaseException:
         traceback.print_exc()
         code = 1
@@ -119,3 +127,19 @@ def _leave(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     ctypes.PyDLL(None).exit(code or 0)  # with Python's lock held, since destructors of torch ask for it
+
+
+def _run(first: str, *rest: str) -> None:
+    """Do what ``python FIRST REST`` does, in a ``__main__`` of its own."""
+    main = sys.modules["__main__"] = ModuleType("__main__")
+    if first == "-c":
+        code, *arguments = rest
+        sys.argv, sys.path[0] = ["-c", *arguments], ""
+        exec(compile(code, "<string>", "exec"), vars(main))
+    elif first == "-m":
+        module, *arguments = rest
+        sys.argv, sys.path[0] = [module, *arguments], os.getcwd()
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    else:
+        sys.argv, sys.path[0] = [first, *rest], str(Path(first).resolve().parent)
+        runpy.run_path(first, run_name="__main__")

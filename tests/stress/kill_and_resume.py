@@ -130,7 +130,7 @@ class Bench:
     def _begin(self, argv: Sequence[str]) -> list[int]:
         for file in (self._out, self._err):
             file.unlink(missing_ok=True)
-        argv = [argv[0], "--patience", str(PATIENCE_S), *argv[1:]]
+        argv = ["-m", "geomprobe", argv[0], "--patience", str(PATIENCE_S), *argv[1:]]
         return [
             command_forks.begin(argv, self._folder, self._out, self._err, env)
             for env in _launch(self._processes)

@@ -1,24 +1,30 @@
-"""Runs geomprobe's command lines in forks of one process that has imported torch: a fraction of a second each.
+"""Runs command lines in forks of one process that has imported torch: a fraction of a second each.
 
-result = run("record", "-o", "run", "train.py", cwd=folder)     # waits: exit code, output, errors
-command = start("replay", "run", cwd=folder)                    # does not: it has a pid to kill
+result = run("record", "-o", "run", "train.py", cwd=folder)     # geomprobe's; waits: exit code, output, errors
+command = start("replay", "run", cwd=folder)                    # does not wait: it has a pid to kill
 result = command.wait()
+result = python("-c", "import torch; print(torch.ones(1))", cwd=folder)
+
+A test takes a fresh Python only where the start itself, what is imported or the end of the interpreter counts.
 """
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import importlib
 import json
 import os
 import shutil
+import socketserver
 import subprocess
 import sys
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-TIMEOUT_S = 60
+TIMEOUT_S = 120
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,15 +39,17 @@ class Result:
 
 
 class Command:
-    """A command line that runs in a fork of the server."""
+    """A command line of Python that runs in a fork of the server; ``err``: a terminal to write errors to."""
 
-    def __init__(self, server, argv, cwd, env=None, kill_at=0):
+    def __init__(self, server, argv, cwd, env=None, kill_at=0, err=None):
         self._server = server
         self._folder = Path(tempfile.mkdtemp())
-        out, err = (str(self._folder / name) for name in ("out", "err"))
+        out, own_err = (self._folder / name for name in ("out", "err"))
+        own_err.touch()
         arguments = [str(argument) for argument in argv]
-        request = {"argv": arguments, "cwd": str(cwd), "env": env or {}, "out": out, "err": err}
-        self.pid = server.ask({**request, "kill_at": kill_at})
+        request = {"argv": arguments, "cwd": str(cwd), "env": env or {}, "out": str(out)}
+        self.err = Path(err or own_err)
+        self.pid = server.ask({**request, "err": str(self.err), "kill_at": kill_at})
 
     def wait(self, timeout_s=TIMEOUT_S):
         """The result; a command that takes longer than ``timeout_s`` is killed, and has no exit code."""
@@ -88,12 +96,55 @@ def server():
 
 def start(*argv, cwd, env=None):
     """Start ``geomprobe`` with arguments; returns at once."""
-    return Command(server(), argv, cwd, env)
+    return Command(server(), ["-m", "geomprobe", *argv], cwd, env)
 
 
 def run(*argv, cwd, env=None):
     """Run ``geomprobe`` with arguments to its end."""
     return start(*argv, cwd=cwd, env=env).wait()
+
+
+def python(*argv, cwd=".", env=None, timeout_s=TIMEOUT_S):
+    """Run ``python`` with arguments to its end."""
+    return Command(server(), argv, Path(cwd).resolve(), env).wait(timeout_s)
+
+
+# What a shell finds as `python` or `geomprobe`. Its output goes where this process's own would.
+_SHIM = """#!{python} -IS
+import json, os, socket, sys
+out, err = (f"/proc/{{os.getpid()}}/fd/{{number}}" for number in (1, 2))
+request = {{"argv": {words} + sys.argv[1:], "cwd": os.getcwd(), "env": {{}}, "out": out, "err": err, "kill_at": 0}}
+with socket.socket(socket.AF_UNIX) as connection:
+    connection.connect({address!r})
+    connection.sendall(json.dumps(request).encode() + b"\\n")
+    sys.exit(json.loads(connection.makefile().readline()))
+"""
+
+
+class _ForShims(socketserver.StreamRequestHandler):
+    def handle(self):
+        pid = server().ask(json.loads(self.rfile.readline()))
+        code = server().ask({"wait": pid, "timeout_s": TIMEOUT_S})
+        self.wfile.write(f"{1 if code is None else code}\n".encode())
+
+
+@contextlib.contextmanager
+def shims():
+    """A folder with a `python` and a `geomprobe` for the PATH of a shell, which run in forks of the server."""
+    with tempfile.TemporaryDirectory() as folder:
+        address = str(Path(folder) / "socket")
+        for name, words in (("python", []), ("geomprobe", ["-m", "geomprobe"])):
+            shim = Path(folder) / name
+            shim.write_text(_SHIM.format(python=sys.executable, words=words, address=address))
+            shim.chmod(0o755)
+        with socketserver.UnixStreamServer(address, _ForShims) as listening:
+            thread = threading.Thread(target=listening.serve_forever, args=(0.05,))
+            thread.start()
+            try:
+                yield folder
+            finally:
+                listening.shutdown()
+                thread.join()
 
 
 def serve():

@@ -20,7 +20,7 @@ import geomprobe
 from geomprobe.errors import Stopped
 from support.ranks import _CONTEXT
 
-LIMIT_S = 40.0
+LIMIT_S = 120.0
 STEPS, EPOCHS, SAMPLES = 12, 2, 72
 
 

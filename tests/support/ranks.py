@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stress.command_forks import IMPORTED
 
 # Forks of a process that has imported everything start in a tenth of a second.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
-        "torch",
+        *IMPORTED,
         "torch.distributed.fsdp",
         "torch.distributed.tensor",
         "geomprobe.measure.measurement",

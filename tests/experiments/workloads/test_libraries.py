@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from support.command_server import python
 from support.paths import EXPERIMENTS
 from workloads.libraries import library
 
@@ -14,6 +15,7 @@ from geomprobe.errors import UsageError
 
 
 def run(code: str) -> str:
+    """What code prints in a fresh Python."""
     env = {**os.environ, "PYTHONPATH": str(EXPERIMENTS)}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, env=env
@@ -38,7 +40,7 @@ before = states()
 workloads.digits(train=True)
 print(before == states())
 """
-    assert run(code) == "True"
+    assert python("-c", code, cwd=EXPERIMENTS).out == "True\n"
 
 
 def test_nothing_heavy_is_imported_before_it_is_used() -> None:

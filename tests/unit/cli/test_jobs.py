@@ -2,16 +2,15 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
+from support.command_server import start
 from support.resumable import Bench, said
 
 from geomprobe.trace.reader import open_trace
 
+LIMIT_S = 240
 FAULTY = 53  # in the second of three segments
 
 
@@ -26,13 +25,8 @@ def recorded(bench, tmp_path):
 
 
 def jobs(bench, run, *options, **env):
-    """Start ``replay --jobs 3`` in a process of its own, as it starts others."""
-    package = Path(__file__).parents[3]
-    env = {**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1", **env}
-    command = [sys.executable, "-m", "geomprobe", "replay", str(run), "--jobs", "3", *options]
-    return subprocess.Popen(
-        command, cwd=bench.folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    """Start ``replay --jobs 3``, which starts processes of its own."""
+    return start("replay", run, "--jobs", "3", *options, cwd=bench.folder, env=env)
 
 
 def begun(err):
@@ -42,9 +36,9 @@ def begun(err):
 
 
 def test_a_fault_in_one_segment_is_named_and_the_others_work_is_kept(bench, recorded):
-    failed = jobs(bench, recorded, AT=str(FAULTY), DO="fault")
-    _, err = failed.communicate()
-    assert failed.returncode == 3, err
+    failed = jobs(bench, recorded, AT=str(FAULTY), DO="fault").wait(LIMIT_S)
+    err = failed.err
+    assert failed.code == 3, err
     assert begun(err) == {"[1/3]": 0, "[2/3]": 40, "[3/3]": 80}
     assert "[2/3] geomprobe replay: error: " in err, err
     assert f"at step {FAULTY} of 120" in err
@@ -59,11 +53,10 @@ def test_a_fault_in_one_segment_is_named_and_the_others_work_is_kept(bench, reco
         "trace-00000080.h5",
     ]
     # What is left is the second segment, from the checkpoint before the fault.
-    mended = jobs(bench, recorded, "--resume")
-    out, err = mended.communicate()
-    assert mended.returncode == 0, err
-    assert begun(err) == {"[2/3]": 50}
-    assert "120 of 120 steps equal, w_T bitwise equal: certified" in out
+    mended = jobs(bench, recorded, "--resume").wait(LIMIT_S)
+    assert mended.code == 0, mended.err
+    assert begun(mended.err) == {"[2/3]": 50}
+    assert "120 of 120 steps equal, w_T bitwise equal: certified" in mended.out
     bench.assert_whole(recorded, "trace.h5")
 
 
@@ -72,46 +65,43 @@ def test_sigterm_stops_every_segment_and_they_go_on(bench, recorded):
     stopped = jobs(bench, recorded, AT=str(FAULTY), DO="wait")
     while not (bench.folder / "waiting").exists():
         time.sleep(0.01)
-    stopped.send_signal(signal.SIGTERM)
+    os.kill(stopped.pid, signal.SIGTERM)
     time.sleep(0.5)  # until it has passed it on
     bench.go_on()
-    _, err = stopped.communicate()
-    assert stopped.returncode == 75, err
-    assert "stopped as asked; --resume goes on from here" in err
-    going_on = jobs(bench, recorded, "--resume")
-    _, err = going_on.communicate()
-    assert going_on.returncode == 0, err
-    assert begun(err)["[2/3]"] == 50
+    said(stopped.wait(LIMIT_S), 75, "stopped as asked; --resume goes on from here")
+    going_on = jobs(bench, recorded, "--resume").wait(LIMIT_S)
+    assert going_on.code == 0, going_on.err
+    assert begun(going_on.err)["[2/3]"] == 50
     bench.assert_whole(recorded, "trace.h5")
 
 
+@pytest.mark.slow
 def test_sigterm_before_the_segments_have_begun_is_no_failure(bench, recorded):
     stopped = jobs(bench, recorded)
-    assert "3 segments, of steps 0 to 39, 40 to 79, 80 to 119" in stopped.stderr.readline()
+    while "3 segments, of steps 0 to 39, 40 to 79, 80 to 119" not in stopped.err.read_text():
+        time.sleep(0.01)
     time.sleep(0.5)  # they start at once, and import for longer than that
-    stopped.send_signal(signal.SIGTERM)
-    _, err = stopped.communicate()
-    assert stopped.returncode == 75, err
-    assert "stopped as asked; --resume goes on from here" in err
+    os.kill(stopped.pid, signal.SIGTERM)
+    said(stopped.wait(LIMIT_S), 75, "stopped as asked; --resume goes on from here")
 
 
 @pytest.mark.slow
 def test_a_killed_segment_is_named_and_run_again_alone(bench, recorded):
-    failed = jobs(bench, recorded, AT=str(FAULTY), DO="SIGKILL")
-    _, err = failed.communicate()
-    assert failed.returncode == 1, err
-    assert "segment 2/3 (steps 40 to 79) was killed" in err
+    failed = jobs(bench, recorded, AT=str(FAULTY), DO="SIGKILL").wait(LIMIT_S)
+    said(failed, 1, "segment 2/3 (steps 40 to 79) was killed")
     assert bench.replay(recorded, "--segment", "2/3").code == 0
     bench.assert_whole(recorded, "trace.h5")
     assert open_trace(recorded).status == "complete"
 
 
 def test_processes_of_a_launch_do_not_start_others(bench, recorded):
-    failed = jobs(bench, recorded, WORLD_SIZE="2", RANK="0")
-    _, err = failed.communicate()
-    assert failed.returncode == 2
-    assert "--jobs 3: it would start processes beside those of this launch" in err
-    assert "replay RUN --segment I/K" in err
+    failed = jobs(bench, recorded, WORLD_SIZE="2", RANK="0").wait()
+    said(
+        failed,
+        2,
+        "--jobs 3: it would start processes beside those of this launch",
+        "replay RUN --segment I/K",
+    )
     assert not (recorded / "trace.h5").exists()
 
 

@@ -1,10 +1,9 @@
 import io
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.distributed as dist
+from support.command_server import Command, server
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -352,14 +351,8 @@ dist.destroy_process_group()
 
 
 def test_ranks_take_the_rate_of_the_mean_loss_and_skip_together(tmp_path):
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", RANK, str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    outputs = [process.communicate(timeout=120)[0].strip() for process in ranks]
+    commands = [["-c", RANK, rank, tmp_path / "store"] for rank in (0, 1)]
+    ranks = [Command(server(), command, tmp_path) for command in commands]
+    outputs = [rank.wait().out.strip() for rank in ranks]
     # The mean loss 4 over the square norm 4 is a rate of 1: from 1 to 1 - 1 * 2.
     assert outputs == ["[-1.0, 1.0] 1 1.0", "[-1.0, 1.0] 1 7.0"]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.command_server import python
 from torch import nn
 from torch.optim import SGD
 
@@ -176,5 +175,4 @@ def test_the_package_loads_it_on_first_use_only() -> None:
         "import sys, geomprobe; print('geomprobe.corridor.schedules' in sys.modules); "
         "print(geomprobe.schedules.from_trace.__name__)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "from_trace"]
+    assert python("-c", code).out.split() == ["False", "from_trace"]

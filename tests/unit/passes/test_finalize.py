@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import subprocess
-import sys
 
 import h5py
 import numpy as np
 import pytest
 import torch
+from stress.command_forks import ENVIRONMENT
+from support.command_server import python
 
 import geomprobe
 from geomprobe.cli import main
@@ -40,10 +41,9 @@ def train() -> None:
 
 
 def killed_while_sealing(run, kind: str) -> None:
-    path = [str(p) for p in sys.path]
-    code = f"import sys; sys.path[:] = {path!r}\n{KILLED}"
-    done = subprocess.run([sys.executable, "-c", code, str(run), kind], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    here = {name: os.environ.get(name) for name in ENVIRONMENT}  # as the replay in this process has it
+    done = python("-c", KILLED, run, kind, env=here)
+    assert done.code == -signal.SIGKILL, done.err
 
 
 def columns(path) -> dict[str, np.ndarray]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from support.cases import BATCH, CASES, Case, PlainProbe, Watch, classified, mlp, train
+from support.command_server import Command, python, server
 from support.oracle import seeded
 from torch import Tensor, nn
 from torch.optim import SGD
@@ -525,12 +524,9 @@ def test_epochs_and_batches_advance_a_bar_each(log: Log, monkeypatch: pytest.Mon
 def on_a_terminal(code: str, **environment: str) -> tuple[str, str]:
     """Standard output, and what a terminal saw on standard error."""
     ours, theirs = pty.openpty()
-    command = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdout=subprocess.PIPE,
-        stderr=theirs,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "80", **environment},
-    )
+    environment = {"TERM": "xterm", "COLUMNS": "80", **environment}
+    command = Command(server(), ["-c", code], Path.cwd(), environment, err=os.ttyname(theirs))
+    result = command.wait()
     os.close(theirs)
     seen = b""
     try:
@@ -538,10 +534,9 @@ def on_a_terminal(code: str, **environment: str) -> tuple[str, str]:
             seen += part
     except OSError:  # Linux's way of telling that the other side is closed
         pass
-    out, _ = command.communicate(timeout=60)
     os.close(ours)
-    assert command.returncode == 0, seen.decode()
-    return out.decode(), seen.decode()
+    assert result.code == 0, seen.decode()
+    return result.out, seen.decode()
 
 
 def test_bars_are_shown_on_a_terminal_and_nowhere_else() -> None:
@@ -550,8 +545,8 @@ def test_bars_are_shown_on_a_terminal_and_nowhere_else() -> None:
     assert out == "done\n"
     for part in ("epoch", "1/2", "batch", "2/?"):
         assert part in seen
-    silent = subprocess.run([sys.executable, "-c", BARS], capture_output=True, text=True, check=True)
-    assert (silent.stdout, silent.stderr) == ("done\n", "")
+    silent = python("-c", BARS)
+    assert (silent.out, silent.err) == ("done\n", "")
 
 
 def test_without_rich_a_terminal_stays_silent() -> None:

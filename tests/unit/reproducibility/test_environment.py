@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.command_server import python
 
 from geomprobe.errors import EnvironmentMismatch
 from geomprobe.reproducibility.environment import (
@@ -98,8 +97,7 @@ def test_sources_are_the_modules_beside_the_script_and_a_change_is_told(tmp_path
         f"sys.path += [{str(tmp_path)!r}, {str(tmp_path / 'library/site-packages')!r}];"
         f"import own, installed; print(json.dumps(source_digests(Path({str(tmp_path)!r}))))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    digests = json.loads(done.stdout)
+    digests = json.loads(python("-c", code).out)
     assert set(digests) == {"own.py"}
     assert changed_sources(digests, tmp_path) == []
     (tmp_path / "own.py").write_text("value = 2\n")
