@@ -22,9 +22,7 @@ def attach(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]
     """
     module: Any = sys.modules[package]
     source = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
-    blocks = (
-        node for node in source.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-    )
+    blocks = (node for node in source.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
     imports = (node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom))
     homes = {alias.name: node.module or "" for node in imports for alias in node.names}
     module.__all__ = sorted(homes)

@@ -23,19 +23,14 @@ def rendered() -> str:
     verbs = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     pages = [f"\n## geomprobe\n\n```\n{parser.format_help().rstrip()}\n```\n"]
     pages += [
-        f"\n## geomprobe {name}\n\n```\n{verb.format_help().rstrip()}\n```\n"
-        for name, verb in verbs.choices.items()
+        f"\n## geomprobe {name}\n\n```\n{verb.format_help().rstrip()}\n```\n" for name, verb in verbs.choices.items()
     ]
     return HEAD + "".join(pages)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit 1 if the page is out of date"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is out of date")
     if not parser.parse_args().check:
         TARGET.write_text(rendered())
         print(f"Wrote {TARGET}")

@@ -47,9 +47,7 @@ def require_sense(options: ReplayOptions, count: int) -> None:
     replace(options, segment=(1, count), force=False, resume=False)  # raises where there can be no segments
 
 
-def replay(
-    run: RunFolder, recorded: Record, options: ReplayOptions, count: int, *, debug: bool = False
-) -> None:
+def replay(run: RunFolder, recorded: Record, options: ReplayOptions, count: int, *, debug: bool = False) -> None:
     """Run a process for each of ``count`` segments to its end, and show what they print on standard error.
 
     Raises:

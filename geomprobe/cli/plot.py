@@ -27,9 +27,7 @@ from geomprobe.trace.reader import open_trace
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or trace files")
-    parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FILE", help="the figure to write"
-    )
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the figure to write")
     parser.add_argument(
         "--columns",
         type=lambda text: text.split(","),
@@ -41,12 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--skip-last-epoch", action="store_true", help="leave out the last epoch, where w is close to w*"
     )
     parser.add_argument("--no-null-model", action="store_true", help="leave out the random walk")
-    parser.add_argument(
-        "--occupancy", action="store_true", help="draw the share of steps below each relative residual"
-    )
-    parser.add_argument(
-        "--smooth", type=int, metavar="N", help="with --occupancy: first average over N measured steps"
-    )
+    parser.add_argument("--occupancy", action="store_true", help="draw the share of steps below each relative residual")
+    parser.add_argument("--smooth", type=int, metavar="N", help="with --occupancy: first average over N measured steps")
     parser.add_argument("--force", action="store_true", help="overwrite FILE")
 
 

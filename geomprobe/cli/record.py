@@ -79,9 +79,7 @@ def _account(recorded: Record, run: str) -> str:
     ]
     missed = recorded.manifest.get("missed_reference_steps")
     if missed:
-        lines.append(
-            f"Reference steps {missed} lie beyond the last step, {recorded.num_steps - 1}; not kept."
-        )
+        lines.append(f"Reference steps {missed} lie beyond the last step, {recorded.num_steps - 1}; not kept.")
     return "\n".join(lines)
 
 

@@ -21,9 +21,7 @@ from geomprobe.report.html.page import write
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder, a trace file or a record file")
-    parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FILE", help="the HTML file to write"
-    )
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the HTML file to write")
     parser.add_argument("--force", action="store_true", help="overwrite FILE")
 
 

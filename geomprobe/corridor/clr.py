@@ -101,9 +101,7 @@ class CLR(Optimizer):
         if option not in ("max_lr", "scale"):
             raise UsageError(f"CLR can schedule 'max_lr' or 'scale', not {option!r}")
         if any(math.isinf(group[option]) for group in self.param_groups):
-            raise UsageError(
-                "max_lr is infinite, so a schedule cannot act on it: construct CLR with a finite max_lr"
-            )
+            raise UsageError("max_lr is infinite, so a schedule cannot act on it: construct CLR with a finite max_lr")
         return ScheduledOption(self, option)
 
     @torch.no_grad()
@@ -126,9 +124,7 @@ class CLR(Optimizer):
             UnsupportedTraining: a gradient is sparse or sharded.
         """
         if (closure is None) == (loss is None):
-            raise UsageError(
-                "CLR needs the step's loss: call step(loss=loss), or step(closure), one of the two"
-            )
+            raise UsageError("CLR needs the step's loss: call step(loss=loss), or step(closure), one of the two")
         self._refuse_direct_schedulers()
         if closure is not None:
             with torch.enable_grad():
@@ -147,13 +143,9 @@ class CLR(Optimizer):
     def _gradients(self) -> list[Tensor]:
         found = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if any(gradient.is_sparse for gradient in found):
-            raise UnsupportedTraining(
-                "CLR takes dense gradients only: construct the embedding with sparse=False"
-            )
+            raise UnsupportedTraining("CLR takes dense gradients only: construct the embedding with sparse=False")
         if any(type(gradient).__name__ == "DTensor" for gradient in found):
-            raise UnsupportedTraining(
-                "CLR takes whole gradients only, and these are sharded: use DDP, not FSDP2"
-            )
+            raise UnsupportedTraining("CLR takes whole gradients only, and these are sharded: use DDP, not FSDP2")
         return found
 
     def _refuse_direct_schedulers(self) -> None:
@@ -167,9 +159,7 @@ class CLR(Optimizer):
 def _check(group: dict[str, Any], index: int) -> None:
     where = f"in parameter group {index}"
     if "lr" in group:
-        raise ValueError(
-            f"CLR measures its lr, but lr={group['lr']!r} was given {where}: set max_lr or scale"
-        )
+        raise ValueError(f"CLR measures its lr, but lr={group['lr']!r} was given {where}: set max_lr or scale")
     if not math.isfinite(group["e_star"]):
         raise ValueError(f"e_star must be finite, but it is {group['e_star']!r} {where}")
     if not 0 < group["scale"] < math.inf:

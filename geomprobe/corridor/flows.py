@@ -193,18 +193,14 @@ def _as_function(
     """The energy as a function of one vector, and that vector at the start; for a module, all its parameters."""
     if not isinstance(energy, nn.Module):
         if start is None:
-            raise UsageError(
-                "the trajectory has no start: only a module has parameters to start from, so give one"
-            )
+            raise UsageError("the trajectory has no start: only a module has parameters to start from, so give one")
         return energy, start.detach().to(dtype or start.dtype)
     module = copy.deepcopy(energy).to(dtype)
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
 
     def loss(theta: Tensor) -> Tensor:
         pieces = theta.split([p.numel() for p in parameters.values()])
-        values = {
-            name: piece.view(p.shape) for (name, p), piece in zip(parameters.items(), pieces, strict=True)
-        }
+        values = {name: piece.view(p.shape) for (name, p), piece in zip(parameters.items(), pieces, strict=True)}
         return torch.func.functional_call(module, values, ())
 
     point = parameters_to_vector(parameters.values()) if start is None else start

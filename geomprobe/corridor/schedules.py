@@ -132,17 +132,13 @@ def rates(trace: Trace, column: str, *, smooth: Smoothing = "epoch", scale: floa
     values = trace[column]
     units = describe(column).units
     if units != "lr":
-        raise UsageError(
-            f"{column} is in units of {units}, and a schedule is made of learning rates (units lr)"
-        )
+        raise UsageError(f"{column} is in units of {units}, and a schedule is made of learning rates (units lr)")
     if not scale > 0:
         raise UsageError(f"scale={scale}: a factor on learning rates is positive")
     values = np.where(np.isfinite(values), values, np.nan)
     smoothed = scale * _smoothed(trace, values, smooth)
     if not (smoothed > 0).any():
-        raise UsageError(
-            f"{column} of {trace.path} holds no positive number: there is no rate to take from it"
-        )
+        raise UsageError(f"{column} of {trace.path} holds no positive number: there is no rate to take from it")
     return np.maximum(smoothed, smoothed[smoothed > 0].min())
 
 

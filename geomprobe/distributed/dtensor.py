@@ -79,9 +79,7 @@ def own_part(values: Tensor, parameter: Any) -> Tensor:
         return values
     from torch.distributed.tensor import distribute_tensor
 
-    return to_local(
-        distribute_tensor(values.to(parameter.device), parameter.device_mesh, parameter.placements)
-    )
+    return to_local(distribute_tensor(values.to(parameter.device), parameter.device_mesh, parameter.placements))
 
 
 def like_local(values: Tensor, parameter: Any) -> Tensor:

@@ -56,9 +56,7 @@ class Layout:
         rank, world_size = _place()
         distributed = any(map(is_dtensor, parameters.values()))
         replicas = [] if distributed else _ddp_modules(model, parameters)
-        managed = (
-            {id(p) for module in fsdp_modules(model) for p in module.parameters()} if distributed else set()
-        )
+        managed = {id(p) for module in fsdp_modules(model) for p in module.parameters()} if distributed else set()
         require_supported(model, parameters, managed, replicas, world_size)
         if not distributed:
             kind: Kind = "DDP" if replicas or world_size > 1 else "one process"
@@ -77,9 +75,7 @@ class Layout:
         """
         return self.exchange(parts, parts.new_empty(0))[0]
 
-    def exchange(
-        self, parts: Tensor, averaged: Tensor, apart: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def exchange(self, parts: Tensor, averaged: Tensor, apart: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """All numbers of a step that the processes exchange, in one all-reduce, or none where there are none.
 
         Args:
@@ -186,8 +182,7 @@ def _place() -> tuple[int, int]:
 def _holds_first_replica(parameter: Any) -> bool:
     place = parameter.device_mesh.get_coordinate()
     return all(
-        not placement.is_replicate() or at == 0
-        for placement, at in zip(parameter.placements, place, strict=True)
+        not placement.is_replicate() or at == 0 for placement, at in zip(parameter.placements, place, strict=True)
     )
 
 

@@ -53,9 +53,7 @@ class FailureDetector:
         )  # how many processes, and how many seconds all may stand still
         self._beats: dict[int, Heartbeat] = {}
         self._silent: dict[int, float] = {}
-        self.exchange_broken = (
-            False  # an exchange of the training has broken here, so that a process must be gone
-        )
+        self.exchange_broken = False  # an exchange of the training has broken here, so that a process must be gone
 
     def add(self, beats: Mapping[int, Heartbeat | None], elapsed: float) -> None:
         """Take the latest beat of each process that was asked for, None where it has not started."""

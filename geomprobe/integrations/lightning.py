@@ -63,9 +63,7 @@ class GeomprobeCallback(Callback):
         assert self.probe is not None
         self.probe.epoch = trainer.current_epoch
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Give the probe the batch, of which it takes a fingerprint."""
         assert self.probe is not None
         self.probe.fetched(batch)

@@ -75,9 +75,7 @@ class BeforeClipping(Quantity):
 
     def open(self, recorded: Recorded) -> None:
         owned = self.training.layout.owned
-        self._products = InnerProducts(
-            self.training.parameters, recorded.final, owned=owned, only=self.PRODUCTS
-        )
+        self._products = InnerProducts(self.training.parameters, recorded.final, owned=owned, only=self.PRODUCTS)
 
     @torch.no_grad()
     def before_clipping(self, factor: Tensor | None) -> None:

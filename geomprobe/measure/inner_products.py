@@ -347,9 +347,7 @@ def _lay_out(shapes: list[torch.Size], scratch: Tensor) -> Iterator[_Block]:
             rows = [row[:used] for row in scratch]
             sizes = [shape.numel() for shape in shapes[start:end]]
             flat = [row.split(sizes) for row in rows]
-            places = [
-                [part.view(s) for part, s in zip(of_row, shapes[start:end], strict=True)] for of_row in flat
-            ]
+            places = [[part.view(s) for part, s in zip(of_row, shapes[start:end], strict=True)] for of_row in flat]
             yield _Block(slice(start, end), rows, places)
             start, used = end, 0
 

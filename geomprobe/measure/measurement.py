@@ -60,15 +60,11 @@ class Measurement(Events):
         self._probe, self._options = probe, options
         self.layout = Layout.of(probe.model, probe.parameters) if layout is None else layout
         self._curvature = StepCurvature(probe, options, self.layout)
-        self.listeners: list[Events] = (
-            [self] if self._curvature.curvature is None else [self._curvature, self]
-        )
+        self.listeners: list[Events] = [self] if self._curvature.curvature is None else [self._curvature, self]
         self._parameters: list[Tensor] = list(probe.parameters.values())
         training = Training(probe, self._parameters, options, self.layout, self._curvature)
         self._sharded = any(is_dtensor(parameter) for parameter in self._parameters)
-        self._quantities = {
-            of.name: of(training) for of in quantities if not of.option or getattr(options, of.option)
-        }
+        self._quantities = {of.name: of(training) for of in quantities if not of.option or getattr(options, of.option)}
         self.columns: dict[str, tuple[str, ...]] = {}
         self._before_backward = self._overriding(Quantity.before_backward)
         self._after_backward = self._overriding(Quantity.after_backward)
@@ -112,9 +108,7 @@ class Measurement(Events):
 
     # Events
 
-    def differentiate(
-        self, loss: Tensor, closure: Closure | None, run: Callable[[], None], plain: bool
-    ) -> None:
+    def differentiate(self, loss: Tensor, closure: Closure | None, run: Callable[[], None], plain: bool) -> None:
         """Run a backward pass, keeping what the quantities need of it; see `Events.differentiate`.
 
         Raises:

@@ -79,9 +79,7 @@ class Step:
         grad_scale: what they are multiplied by, under a GradScaler with a fused optimizer.
     """
 
-    def __init__(
-        self, number: int, gradients: Sequence[Tensor | None], grad_scale: Tensor | None = None
-    ) -> None:
+    def __init__(self, number: int, gradients: Sequence[Tensor | None], grad_scale: Tensor | None = None) -> None:
         self.number, self.gradients, self.grad_scale = number, gradients, grad_scale
 
     @cached_property

@@ -146,9 +146,7 @@ class FullGradient(SideGradient):
             yield len(chosen) / samples, _loss_of_samples(loss, loader, chosen)
 
 
-def _loss_of_samples(
-    loss: Callable[[Any], Tensor], loader: DataLoader[Any], chosen: list[int]
-) -> Callable[[], Tensor]:
+def _loss_of_samples(loss: Callable[[Any], Tensor], loader: DataLoader[Any], chosen: list[int]) -> Callable[[], Tensor]:
     """Evaluates ``loss`` on the minibatch that ``loader`` would make of some samples of its data set."""
     collate = loader.collate_fn or default_collate
     return lambda: loss(collate([loader.dataset[index] for index in chosen]))

@@ -111,9 +111,7 @@ def run_record(train: Train, run: RunPath, options: RecordOptions, script: Mappi
             point = begun_recording(target, options.seed, ranks) if options.resume else None
             if point is not None:
                 begun = point.manifest
-                require_same_options(
-                    f"{target.path} was recorded", {**begun, **begun["recording"]}, options.asked()
-                )
+                require_same_options(f"{target.path} was recorded", {**begun, **begun["recording"]}, options.asked())
                 options = RecordOptions.parse(begun["recording"]["argv"])
             seed = ranks.broadcast("seed", draw_seed() if options.seed is None else options.seed)
             with _running(seed, options.strict):
@@ -168,9 +166,7 @@ def run_replay(train: Train, run: RunPath, options: ReplayOptions, script: Mappi
                 if claimed is not None:
                     stretch = StepRange(*claimed)
                     begin = replayed_before(target, recorded, stretch, ranks)
-                    session = replaying(
-                        target, recorded, weights, manifest, options, begin, stretch.stop, ranks
-                    )
+                    session = replaying(target, recorded, weights, manifest, options, begin, stretch.stop, ranks)
                     with contextlib.suppress(SegmentEnded), session.reporting():
                         train()
                         session.complete()
@@ -181,9 +177,7 @@ def run_replay(train: Train, run: RunPath, options: ReplayOptions, script: Mappi
     return open_trace(target.path)
 
 
-def two_pass(
-    train: Train, run: RunPath, *, seed: int | None = None, force: bool = False, **options: Any
-) -> Trace:
+def two_pass(train: Train, run: RunPath, *, seed: int | None = None, force: bool = False, **options: Any) -> Trace:
     """Record ``train()`` and replay it, in one process: for notebooks and tests.
 
     Args:

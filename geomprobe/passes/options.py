@@ -170,9 +170,7 @@ class ReplayOptions(MeasureOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.segment and (self.force or self.resume):
-            raise UsageError(
-                "a segment continues by itself where it was cut off: leave out --force and --resume"
-            )
+            raise UsageError("a segment continues by itself where it was cut off: leave out --force and --resume")
         if self.uncertified and (self.segment or self.resume):
             raise UsageError(
                 "an uncertified replay cannot continue from checkpoints, which are of the run that it differs from: "

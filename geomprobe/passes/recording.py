@@ -53,9 +53,7 @@ def recording(
     ranks = ranks or Ranks()
     own = run.of_rank(ranks.rank)
 
-    def listeners(
-        session: Session, probe: Probe, fingerprint: StepFingerprint, resumer: Resumer
-    ) -> list[Events]:
+    def listeners(session: Session, probe: Probe, fingerprint: StepFingerprint, resumer: Resumer) -> list[Events]:
         references = KeptReferences(own, ranks, session.layout.sharded)
         averages = [AverageKeeper(probe, options, references)] if options.ema or options.average else []
         taken = [name for each in averages for name in each.averages.weights]

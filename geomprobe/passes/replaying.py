@@ -73,9 +73,7 @@ def replaying(
     start = point.step if point is not None else 0
     comparison = Comparison(record, run.path, start, None if ranks.alone else ranks.rank)
 
-    def listeners(
-        session: Session, probe: Probe, fingerprint: StepFingerprint, resumer: Resumer
-    ) -> list[Events]:
+    def listeners(session: Session, probe: Probe, fingerprint: StepFingerprint, resumer: Resumer) -> list[Events]:
         measurement = Measurement(probe, options, session.layout)
         if session.updates.clipped_by:  # by now, in the first step of a script without `attach`
             measurement.clipping_missed()

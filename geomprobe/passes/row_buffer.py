@@ -37,9 +37,7 @@ class RowBuffer:
     array([[1. , 0.5]])
     """
 
-    def __init__(
-        self, device: torch.device, columns: Sequence[Columns], deliver: Callable[[Block], None]
-    ) -> None:
+    def __init__(self, device: torch.device, columns: Sequence[Columns], deliver: Callable[[Block], None]) -> None:
         if len({each.name for each in columns}) < len(columns):
             raise ValueError(f"two columns of a row have one name: {sorted(each.name for each in columns)}")
         self._device, self._deliver = device, deliver
@@ -114,6 +112,4 @@ class RowBuffer:
                 return arrays[each.dtype][:, self._places[each.name]]
             return np.array(columns.get(each.name, ()), each.dtype).reshape(len(host), len(each.columns))
 
-        self._deliver(
-            {table: np.hstack([values(each) for each in group]) for table, group in self._by_table.items()}
-        )
+        self._deliver({table: np.hstack([values(each) for each in group]) for table, group in self._by_table.items()})

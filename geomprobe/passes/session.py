@@ -140,9 +140,7 @@ class Session(Observer):
         finally:
             self._in_backward = False
 
-    def optimizer_stepping(
-        self, optimizer: Optimizer, args: Args, kwargs: Kwargs
-    ) -> tuple[Args, Kwargs] | None:
+    def optimizer_stepping(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         if (self.probe is not None and optimizer is self.probe.optimizer) or nested_step(optimizer):
             return None
         with self._errors_end_the_pass():
@@ -241,9 +239,7 @@ class Session(Observer):
         """Find which listeners override which event, once for all steps."""
         for name in (name for name, each in vars(Events).items() if callable(each) and name[0] != "_"):
             of_none = getattr(Events, name)
-            methods = [
-                getattr(each, name) for each in self.listeners if getattr(type(each), name) is not of_none
-            ]
+            methods = [getattr(each, name) for each in self.listeners if getattr(type(each), name) is not of_none]
             self._methods[name] = methods
             self._call[name] = self._passing_on(methods, name in _STOPPING)
             if name not in vars(Session) and (methods or name in _STOPPING):

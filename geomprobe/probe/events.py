@@ -93,9 +93,7 @@ class Events:
     def losses_seen(self, losses: Sequence[Tensor]) -> None:
         """A backward pass of the training is about to run on ``losses``."""
 
-    def differentiate(
-        self, loss: Tensor, closure: Closure | None, run: Callable[[], None], plain: bool
-    ) -> None:
+    def differentiate(self, loss: Tensor, closure: Closure | None, run: Callable[[], None], plain: bool) -> None:
         """Run a backward pass. At most one listener of a pass overrides this, and has to come to the same bits.
 
         Args:
@@ -189,9 +187,7 @@ class Observer(Events):
         """
         run()
 
-    def optimizer_stepping(
-        self, optimizer: Optimizer, args: Args, kwargs: Kwargs
-    ) -> tuple[Args, Kwargs] | None:
+    def optimizer_stepping(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         """Any optimizer is about to step; may return the call to make instead, as torch's own hooks do."""
         return None
 

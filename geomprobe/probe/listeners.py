@@ -114,8 +114,7 @@ class LoaderPasses(Events):
             self.not_resumable = "one pass over its loader lasts for several epochs"
         elif self.loader.persistent_workers and self.loader.num_workers:
             self.not_resumable = (
-                "its loader keeps its workers, and their random streams, from epoch to epoch "
-                "(persistent_workers=True)"
+                "its loader keeps its workers, and their random streams, from epoch to epoch (persistent_workers=True)"
             )
 
 

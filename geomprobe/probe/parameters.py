@@ -50,9 +50,7 @@ def measured_parameters(model: nn.Module | None, optimizer: Optimizer) -> dict[s
                 )
             found[name] = parameter
     if not found:
-        raise UnsupportedTraining(
-            f"{type(optimizer).__name__} holds no parameters: there is nothing to measure."
-        )
+        raise UnsupportedTraining(f"{type(optimizer).__name__} holds no parameters: there is nothing to measure.")
     return found
 
 

@@ -179,9 +179,7 @@ class Probe:
             **options: as for :meth:`torch.Tensor.backward`.
         """
         plain = all(option is None or option is False for option in options.values())
-        self._observer.backward(
-            [loss], functools.partial(loss.backward, **options), plain, closure=closure, named=True
-        )
+        self._observer.backward([loss], functools.partial(loss.backward, **options), plain, closure=closure, named=True)
 
     def reference(self, name: str, if_lower: float | None = None) -> None:
         """Keep the weights as they are now as the reference ``name``, replacing an earlier one.

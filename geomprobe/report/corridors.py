@@ -38,18 +38,14 @@ def summarize(trace: Trace, threshold: float, smooth: int | None) -> dict[str, A
         "threshold": threshold,
         "share": stays.share,
         "stays": [{"entry": int(a), "exit": int(b)} for a, b in zip(stays.entries, stays.exits, strict=True)],
-        "lengths": {"median": float(np.median(lengths)), "longest": int(lengths.max())}
-        if len(lengths)
-        else {},
+        "lengths": {"median": float(np.median(lengths)), "longest": int(lengths.max())} if len(lengths) else {},
     }
 
 
 def render(found: dict[str, Any], num_steps: int) -> str:
     """The summary as text: the curve, then the stays."""
     smoothed = f", averaged over {found['smooth']} of them" if found["smooth"] else ""
-    head = (
-        f"near-corridors: relative residual lr ||HG||/||G|| of {found['measured']} measured steps{smoothed}"
-    )
+    head = f"near-corridors: relative residual lr ||HG||/||G|| of {found['measured']} measured steps{smoothed}"
     rows = [[number(t), percent(s)] for t, s in found["occupancy"]]
     curve = table(["below", "share"], rows, right=[0, 1])
     return "\n\n".join([head, curve, _stays(found, num_steps)])

@@ -68,9 +68,7 @@ def groups(trace: Trace, *, skip_last_epoch: bool = False) -> Groups:
         known = np.isin(epoch, kept)
         return Groups("epoch", kept, np.where(known, index, -1))
     if skip_last_epoch:
-        raise UsageError(
-            f"{trace.path} has no two epochs, so its last cannot be left out; drop --skip-last-epoch"
-        )
+        raise UsageError(f"{trace.path} has no two epochs, so its last cannot be left out; drop --skip-last-epoch")
     width = max(1, -(-trace.num_steps // WINDOWS))
     window = np.arange(trace.num_steps) // width
     x = np.asarray((np.unique(window) + 0.5) * width - 0.5, np.float64)

@@ -103,9 +103,7 @@ def diff(a: Path, b: Path) -> RunDifference:
     return result
 
 
-def _open_both(
-    open_one: Callable[[Path], T], paths: tuple[Path, Path], notes: list[str]
-) -> tuple[T, T] | None:
+def _open_both(open_one: Callable[[Path], T], paths: tuple[Path, Path], notes: list[str]) -> tuple[T, T] | None:
     try:
         return open_one(paths[0]), open_one(paths[1])
     except RunError as error:
@@ -173,10 +171,7 @@ def _unlike(a: Reference, b: Reference) -> list[str]:
     return [
         name
         for name in dict.fromkeys([*a, *b])
-        if name not in a
-        or name not in b
-        or a[name][1] != b[name][1]
-        or not _same_bits(a[name][0], b[name][0])
+        if name not in a or name not in b or a[name][1] != b[name][1] or not _same_bits(a[name][0], b[name][0])
     ]
 
 
@@ -189,9 +184,7 @@ def _compare_traces(a: Trace, b: Trace, result: RunDifference) -> None:
     result.columns_compared = len(shared)
     rows = min(a.num_steps, b.num_steps)
     if a.num_steps != b.num_steps:
-        result.notes.append(
-            f"the traces have {a.num_steps} and {b.num_steps} rows; the first {rows} were compared"
-        )
+        result.notes.append(f"the traces have {a.num_steps} and {b.num_steps} rows; the first {rows} were compared")
     found = [_compare_column(name, a[name][:rows], b[name][:rows]) for name in shared]
     result.columns = [each for each in found if each is not None]
 
@@ -226,11 +219,7 @@ def _manifest_text(result: RunDifference) -> str:
         return "manifest: equal"
     rows = [[name, _value_text(a), _value_text(b)] for name, a, b in result.manifest]
     informative = any(name.partition(".")[0] == INFORMATIVE for name, _, _ in result.manifest)
-    note = (
-        f"\n  ({INFORMATIVE} says where a run was made, and makes no two runs different)"
-        if informative
-        else ""
-    )
+    note = f"\n  ({INFORMATIVE} says where a run was made, and makes no two runs different)" if informative else ""
     head = f"manifest: {len(rows)} {'entry differs' if len(rows) == 1 else 'entries differ'}"
     return f"{head}\n{table(['  entry', *result.paths], [[f'  {r[0]}', *r[1:]] for r in rows])}{note}"
 

@@ -149,9 +149,7 @@ def _events(found: Columns) -> Iterator[Any]:
     measured = {name: values for name, values in found.items() if name != "step"}
     now = time.time()
     plugin = SummaryMetadata.PluginData(plugin_name="scalars")
-    first = {
-        name: SummaryMetadata(summary_description=_description(name), plugin_data=plugin) for name in measured
-    }
+    first = {name: SummaryMetadata(summary_description=_description(name), plugin_data=plugin) for name in measured}
     rows = zip(*(values.tolist() for values in measured.values()), strict=True)
     for step, row in zip(found["step"].tolist(), rows, strict=True):
         values = [

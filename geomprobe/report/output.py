@@ -39,6 +39,4 @@ def write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(
-            f"cannot write {path}: {error.strerror or error}. What was there before is untouched"
-        ) from error
+        raise RunError(f"cannot write {path}: {error.strerror or error}. What was there before is untouched") from error

@@ -46,7 +46,4 @@ def by_table(columns: Sequence[Columns]) -> dict[str, list[Columns]]:
 
 def column_names(columns: Sequence[Columns]) -> dict[str, tuple[str, ...]]:
     """The names of the columns of each table, in order."""
-    return {
-        table: tuple(name for each in group for name in each.columns)
-        for table, group in by_table(columns).items()
-    }
+    return {table: tuple(name for each in group for name in each.columns) for table, group in by_table(columns).items()}

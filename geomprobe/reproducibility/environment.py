@@ -206,9 +206,7 @@ def _plain(value: Any) -> Any:
     return repr(value)
 
 
-def require_same_start(
-    recorded: Mapping[str, Any], manifest: Mapping[str, Any], run: Path, doing: str
-) -> None:
+def require_same_start(recorded: Mapping[str, Any], manifest: Mapping[str, Any], run: Path, doing: str) -> None:
     """Refuse to replay a run, or to go on with it, where the script or the environment has changed.
 
     Args:
@@ -272,8 +270,7 @@ def require_same_kind(recorded: Mapping[str, Any], present: Mapping[str, Any], w
         EnvironmentMismatch: its class or the sizes of its groups differ.
     """
     before, now = (
-        (section["class"], [group["num_parameters"] for group in section["groups"]])
-        for section in (recorded, present)
+        (section["class"], [group["num_parameters"] for group in section["groups"]]) for section in (recorded, present)
     )
     if before != now:
         raise EnvironmentMismatch(

@@ -153,9 +153,7 @@ class StepFingerprint:
             table: [value for each in group for value in values[each.name]]
             for table, group in by_table(self.columns).items()
         }
-        return {"rng": values["rng step"]} | {
-            name: found[name] for name in ("weights", "optimizer", "buffers")
-        }
+        return {"rng": values["rng step"]} | {name: found[name] for name in ("weights", "optimizer", "buffers")}
 
     def differs_from(self, state: Mapping[str, Sequence[int]]) -> tuple[str, str] | None:
         """The first component and tensor whose `state` is now another one; None where none is."""

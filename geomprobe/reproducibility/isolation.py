@@ -132,9 +132,7 @@ def silence_hooks(leaves: Sequence[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def move_weights(
-    parameters: Sequence[Tensor], direction: Sequence[Tensor | None], step: float
-) -> Iterator[None]:
+def move_weights(parameters: Sequence[Tensor], direction: Sequence[Tensor | None], step: float) -> Iterator[None]:
     """Move the weights by ``step`` times ``direction`` inside, for a loss that runs the user's own model.
 
     They move to other memory, and the old memory is never written: putting it back is exact, whatever happens inside.

@@ -60,9 +60,7 @@ def atomic_hdf5(path: Path) -> Iterator[Any]:
         try:
             file = h5py.File(aside, "w", libver=_LIBVER)
         except OSError as error:
-            raise WriteFailed(
-                f"cannot create {aside}: {reason(error)}. Make room, or the folder, there"
-            ) from error
+            raise WriteFailed(f"cannot create {aside}: {reason(error)}. Make room, or the folder, there") from error
         try:
             yield file
             file.flush()

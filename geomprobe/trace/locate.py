@@ -167,9 +167,7 @@ def _nothing(path: Path, kind: str, headers: list[Header]) -> RunError:
     if kind == schema.TRACE_SCHEMA and (path / schema.RECORD_FILE).exists():
         return RunError(f"{path} was recorded, but not replayed yet. Run: geomprobe replay {path}")
     if kind == schema.TRACE_SCHEMA and headers:
-        return RunError(
-            f"{path} is still being recorded, or was cut off; it has no trace yet. Record it to the end"
-        )
+        return RunError(f"{path} is still being recorded, or was cut off; it has no trace yet. Record it to the end")
     if (path / schema.STREAM_DIR).is_dir():
         return RunError(f"{path} holds no rows yet: its first pass has only begun, or was cut off as it did")
     return RunError(f"{path} is no run of geomprobe. Make one: geomprobe record -o {path} train.py")

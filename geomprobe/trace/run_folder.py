@@ -50,14 +50,10 @@ class RunFolder:
                 "--resume to go on with a recording that was cut off, or --force to replace it."
             )
         if occupied and not self._is_run():
-            raise UsageError(
-                f"{self.path} is no run of geomprobe: --force will not empty it. Choose another."
-            )
+            raise UsageError(f"{self.path} is no run of geomprobe: --force will not empty it. Choose another.")
         with self.writing():
             if not force and (self.record.exists() or self._parts()):  # another was faster
-                raise UsageError(
-                    f"{self.path} has just been recorded by another process. Choose another folder."
-                )
+                raise UsageError(f"{self.path} has just been recorded by another process. Choose another folder.")
             self._remove(self.trace, self.record, self.checkpoints, *self._left_over())
             with self._dropped_if_empty():
                 yield

@@ -155,14 +155,10 @@ def _joined(parts: Sequence[Path], kind: str, stop: int | None, timeout_s: float
             found = f"{header.schema} version {header.schema_version}"
             raise RunError(f"{header.path} holds {found}, not {kind} version {schema.SCHEMA_VERSION}")
         if header.tables != headers[0].tables:
-            raise RunError(
-                f"{headers[0].path} and {header.path} hold different columns; they are of two runs"
-            )
+            raise RunError(f"{headers[0].path} and {header.path} hold different columns; they are of two runs")
     pieces = spans(headers) or [Span(headers[0], 0, 0)]
     if pieces[0].first_step != 0:
-        raise RunError(
-            f"{pieces[0].part.path} begins at step {pieces[0].first_step}; the steps before are missing"
-        )
+        raise RunError(f"{pieces[0].part.path} begins at step {pieces[0].first_step}; the steps before are missing")
     joined: list[Span] = []
     for piece in pieces:
         step = joined[-1].stop_step if joined else 0
@@ -182,9 +178,7 @@ def _blocks(joined: list[Span], size: int, timeout_s: float) -> Iterator[tuple[s
     """All rows of the parts in order, each block with the rows of the sealed file that it fills."""
     row = 0
     for span in joined:
-        part = stream_part(
-            span.part.path, start=span.start, stop=span.stop, block_rows=size, timeout_s=timeout_s
-        )
+        part = stream_part(span.part.path, start=span.start, stop=span.stop, block_rows=size, timeout_s=timeout_s)
         with part as (_, blocks):
             for block in blocks:
                 rows = slice(row, row + len(block["step"]))

@@ -72,9 +72,7 @@ def copy_reference(source: Path, file: Any, name: str) -> None:
         with h5py.File(source, "r") as reference:
             reference.copy(reference["/"], file, f"references/{escape(name)}")
     except FileNotFoundError as error:
-        raise RunError(
-            f"reference {name!r} is missing: {source} does not exist. Record the run again"
-        ) from error
+        raise RunError(f"reference {name!r} is missing: {source} does not exist. Record the run again") from error
 
 
 def read_reference(group: Any) -> dict[str, tuple[NDArray[Any], str]]:

@@ -82,9 +82,7 @@ def counted(folder: Path) -> dict[str, Calls]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--by-module", action="store_true", help="how often each module is entered, too")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -39,9 +39,7 @@ Batch = tuple[Tensor, Tensor]
 class GPT(nn.Module):
     """A decoder of the usual kind, with attention written out: fused kernels have no second derivative."""
 
-    def __init__(
-        self, vocabulary: int = 512, width: int = 128, heads: int = 4, depth: int = 4, length: int = 64
-    ):
+    def __init__(self, vocabulary: int = 512, width: int = 128, heads: int = 4, depth: int = 4, length: int = 64):
         super().__init__()
         self.heads = heads
         self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
@@ -85,9 +83,7 @@ def resnet() -> nn.Module:
 
 
 def mlp() -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10)
-    )
+    return nn.Sequential(nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
 
 
 def images(shape: tuple[int, ...]) -> Callable[[], Batch]:
@@ -221,9 +217,7 @@ def report(model: str, steps: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=48, help=f"measured steps, a multiple of {SPARSE}")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--alone", choices=LANES, help=argparse.SUPPRESS)

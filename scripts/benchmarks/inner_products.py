@@ -48,9 +48,7 @@ def in_float64(w: Sequence[Tensor], star: Sequence[Tensor], g: Sequence[Tensor])
     for x, y, z in zip(w, star, g, strict=True):
         a, b = z.double(), x.double()
         d = b - y.double()
-        total += torch.stack(
-            [(a * a).sum(), (b * a).sum(), (b * b).sum(), (a * d).sum(), (b * d).sum(), (d * d).sum()]
-        )
+        total += torch.stack([(a * a).sum(), (b * a).sum(), (b * b).sum(), (a * d).sum(), (b * d).sum(), (d * d).sum()])
     return total
 
 
@@ -82,9 +80,7 @@ def table(times: dict[str, float], results: dict[str, tuple[Tensor, int]], oracl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet18", help="a torchvision model (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=30, help="times each way is run (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default: %(default)s)")
@@ -108,8 +104,7 @@ def main() -> None:
         "naive": lambda: naive(w, star, g),
     }
     results = {
-        name: (products.measure(g).view(-1, 6)[0], products.scratch_bytes)
-        for name, products in measures.items()
+        name: (products.measure(g).view(-1, 6)[0], products.scratch_bytes) for name, products in measures.items()
     }
     results["naive"] = naive(w, star, g)
     print(

@@ -127,9 +127,7 @@ def ratio(seconds: Sequence[float], other: Sequence[float], every: int = 1) -> f
     return typical([a / b for a, b in zip(seconds, other, strict=True)], every)
 
 
-def alone(
-    script: str, *words: str, launcher: Sequence[str] = (), env: Mapping[str, str] | None = None
-) -> Any:
+def alone(script: str, *words: str, launcher: Sequence[str] = (), env: Mapping[str, str] | None = None) -> Any:
     """Run a script in a process of its own; gives what it prints last, read as JSON."""
     command = [sys.executable, *launcher, script, *words]
     package = str(Path(geomprobe.__file__).parents[1])

@@ -46,9 +46,7 @@ def batches(steps: int, size: int, shape: tuple[int, ...]) -> list[tuple[Tensor,
     return [few[i % 4] for i in range(steps)]
 
 
-def train(
-    data: list[tuple[Tensor, Tensor]], before_step: Callable[[nn.Module], None] | None = None
-) -> Iterator[None]:
+def train(data: list[tuple[Tensor, Tensor]], before_step: Callable[[nn.Module], None] | None = None) -> Iterator[None]:
     """The plain training loop, one step at a time."""
     lanes.seed_everything(0)
     model = resnet18()
@@ -103,15 +101,11 @@ def lane(name: str, folder: Path, data: list[tuple[Tensor, Tensor]]) -> lanes.La
     if name == "recording":
         return lanes.Lane(train_probed(data), lanes.recording(folder / name))
     options = {"curvature_every": 0, "compiled": name == "compiled"}
-    return lanes.Lane(
-        train_probed(data), lanes.replaying(folder / name, lambda: train_probed(data), **options)
-    )
+    return lanes.Lane(train_probed(data), lanes.replaying(folder / name, lambda: train_probed(data), **options))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--image", type=int, default=32, help="height and width")

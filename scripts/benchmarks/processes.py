@@ -69,9 +69,7 @@ def train(options: argparse.Namespace, data: list[tuple[Tensor, Tensor]], probed
         yield
 
 
-def lane(
-    name: str, folder: Path, options: argparse.Namespace, data: list[tuple[Tensor, Tensor]]
-) -> lanes.Lane:
+def lane(name: str, folder: Path, options: argparse.Namespace, data: list[tuple[Tensor, Tensor]]) -> lanes.Lane:
     """A training by its name, with the pass that it reports to."""
     training = partial(train, options, data)
     if name == "plain":
@@ -132,9 +130,7 @@ def rows(options: argparse.Namespace) -> Iterator[list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--parallel", choices=["ddp", "fsdp2"], nargs="+", default=["ddp", "fsdp2"])
     parser.add_argument("--steps", type=int, default=60)

@@ -78,9 +78,7 @@ def measured(folder: Path, epochs: int, jobs: int, rounds: int) -> tuple[Costs, 
     times: dict[str, list[float]] = {name: [] for name in options}
     for _ in range(rounds):
         for name, (n, count) in options.items():
-            times[name].append(
-                geomprobe_command("replay", "--force", "--jobs", str(count), str(folder / str(n)))
-            )
+            times[name].append(geomprobe_command("replay", "--force", "--jobs", str(count), str(folder / str(n))))
     shortest = {name: min(seconds) for name, seconds in times.items()}
     replay_epoch = (shortest["serial"] - shortest["one epoch"]) / (epochs - 1)
     record_epoch = (recordings[epochs] - recordings[1]) / (epochs - 1)
@@ -127,8 +125,7 @@ def train(epochs: int) -> Iterator[None]:
 def with_and_without(folder: Path, epochs: int) -> tuple[float, float, list[float]]:
     """Median seconds of an epoch with a checkpoint and without, and the ratios of neighbors."""
     trainings = {
-        every: lanes.Lane(train(epochs + 1), lanes.recording(folder / every, every))
-        for every in ("epoch", "never")
+        every: lanes.Lane(train(epochs + 1), lanes.recording(folder / every, every)) for every in ("epoch", "never")
     }
     times = lanes.take_turns(trainings, epochs, warm_up=1)
     for training in trainings.values():
@@ -155,9 +152,7 @@ def predictions(costs: Costs, epochs: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=200, help="of the run that is replayed")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3, help="of which the shortest time counts")

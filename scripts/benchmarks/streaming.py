@@ -85,9 +85,7 @@ def written(folder: Path, steps: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--alone", nargs=2, metavar=("PASS", "RUN"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -96,9 +94,7 @@ def main() -> None:
         one_pass(verb, run, arguments.steps[0])
         return
     with tempfile.TemporaryDirectory() as folder:
-        passes = [
-            passed(verb, Path(folder) / str(n), n) for n in arguments.steps for verb in ("record", "replay")
-        ]
+        passes = [passed(verb, Path(folder) / str(n), n) for n in arguments.steps for verb in ("record", "replay")]
         streams = {n: written(Path(tempfile.mkdtemp(dir=folder)), n) for n in arguments.steps}
     print(table(["pass", "steps", "time", "steps/s", "peak memory"], passes, right=[1, 2, 3, 4]), end="\n\n")
     rows = [

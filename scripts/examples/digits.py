@@ -78,9 +78,7 @@ def accuracy(model: nn.Module, loader: DataLoader[tuple[Tensor, int]]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=0.05)
@@ -105,9 +103,7 @@ def main() -> None:
             probe.backward(loss)
             optimizer.step()
         scheduler.step()
-        print(
-            f"epoch {epoch + 1:3d}  loss {loss.item():.4f}  held-out accuracy {accuracy(model, held_out):.3f}"
-        )
+        print(f"epoch {epoch + 1:3d}  loss {loss.item():.4f}  held-out accuracy {accuracy(model, held_out):.3f}")
 
 
 if __name__ == "__main__":

@@ -99,13 +99,9 @@ def held_out_loss(model: nn.Module, loader: DataLoader[tuple[Tensor, Tensor]], d
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parallel", choices=["ddp", "fsdp2"], default="ddp")
-    parser.add_argument(
-        "--modules", nargs="+", default=["asyncio", "email", "json"], help="of the standard library"
-    )
+    parser.add_argument("--modules", nargs="+", default=["asyncio", "email", "json"], help="of the standard library")
     parser.add_argument("--vocabulary", type=int, default=2000)
     parser.add_argument("--context", type=int, default=32, help="words of a piece of text")
     parser.add_argument("--features", type=int, default=64, help="numbers per word")
@@ -131,9 +127,7 @@ def main() -> None:
     sampler: DistributedSampler[Tensor] = DistributedSampler(data, world_size, rank, drop_last=True)
     loader = DataLoader(data, options.batch_size // world_size, sampler=sampler, drop_last=True)
     held_out = Windows(corpus.valid, options.context)
-    held_out_loader = DataLoader(
-        held_out, 64, sampler=DistributedSampler(held_out, world_size, rank, shuffle=False)
-    )
+    held_out_loader = DataLoader(held_out, 64, sampler=DistributedSampler(held_out, world_size, rank, shuffle=False))
 
     probe = geomprobe.attach(model, optimizer)
     for epoch in probe.epochs(options.epochs):

@@ -94,9 +94,7 @@ def make_optimizer(options: argparse.Namespace, model: nn.Module) -> Optimizer:
         return CLR(model.parameters(), max_lr=options.max_lr)
     if options.optimizer == "adam":
         return torch.optim.Adam(model.parameters(), betas=(0.9, 0.999), **common)
-    return torch.optim.SGD(
-        model.parameters(), momentum=0.9 if options.optimizer == "momentum" else 0, **common
-    )
+    return torch.optim.SGD(model.parameters(), momentum=0.9 if options.optimizer == "momentum" else 0, **common)
 
 
 def warmup_then_cosine(warmup: int, total: int) -> Callable[[int], float]:
@@ -120,9 +118,7 @@ def accuracy(model: nn.Module, loader: DataLoader[Any], device: str) -> float:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", choices=PAPER, default="cifar10")
     parser.add_argument("--data", default="data", help="the folder that the data set lies in")
     models = ["resnet18", "resnet50", "resnet152", "medium-mlp", "vgg16"]
@@ -161,9 +157,7 @@ def main() -> None:
     model = make_model(options).to(options.device)
     optimizer = make_optimizer(options, model)
     scheduler = None
-    if (
-        options.warmup is not None and options.optimizer != "clr"
-    ):  # CLR measures its rate: there is none to schedule
+    if options.warmup is not None and options.optimizer != "clr":  # CLR measures its rate: there is none to schedule
         steps = len(loader)
         scheduler = LambdaLR(optimizer, warmup_then_cosine(options.warmup * steps, options.epochs * steps))
 

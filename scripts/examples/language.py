@@ -47,9 +47,7 @@ def make_optimizer(options: argparse.Namespace, model: nn.Module) -> Optimizer:
     if options.optimizer == "adam":
         return torch.optim.Adam(model.parameters(), lr=options.lr, weight_decay=options.weight_decay)
     momentum = 0.9 if options.optimizer == "momentum" else 0
-    return torch.optim.SGD(
-        model.parameters(), lr=options.lr, momentum=momentum, weight_decay=options.weight_decay
-    )
+    return torch.optim.SGD(model.parameters(), lr=options.lr, momentum=momentum, weight_decay=options.weight_decay)
 
 
 def loss_of(model: nn.Module, words: Tensor, following: Tensor) -> Tensor:
@@ -67,9 +65,7 @@ def perplexity(model: nn.Module, held_out: list[tuple[Tensor, Tensor]]) -> float
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", choices=["wikitext2", "stdlib"], default="wikitext2")
     parser.add_argument("--data", default="data", help="the folder that wikitext-2 lies in")
     parser.add_argument("--modules", nargs="+", help="of the standard library; all by default")
@@ -109,9 +105,7 @@ def main() -> None:
             probe.backward(loss, closure=partial(loss_of, model, words, following))
             nn.utils.clip_grad_norm_(model.parameters(), options.clip)
             optimizer.step()
-        print(
-            f"epoch {epoch + 1:3d}  loss {loss.item():.4f}  held-out perplexity {perplexity(model, held_out):.2f}"
-        )
+        print(f"epoch {epoch + 1:3d}  loss {loss.item():.4f}  held-out perplexity {perplexity(model, held_out):.2f}")
 
 
 if __name__ == "__main__":

@@ -65,9 +65,7 @@ def accuracy(model: nn.Module, loader: DataLoader[Any], device: str) -> float:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", choices=PAPER, default="vaihingen")
     parser.add_argument("--data", default="data", help="the folder that Vaihingen's folders lie in")
     parser.add_argument("--model", choices=["unet", "segnet"], default="unet")
@@ -88,9 +86,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    loader = DataLoader(
-        make_data(options, train=True), options.batch_size, drop_last=True, num_workers=options.workers
-    )
+    loader = DataLoader(make_data(options, train=True), options.batch_size, drop_last=True, num_workers=options.workers)
     held_out = DataLoader(make_data(options, train=False), options.batch_size, num_workers=options.workers)
     make_model = {"unet": UNet, "segnet": SegNet}[options.model]
     model = make_model(CLASSES[options.dataset], width=options.width).to(options.device)

@@ -124,9 +124,7 @@ def draw_curves(sweep: Sweep, found: Results) -> Figure:
             for panel, values in ((upper, curves.loss), (lower, 100 * (1 - curves.accuracy))):
                 epoch = np.arange(1, values.shape[1] + 1)
                 panel.plot(epoch, values.mean(0), method.style, color=method.color, label=method.name, lw=1.3)
-                panel.fill_between(
-                    epoch, values.min(0), values.max(0), color=method.color, alpha=0.15, linewidth=0
-                )
+                panel.fill_between(epoch, values.min(0), values.max(0), color=method.color, alpha=0.15, linewidth=0)
         for panel in (upper, lower):
             panel.set_yscale("log")
         upper.set_title(TITLES[task], fontsize="medium")
@@ -147,9 +145,7 @@ def draw_rates(sweep: Sweep, found: Results) -> Figure:
             curves = found[task, method]
             epoch = np.arange(1, curves.rate.shape[1] + 1)
             low, high = curves.least_rate.min(0), curves.greatest_rate.max(0)
-            panel.plot(
-                epoch, curves.rate.mean(0), method.style, color=method.color, label=method.name, lw=1.3
-            )
+            panel.plot(epoch, curves.rate.mean(0), method.style, color=method.color, label=method.name, lw=1.3)
             panel.fill_between(epoch, low, high, color=method.color, alpha=0.15, linewidth=0)
         panel.set_yscale("log")
         panel.set_title(TITLES[task], fontsize="medium")

@@ -75,9 +75,7 @@ def draw_elsewhere(experiment: Elsewhere, figure: Path) -> None:
         code = subprocess.run(command, check=False).returncode
         if code:
             words = " ".join(experiment.command)
-            raise RunFailed(
-                f"{experiment.name}: python scripts/experiments {words} ended with exit code {code}"
-            )
+            raise RunFailed(f"{experiment.name}: python scripts/experiments {words} ended with exit code {code}")
         (Path(folder) / experiment.figure).rename(figure)
     print(f"Wrote {figure}", flush=True)
 
@@ -147,22 +145,16 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         command = verbs.add_parser(name, help=(verb.__doc__ or "").splitlines()[0])
         command.set_defaults(verb=verb)
         command.add_argument("--scale", choices=SCALES, default="paper", help="default: paper")
-        command.add_argument(
-            "-o", "--output", type=Path, default=Path("runs/papers"), help="folder of the runs"
-        )
+        command.add_argument("-o", "--output", type=Path, default=Path("runs/papers"), help="folder of the runs")
         if name != "list":
             command.add_argument("--jobs", type=int, default=1, help="trainings at a time (default: 1)")
         if name == "run":
             command.add_argument("experiment", choices=EXPERIMENTS, metavar="EXPERIMENT")
             command.add_argument("--figure", type=Path, help="the PNG to draw (default: beside the runs)")
         if name == "gallery":
-            command.add_argument(
-                "--page", type=Path, default=GALLERY / "papers.md", help="the figures are beside it"
-            )
+            command.add_argument("--page", type=Path, default=GALLERY / "papers.md", help="the figures are beside it")
 
-    figures = verbs.add_parser(
-        "figure", help="Draw figures of runs that you name, or of trainings on digits."
-    )
+    figures = verbs.add_parser("figure", help="Draw figures of runs that you name, or of trainings on digits.")
     kinds = figures.add_subparsers(required=True)
     for paper, module in (("nwt", nwt), ("cg", cg)):
         command = kinds.add_parser(paper, description=module.__doc__, **form)
@@ -173,9 +165,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     for name, module in ON_DIGITS.items():
         command = kinds.add_parser(name, description=module.__doc__, **form)
         command.set_defaults(verb=draw_on_digits, module=module)
-        command.add_argument(
-            "-o", "--output", type=Path, default=Path("docs/gallery"), help="folder of the figures"
-        )
+        command.add_argument("-o", "--output", type=Path, default=Path("docs/gallery"), help="folder of the figures")
         command.add_argument("--runs", type=Path, default=Path("runs") / name, help="folder of the runs")
         command.add_argument("--quick", action="store_true", help="tiny runs, to see that all works")
         if module is theory:

@@ -78,9 +78,7 @@ def section(experiment: Experiment | Elsewhere, scale: str, root: Path) -> str:
         command = f"`python scripts/experiments {' '.join(experiment.command)}`"
         seen = f"see [the page of its own]({experiment.page})."
     else:
-        seen = account(experiment, scale, root) + (
-            f" {found().get(experiment.name, '')}" if scale == "tiny" else ""
-        )
+        seen = account(experiment, scale, root) + (f" {found().get(experiment.name, '')}" if scale == "tiny" else "")
     figure = f"![{experiment.name}]({figure_of(experiment)})"
     texts = [fill(text.strip(), 120) for text in (f"*The paper*: {experiment.paper}", f"*Here*: {seen}")]
     return "\n\n".join([f"## {experiment.name}", command, figure, *texts]) + "\n"

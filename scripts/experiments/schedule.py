@@ -105,9 +105,7 @@ def draw(chosen: dict[str, Rates], found: Results) -> Figure:
             x = np.arange(1, epochs + 1)
             panel.plot(x, values.mean(0), way.style, color=way.color, label=way.name, lw=1.3)
             panel.fill_between(x, values.min(0), values.max(0), color=way.color, alpha=0.15, linewidth=0)
-    for panel, name in zip(
-        panels, ("learning rate", "training loss (nats)", "held-out error (%)"), strict=True
-    ):
+    for panel, name in zip(panels, ("learning rate", "training loss (nats)", "held-out error (%)"), strict=True):
         panel.set_ylabel(name)
         panel.set_xlabel("epochs trained")
     loss.set_yscale("log")

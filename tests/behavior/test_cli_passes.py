@@ -161,9 +161,7 @@ def test_a_replay_that_differs_says_where_and_in_what(once, other):
 def test_a_script_that_fails_in_its_replay_alone_leaves_what_was_measured(once, other, rows):
     (once / "run" / "trace.h5").unlink(missing_ok=True)
     result = run("replay", "run", "--force", cwd=once, env={"OTHER": other})
-    failed(
-        result, 1, "train.py raised", "Traceback", "It did not when it was recorded", "geomprobe inspect run"
-    )
+    failed(result, 1, "train.py raised", "Traceback", "It did not when it was recorded", "geomprobe inspect run")
     if rows:
         assert (open_trace(once / "run").status, open_trace(once / "run").num_steps) == ("incomplete", rows)
     assert run("replay", "run", "--force", cwd=once).code == 0
@@ -224,8 +222,7 @@ def test_a_script_that_does_not_train_is_told(folder):
 def test_an_operation_without_a_deterministic_form_points_at_no_strict(folder):
     script(
         folder,
-        f"{TRAINING}\nfor _ in range(3):\n    step()\n"
-        "    torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))",
+        f"{TRAINING}\nfor _ in range(3):\n    step()\n    torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))",
     )
     words = "line 14, in <module>", "RuntimeError: put_ does not have a deterministic implementation"
     failed(run("record", "-o", "run", "train.py", cwd=folder), 1, *words, "`geomprobe record --no-strict`")
@@ -441,9 +438,7 @@ def disk(tmp_path):
     """A disk of four megabytes, and a function that leaves so many bytes of it free."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk], check=False, capture_output=True
-    )
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk], check=False, capture_output=True)
     if mounted.returncode:
         pytest.skip("mounting a small disk is not allowed here")
 

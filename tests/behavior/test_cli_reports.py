@@ -126,9 +126,7 @@ def test_an_interrupt_exits_as_shells_count_it(monkeypatch, capsys):
     assert capsys.readouterr().err == "geomprobe inspect: interrupted\n"
 
 
-@pytest.mark.parametrize(
-    "argv", [[], ["dance"], ["plot", "runs/a"], ["diff", "runs/a"], ["verify", "runs/a", "--js"]]
-)
+@pytest.mark.parametrize("argv", [[], ["dance"], ["plot", "runs/a"], ["diff", "runs/a"], ["verify", "runs/a", "--js"]])
 def test_wrong_usage_exits_with_2(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(argv)
@@ -160,9 +158,7 @@ def test_the_list_of_verbs_gives_each_docstrings_first_line():
 
 
 def subprocess_run(code, *argv, **options):
-    return subprocess.run(
-        [sys.executable, "-c", code, *argv], capture_output=True, text=True, timeout=120, **options
-    )
+    return subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, timeout=120, **options)
 
 
 def test_the_reports_run_without_torch(tmp_path, run):

@@ -82,9 +82,7 @@ EVERYWHERE = {"two samples swapped", "an ulp in a weight", "another momentum", "
 @pytest.mark.parametrize(
     ("name", "style", "step"),
     [
-        pytest.param(
-            name, style, step, marks=() if style == "batches" or name in EVERYWHERE else pytest.mark.slow
-        )
+        pytest.param(name, style, step, marks=() if style == "batches" or name in EVERYWHERE else pytest.mark.slow)
         for name in FAULTS
         for style, step in (("batches", DEEP), ("attach", 3), ("unmodified", DEEP))
     ],
@@ -107,9 +105,7 @@ def test_an_ulp_in_a_state_of_adam_is_caught(recorded, tmp_path, style, moment):
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_a_label_that_changed_is_the_batch_where_it_is_shown_and_the_loss_elsewhere(
-    recorded, tmp_path, style
-):
+def test_a_label_that_changed_is_the_batch_where_it_is_shown_and_the_loss_elsewhere(recorded, tmp_path, style):
     fault = at_step(DEEP, "fetch", lambda t: t.data.y.add_(1).remainder_(3))
     found, run = diverge(recorded, tmp_path, style, fault, momentum=0.9)
     expected = ("batch", "fetched") if style == "batches" else ("loss", "loss")

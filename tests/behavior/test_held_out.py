@@ -30,9 +30,7 @@ STEPS = EPOCHS * IN_EPOCH
 
 def network() -> nn.Module:
     """BatchNorm and dropout: what a second evaluation could leave a trace in."""
-    return nn.Sequential(
-        nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 3)
-    ).double()
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 3)).double()
 
 
 def samples(count: int, seed: int) -> TensorDataset:
@@ -351,9 +349,7 @@ def test_a_full_gradient_without_epochs_is_refused(tmp_path: Path) -> None:
 def test_a_loss_without_a_graph_is_refused(done: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     training, _, path = done
     monkeypatch.setattr(Training, "loss_of", lambda *_: lambda batch: 0.5)
-    with pytest.raises(
-        UsageError, match=r"probe\.held_out returned 0\.5: it must be one number, as a tensor"
-    ):
+    with pytest.raises(UsageError, match=r"probe\.held_out returned 0\.5: it must be one number, as a tensor"):
         geomprobe.replay(training, path, held_out_every=1, force=True)
 
 

@@ -128,9 +128,7 @@ def test_a_recording_killed_at_any_moment_leaves_only_right_rows(whole, tmp_path
     luck, folder = random.Random(trials), tmp_path / "run"
     command = "record", "--force", "--seed", 0, "-o", folder, "train.py"
     for _ in range(trials):
-        seen = kill_at_random(
-            whole, whole.record_s, luck, *command, rows=lambda: rows_of(open_record, folder)
-        )
+        seen = kill_at_random(whole, whole.record_s, luck, *command, rows=lambda: rows_of(open_record, folder))
         readable = assert_record_right(whole, folder, seen)
         assert_inspected(whole, folder, readable)
     assert run(*command, cwd=whole.folder).code == 0

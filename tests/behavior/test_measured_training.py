@@ -57,9 +57,7 @@ class Measured:
             assert all(p.grad is v for p, v in zip(self.parameters, vectors, strict=True))
 
 
-def train(
-    route: str | None, build: Callable[[], nn.Module], shape, *, steps=4, prepare=None, **options
-) -> Trace:
+def train(route: str | None, build: Callable[[], nn.Module], shape, *, steps=4, prepare=None, **options) -> Trace:
     torch.manual_seed(11)
     random.seed(1)
     np.random.seed(1)

@@ -126,9 +126,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.slow if "," in case else ()) for case in CASES]
-)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if "," in case else ()) for case in CASES])
 def test_hg_columns_equal_the_dense_hessian_along_the_path(case, tmp_path):
     trace = geomprobe.two_pass(CASES[case](), tmp_path / "run", seed=0)
     hg_norm, g_hg = oracle(CASES[case])

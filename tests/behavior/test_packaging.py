@@ -34,9 +34,7 @@ NOT_OF_THE_SOURCE = shutil.ignore_patterns(".*", "runs", "data", "build", "dist"
 
 def run(*command: str | Path, folder: Path) -> str:
     """What a command prints, without what this process has on its import path."""
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
-        "OMP_NUM_THREADS": "1"
-    }
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{command} gave {done.returncode}:\n{done.stdout}{done.stderr}"
     return done.stdout
@@ -49,9 +47,7 @@ def environment(folder: Path, installed: str | Path, *options: str) -> Path:
     where = "import sysconfig; print(sysconfig.get_path('purelib'))"
     own = Path(run(commands / "python", "-c", where, folder=folder).strip())
     others = [path for path in sys.path if path.endswith("site-packages")]
-    (own / "others.pth").write_text(
-        "\n".join(others)
-    )  # as paths alone: their own .pth files are not followed
+    (own / "others.pth").write_text("\n".join(others))  # as paths alone: their own .pth files are not followed
     pip = [
         "-m",
         "pip",

@@ -317,10 +317,7 @@ def test_clipping_what_is_not_measured_does_not_count_and_asking_for_it_is_refus
 
 def test_after_a_pass_torchs_functions_are_its_own_again(tmp_path: Path) -> None:
     def owned() -> list[Any]:
-        cells = [
-            f.__closure__[0].cell_contents
-            for f in (clip_grad_value_, nn.utils.clip_grad._clip_grads_with_norm_)
-        ]
+        cells = [f.__closure__[0].cell_contents for f in (clip_grad_value_, nn.utils.clip_grad._clip_grads_with_norm_)]
         names = ("__init__", "scale", "step", "unscale_")
         return cells + [vars(torch.amp.GradScaler)[name] for name in names] + [vars(OwnScaler)["scale"]]
 

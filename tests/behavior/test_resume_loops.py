@@ -201,9 +201,7 @@ LOOPS = [
     [
         *(pytest.param(loops, "2steps", id=f"2steps-{loops.__name__}") for loops in LOOPS),
         *(
-            pytest.param(
-                loops, "epoch", id=f"epoch-{loops.__name__}", marks=() if telling else pytest.mark.slow
-            )
+            pytest.param(loops, "epoch", id=f"epoch-{loops.__name__}", marks=() if telling else pytest.mark.slow)
             for loops in LOOPS
             for telling in [loops is loader_of_each_epoch]
         ),
@@ -418,9 +416,7 @@ def test_a_reference_from_elsewhere_cannot_take_the_name_of_one_of_the_run(tmp_p
 
 
 @pytest.mark.parametrize("name", ["final", "ones"])
-def test_an_earlier_trace_is_kept_where_a_reference_from_elsewhere_is_wrong(
-    tmp_path: Path, name: str
-) -> None:
+def test_an_earlier_trace_is_kept_where_a_reference_from_elsewhere_is_wrong(tmp_path: Path, name: str) -> None:
     training, run = Training(no_epochs), tmp_path / "run"
     geomprobe.two_pass(training, run, seed=1)
     before = (run / "trace.h5").read_bytes()

@@ -78,9 +78,7 @@ def test_the_file_holds_those_columns_and_no_others(both: Both) -> None:
     with h5py.File(both.path / "trace.h5", "r") as file:
         found = datasets(file)
     left_out = {"step", *OF_THE_HESSIAN}  # every group names its dimension scale
-    assert {path for path in found if path.split("/")[-1] not in left_out} == set(both.wanted) - {
-        "steps/step"
-    }
+    assert {path for path in found if path.split("/")[-1] not in left_out} == set(both.wanted) - {"steps/step"}
 
 
 def datasets(group: Any, prefix: str = "") -> set[str]:

@@ -323,9 +323,7 @@ def test_a_module_is_known_by_its_file_without_importing_its_package(tmp_path: P
 
 
 def test_a_script_with_attach_runs_by_itself_and_loads_no_hdf5(tmp_path: Path) -> None:
-    attached = TRAIN.replace(
-        "log = []", "import geomprobe\nprobe = geomprobe.attach(model, optimizer)\nlog = []"
-    )
+    attached = TRAIN.replace("log = []", "import geomprobe\nprobe = geomprobe.attach(model, optimizer)\nlog = []")
     attached += "\nimport sys\nprint(probe.active, 'h5py' in sys.modules)\n"
     (tmp_path / "network.py").write_text(MODEL)
     (tmp_path / "train.py").write_text(attached)

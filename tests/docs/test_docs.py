@@ -25,17 +25,13 @@ def verbs() -> dict[str, argparse.ArgumentParser]:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_option_is_in_the_command_line_reference(verb):
-    page = (
-        (ROOT / "docs" / "cli.md").read_text().partition(f"\n## geomprobe {verb}\n")[2].partition("\n## ")[0]
-    )
+    page = (ROOT / "docs" / "cli.md").read_text().partition(f"\n## geomprobe {verb}\n")[2].partition("\n## ")[0]
     options = [name for action in verbs()[verb]._actions for name in action.option_strings]
     assert page
     assert [name for name in options if name not in page] == []
 
 
-@pytest.mark.skipif(
-    sys.version_info[:2] not in ((3, 11), (3, 12)), reason="argparse words its help by version"
-)
+@pytest.mark.skipif(sys.version_info[:2] not in ((3, 11), (3, 12)), reason="argparse words its help by version")
 def test_the_command_line_reference_is_up_to_date():
     done = python(ROOT / "scripts" / "make_cli_docs.py", "--check")
     assert done.code == 0, done.err
@@ -72,9 +68,7 @@ def _in_toctrees(pages):
         trees = [block.text for block in blocks(page.read_text()) if block.info == "{toctree}"]
         for line in "".join(trees).splitlines():
             if line and not line.startswith(":"):
-                yield (
-                    (page.parent / (line.partition("<")[2].rstrip(">") or line)).with_suffix(".md").resolve()
-                )
+                yield ((page.parent / (line.partition("<")[2].rstrip(">") or line)).with_suffix(".md").resolve())
 
 
 @pytest.mark.parametrize("module", ["geomprobe", "geomprobe.corridor"])

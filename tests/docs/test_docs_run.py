@@ -53,9 +53,7 @@ def run(command: list[str], folder: Path, codes: tuple[int, ...] = (0,)) -> str:
     """What the command prints, in a terminal where `python` and `geomprobe` are those of the tests."""
     with shims() as programs:
         environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
-        done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-        )
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode in codes, f"{command} gave {done.returncode}:\n{done.stdout}{done.stderr}"
     return done.stdout
 
@@ -189,9 +187,7 @@ def test_command_lines_do_what_they_say(line, prepared, tmp_path):
 @pytest.mark.slow
 def test_the_quickstart_ends_in_a_certified_trace_and_a_figure(tmp_path):
     folder = tmp_path / "digits"
-    done = subprocess.run(
-        ["sh", "scripts/quickstart.sh", str(folder)], cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run(["sh", "scripts/quickstart.sh", str(folder)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     trace = geomprobe.open_trace(folder)
     page = (ROOT / "docs" / "start-here.md").read_text()

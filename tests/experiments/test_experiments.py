@@ -34,9 +34,7 @@ def test_every_figure_of_the_papers_has_an_experiment():
     expected = {("nwt", str(n)) for n in range(1, 15)} | {("cg", str(n)) for n in range(1, 10)}
     assert figures == expected
     panels = {name for name in catalog() if name.startswith("nwt-fig1-")}
-    assert panels == {
-        f"nwt-fig1-{what}" for what in ("depth-width", "batch-size", "optimizer", "architecture")
-    }
+    assert panels == {f"nwt-fig1-{what}" for what in ("depth-width", "batch-size", "optimizer", "architecture")}
 
 
 def test_there_are_experiments_on_what_the_papers_leave_open():
@@ -112,9 +110,7 @@ def test_medium_mlp_and_resnet_18_2_have_about_as_many_parameters_at_both_scales
         return sum(parameter.numel() for parameter in model.parameters())
 
     assert size(medium_mlp()) == pytest.approx(size(resnet(18, width=2)), rel=0.05)
-    assert size(medium_mlp(inputs=192, width=MLP_WIDTH)) == pytest.approx(
-        size(resnet(18, width=2 * WIDTH)), rel=0.05
-    )
+    assert size(medium_mlp(inputs=192, width=MLP_WIDTH)) == pytest.approx(size(resnet(18, width=2 * WIDTH)), rel=0.05)
 
 
 def test_the_budgets_references_end_with_epochs_at_both_scales():
@@ -128,9 +124,7 @@ def test_figures_share_their_runs_and_no_two_runs_share_a_folder():
     names = {run.name for run in runs}
     facts = {(run.script, *run.arguments, run.seed, run.hg, run.reference_steps) for run in runs}
     assert len(names) == len(facts) < len(runs)
-    by_name = {
-        name: experiment.at("tiny") for name, experiment in catalog().items() if hasattr(experiment, "at")
-    }
+    by_name = {name: experiment.at("tiny") for name, experiment in catalog().items() if hasattr(experiment, "at")}
     assert by_name["nwt-fig1-optimizer"] == by_name["nwt-fig8"] == by_name["nwt-fig12"]
 
 
@@ -200,9 +194,7 @@ def small(tmp_path, monkeypatch):
     return command_line.main, tmp_path / "runs" / run.name
 
 
-def test_a_killed_experiment_continues_by_the_same_line_and_a_finished_one_is_only_drawn(
-    tmp_path, small, capfd
-):
+def test_a_killed_experiment_continues_by_the_same_line_and_a_finished_one_is_only_drawn(tmp_path, small, capfd):
     main, folder = small
     figure = tmp_path / "small.png"
     line = ["run", "small", "-o", str(tmp_path / "runs"), "--figure", str(figure)]

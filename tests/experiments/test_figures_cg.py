@@ -20,9 +20,7 @@ def seeds(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cg")
     runs = [write_run(folder / f"seed-{seed}", train(steps=60, seed=seed)) for seed in range(3)]
     for number, run in enumerate(runs):
-        said = [
-            f"epoch {1 + epoch:3d}  loss 0.1  held-out accuracy 0.{7 + epoch}{number}" for epoch in range(3)
-        ]
+        said = [f"epoch {1 + epoch:3d}  loss 0.1  held-out accuracy 0.{7 + epoch}{number}" for epoch in range(3)]
         run.with_name(f"{run.name}.log").write_text("\n".join(["Wrote it.", *said]) + "\n")
         with h5py.File(run / "trace.h5", "r+") as file:
             for name in ("hg_norm", "corridor_residual", "relative_residual"):

@@ -86,9 +86,7 @@ def test_distances_are_drawn_to_the_end(run):
         np.testing.assert_allclose(draw({"a": [run]}).axes[0].lines[0].get_ydata(), expected)
 
 
-def test_budgets_are_cosines_against_references_up_to_each_without_its_last_epoch(
-    tmp_path, monkeypatch, history
-):
+def test_budgets_are_cosines_against_references_up_to_each_without_its_last_epoch(tmp_path, monkeypatch, history):
     from support.sealed_runs import write_trace
 
     run = write_run(tmp_path / "a", history, trace=False)

@@ -67,9 +67,7 @@ def test_the_manifest_says_how_parameters_are_sharded(tmp_path: Path) -> None:
     found = open_trace(tmp_path / "run").manifest["ranks"]
     assert found["meshes"] == [[[3], []]]
     assert found["values"] == [9 + 3 + 7 + 1, 9 + 3, 3 + 1]  # shards of 7x3, 7, 1x7 and 1 values
-    assert found["fsdp"] == [
-        {"class": "Sequential", "values": 36, "param_dtype": "None", "reduce_dtype": "None"}
-    ]
+    assert found["fsdp"] == [{"class": "Sequential", "values": 36, "param_dtype": "None", "reduce_dtype": "None"}]
 
 
 @pytest.mark.slow
@@ -118,9 +116,7 @@ def test_nccl_settings_that_changed_between_the_passes_are_refused_by_name(
     monkeypatch.setenv(name, "1")
     geomprobe.record(train, tmp_path / "run", seed=0).close()
     monkeypatch.setenv(name, "2")
-    with pytest.raises(
-        EnvironmentMismatch, match=f"recorded with environment.{name} = '1', but here it is '2'"
-    ):
+    with pytest.raises(EnvironmentMismatch, match=f"recorded with environment.{name} = '1', but here it is '2'"):
         geomprobe.replay(train, tmp_path / "run")
 
 

@@ -31,9 +31,7 @@ SMALL = [
 def launched(processes: int, *command: str) -> str:
     """What a command says, run by as many processes."""
     torchrun = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        if processes > 1
-        else []
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
     )
     done = subprocess.run([sys.executable, *torchrun, *command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

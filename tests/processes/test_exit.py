@@ -74,9 +74,7 @@ def test_threads_of_a_process_group_end_before_the_interpreter(tmp_path: Path, t
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(8, marks=pytest.mark.slow)])
-def test_a_script_that_leaves_its_group_is_recorded_and_its_processes_end_in_order(
-    tmp_path: Path, times: int
-) -> None:
+def test_a_script_that_leaves_its_group_is_recorded_and_its_processes_end_in_order(tmp_path: Path, times: int) -> None:
     (tmp_path / "train.py").write_text(TRAINING)
     for i in range(times):
         for code, said in run(tmp_path, "-m", "geomprobe", "record", "-o", f"run{i}", "train.py"):

@@ -83,9 +83,7 @@ def assert_readable(run: Path, steps: int) -> None:
         pytest.param("FSDP2", 0, stopped, marks=pytest.mark.slow),
     ],
 )
-def test_a_rank_that_is_gone_stops_the_others_and_is_named(
-    tmp_path: Path, kind: str, rank: int, trouble: Any
-) -> None:
+def test_a_rank_that_is_gone_stops_the_others_and_is_named(tmp_path: Path, kind: str, rank: int, trouble: Any) -> None:
     said = troubled(3, tmp_path / "run", kind, (rank, 5), trouble)
     for other, (code, text) in enumerate(said):
         if other != rank:
@@ -104,18 +102,14 @@ def test_a_rank_that_is_gone_stops_the_others_and_is_named(
         pytest.param("FSDP2", 2, marks=pytest.mark.slow),
     ],
 )
-def test_a_rank_that_hangs_stops_all_and_the_error_says_where_it_stands(
-    tmp_path: Path, kind: str, rank: int
-) -> None:
+def test_a_rank_that_hangs_stops_all_and_the_error_says_where_it_stands(tmp_path: Path, kind: str, rank: int) -> None:
     began = time.monotonic()
     said = troubled(3, tmp_path / "run", kind, (rank, 5), hung)
     assert time.monotonic() - began < PATIENCE_S + 30
     for other, (code, text) in enumerate(said):
         assert code == 1
         assert f"rank {other} stops: the run has stood still for " in text
-        assert (
-            f"because of rank {rank}: rank {rank} stands at step 5, with its batch, test_failure.py:" in text
-        )
+        assert f"because of rank {rank}: rank {rank} stands at step 5, with its batch, test_failure.py:" in text
     assert ", in hung\n" in said[rank][1]  # where its main thread stood
     assert_readable(tmp_path / "run", 5)
 
@@ -152,9 +146,7 @@ def test_torchrun_names_a_killed_rank_and_ends_the_others(tmp_path: Path) -> Non
         "Training('DDP', place=(1, 5), trouble=killed, pause=0.4)()\n"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "geomprobe"]
-    done = subprocess.run(
-        [*torchrun, "record", "-o", "run", "train.py"], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = subprocess.run([*torchrun, "record", "-o", "run", "train.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     cause = done.stderr.partition("Root Cause")[2]
     assert "rank      : 1 " in cause
@@ -188,9 +180,7 @@ WAITING, LATE = Place(7, 4, False, "train.py:9", 0.0), Place(7, 1, False, "data.
 def test_a_process_that_moves_holds_no_one_up_however_long_the_others_wait_for_it() -> None:
     detector = FailureDetector(2, patience=10.0)
     for number in range(1000):
-        detector.add(
-            {0: Heartbeat(number, WAITING._replace(still=float(number))), 1: Heartbeat(number, LATE)}, 1.0
-        )
+        detector.add({0: Heartbeat(number, WAITING._replace(still=float(number))), 1: Heartbeat(number, LATE)}, 1.0)
         assert detector.verdict() is None
 
 

@@ -29,11 +29,7 @@ CASES = [
     Case("fsdp", closure=True, parts=2),
     Case("fsdp kept", dtype=torch.float32, every=2),
     Case("fsdp sum", optimizer="adam"),
-    *(
-        [Case("fsdp unused", model="sometimes")]
-        if hasattr(FSDPModule, "set_reduce_scatter_unused_params")
-        else []
-    ),
+    *([Case("fsdp unused", model="sometimes")] if hasattr(FSDPModule, "set_reduce_scatter_unused_params") else []),
     Case("fsdp", scale=1024.0, parts=2),
 ]
 EVERYWHERE = [
@@ -81,9 +77,7 @@ RUNS = pytest.mark.parametrize(
 
 
 @RUNS
-def test_every_column_is_that_of_one_process_on_the_global_batch(
-    found: Found, world: int, case: Case
-) -> None:
+def test_every_column_is_that_of_one_process_on_the_global_batch(found: Found, world: int, case: Case) -> None:
     expected = brute_force(case, world)
     path = found[world, case][0][1]
     rows = np.array(path.rows)
@@ -112,9 +106,7 @@ def test_every_rank_has_the_same_row(found: Found, world: int, case: Case) -> No
 
 
 @RUNS
-def test_measuring_leaves_the_trajectory_and_its_exchanges_as_they_are(
-    found: Found, world: int, case: Case
-) -> None:
+def test_measuring_leaves_the_trajectory_and_its_exchanges_as_they_are(found: Found, world: int, case: Case) -> None:
     for plain, path in found[world, case]:
         assert torch.equal(plain.final, path.final)
         assert plain.beside == path.beside
@@ -125,9 +117,7 @@ def test_measuring_leaves_the_trajectory_and_its_exchanges_as_they_are(
     [(1, PLAIN[0], 0), (1, PLAIN[1], 0), (2, PLAIN[0], 1), (2, PLAIN[1], 9 + 1), (4, MESHES[2], 9 + 1)],
     ids=named,
 )
-def test_a_row_takes_one_all_reduce_of_its_sums_and_the_loss(
-    found: Found, world: int, case: Case, count: int
-) -> None:
+def test_a_row_takes_one_all_reduce_of_its_sums_and_the_loss(found: Found, world: int, case: Case, count: int) -> None:
     for _, path in found[world, case]:
         assert path.sent[1:] == [[("all_reduce", 8 * count)] if count else []] * 4
 

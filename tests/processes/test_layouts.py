@@ -101,9 +101,7 @@ def test_where_one_rank_has_no_hg_all_leave_it_out_and_train_on_as_before(
 def test_a_wrong_closure_on_one_rank_stops_all_and_the_others_name_it(found: list[dict[str, Any]]) -> None:
     said = [rank["wrong_closure"] for rank in found]
     assert [name for name, _ in said] == ["ElsewhereFailed", "ClosureMismatch", "ElsewhereFailed"]
-    assert said[0][1].startswith(
-        "This process stops because rank 1 failed: The closure returned another loss"
-    )
+    assert said[0][1].startswith("This process stops because rank 1 failed: The closure returned another loss")
 
 
 def test_gradients_that_no_one_averaged_have_no_global_hessian(found: list[dict[str, Any]]) -> None:

@@ -16,15 +16,11 @@ from support.same_file import assert_same
 from geomprobe import Trace, open_trace
 from geomprobe.trace.record import open_record
 
-MIXED = Case(
-    "", autocast=True, scaled=True, overflow_at=(0, 4), clip="norm", measured={"before_clipping": True}
-)
+MIXED = Case("", autocast=True, scaled=True, overflow_at=(0, 4), clip="norm", measured={"before_clipping": True})
 ACCUMULATED = Case("", "SGD, for-loop", scaled=True, overflow_at=(2, 7), parts=2)
 LOW = Case("", "float32 state", dtype=torch.bfloat16)
 COMPILED = Case("", "Adam, for-loop", compiled="model and step")
-DOUBLE = Case(
-    "", "SGD, fused", torch.float64, scaled=True, overflow_at=(2,), parts=2, sync_each=True, clip="value"
-)
+DOUBLE = Case("", "SGD, fused", torch.float64, scaled=True, overflow_at=(2,), parts=2, sync_each=True, clip="value")
 
 QUICK = [
     replace(MIXED, kind="DDP", segmented=True),
@@ -93,17 +89,13 @@ def test_a_replay_in_any_precision_is_certified(runs: Runs, case: Case) -> None:
 
 
 @EACH
-def test_without_geomprobe_and_in_both_passes_the_weights_end_bitwise_the_same(
-    runs: Runs, case: Case
-) -> None:
+def test_without_geomprobe_and_in_both_passes_the_weights_end_bitwise_the_same(runs: Runs, case: Case) -> None:
     finals = {final for found in runs[case][0] for final in found.finals}
     assert len(finals) == 1
 
 
 @EACH
-def test_attempted_and_applied_steps_are_counted_apart_and_alike_on_every_rank(
-    runs: Runs, case: Case
-) -> None:
+def test_attempted_and_applied_steps_are_counted_apart_and_alike_on_every_rank(runs: Runs, case: Case) -> None:
     found, trace = runs[case]
     skipped = len(case.overflow_at)
     for of_rank in found:
@@ -150,9 +142,7 @@ def tolerance(case: Case) -> float:
     [QUICK[-1], *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW if not case.has_hg)],
     ids=str,
 )
-def test_where_a_compiled_model_has_no_hg_the_reason_is_told_and_all_else_measured(
-    runs: Runs, case: Case
-) -> None:
+def test_where_a_compiled_model_has_no_hg_the_reason_is_told_and_all_else_measured(runs: Runs, case: Case) -> None:
     trace = runs[case][1]
     assert "comes from torch.compile" in trace.manifest["measure"]["curvature"]["missing"]
     assert np.isfinite(trace["cosine"]).all()

@@ -47,9 +47,7 @@ def test_weights_from_a_file_are_a_reference_under_every_layout(run: Path, tmp_p
         assert np.array_equal(trace[f"references/same/{column}"], trace[column])
     last = trace["references/off/distance"][-1]
     size = sum(w.numel() for w in whole_final(run).values())
-    step = trace["distance"][
-        -1
-    ]  # w_{T-1} is a step away from w_T, and w_T as far from the other as there are weights
+    step = trace["distance"][-1]  # w_{T-1} is a step away from w_T, and w_T as far from the other as there are weights
     assert abs(last - size**0.5) <= step
 
 

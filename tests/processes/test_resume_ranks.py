@@ -85,9 +85,7 @@ def test_without_the_warm_up_other_sums_are_found_before_a_row_is_written(tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["DDP", pytest.param("FSDP2", marks=pytest.mark.slow)])
-def test_all_ranks_stop_at_one_step_when_a_queue_asks_one_of_them(
-    wholes: Any, tmp_path: Path, kind: str
-) -> None:
+def test_all_ranks_stop_at_one_step_when_a_queue_asks_one_of_them(wholes: Any, tmp_path: Path, kind: str) -> None:
     whole, cut = wholes(kind, 2 if kind == "FSDP2" else 3), tmp_path / "cut"
     size = 2 if kind == "FSDP2" else 3
     asked = KINDS[kind](at=(1, 3), do="stop", pace_s=0.05)  # the training goes on while the others hear of it
@@ -135,9 +133,7 @@ def test_replicas_keep_the_weights_once(wholes: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_that_drifts_in_a_segment_is_named_and_the_other_segments_stay(
-    wholes: Any, tmp_path: Path
-) -> None:
+def test_a_rank_that_drifts_in_a_segment_is_named_and_the_other_segments_stay(wholes: Any, tmp_path: Path) -> None:
     whole, run = wholes("DDP", 3), tmp_path / "run"
     shutil.copytree(whole.with_name("recorded"), run)
     held(start(3, replayed, tmp_path, KINDS["DDP"](), run, {"segment": (1, 2)}))

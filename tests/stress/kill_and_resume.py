@@ -131,10 +131,7 @@ class Bench:
         for file in (self._out, self._err):
             file.unlink(missing_ok=True)
         argv = ["-m", "geomprobe", argv[0], "--patience", str(PATIENCE_S), *argv[1:]]
-        return [
-            command_forks.begin(argv, self._folder, self._out, self._err, env)
-            for env in _launch(self._processes)
-        ]
+        return [command_forks.begin(argv, self._folder, self._out, self._err, env) for env in _launch(self._processes)]
 
     def _require_end(self, argv: Sequence[str], processes: Sequence[int], codes: Sequence[int]) -> None:
         ended = [command_forks.ended(process, TIMEOUT_S) for process in processes]
@@ -181,9 +178,7 @@ def _contents(path: Path) -> dict[str, Any]:
         file.visititems(visit)
         manifest = json.loads(file.attrs["manifest"])
     del found["@manifest"]
-    return found | {
-        f"manifest {name}": value for name, value in manifest.items() if name not in ("host", "hosts")
-    }
+    return found | {f"manifest {name}": value for name, value in manifest.items() if name not in ("host", "hosts")}
 
 
 def run(bench: Bench, trials: int) -> int:
@@ -200,9 +195,7 @@ def run(bench: Bench, trials: int) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1)

@@ -37,17 +37,13 @@ class Blobs(Dataset[tuple[Tensor, Tensor]]):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--parallel", choices=("ddp", "fsdp2"), default="ddp")
     arguments = parser.parse_args()
 
-    model: nn.Module = nn.Sequential(
-        nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 4)
-    )
+    model: nn.Module = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 4))
     blobs, sampler = Blobs(), None
     if "RANK" in os.environ:
         distributed.init_process_group("gloo")
@@ -55,9 +51,7 @@ def main() -> None:
         sampler = DistributedSampler(blobs)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=2 * arguments.epochs)
-    loader = DataLoader(
-        blobs, batch_size=4, sampler=sampler, shuffle=sampler is None, num_workers=arguments.workers
-    )
+    loader = DataLoader(blobs, batch_size=4, sampler=sampler, shuffle=sampler is None, num_workers=arguments.workers)
     held_out = DataLoader(Blobs(), batch_size=48)
 
     probe = geomprobe.attach(model, optimizer, scheduler=scheduler)

@@ -94,9 +94,7 @@ class Loop:
         self.scaler = case.scaler() if case.scaler else None
         self.loader = DataLoader(case.data(), BATCH, shuffle=True, num_workers=case.workers)
         self.tries = 0
-        self.probe = watch.attach(
-            self.model, self.optimizer, scheduler=self.scheduler, scaler=self.scaler, loop=self
-        )
+        self.probe = watch.attach(self.model, self.optimizer, scheduler=self.scheduler, scaler=self.scaler, loop=self)
 
     def state_dict(self) -> dict[str, int]:
         return {"tries": self.tries}
@@ -112,9 +110,7 @@ class Loop:
                 self.tries += 1
             if self.scheduler is not None:
                 self.scheduler.step()
-        self.watch.finished(
-            model=self.model, optimizer=self.optimizer, scheduler=self.scheduler, scaler=self.scaler
-        )
+        self.watch.finished(model=self.model, optimizer=self.optimizer, scheduler=self.scheduler, scaler=self.scaler)
 
     def _before(self, step: int) -> None:
         if step == self.case.freeze_at:

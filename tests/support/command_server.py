@@ -72,9 +72,7 @@ class Server:
         if preload is not None:
             env["LD_PRELOAD"] = str(preload)
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=pipe, stdout=pipe, text=True, env=env
-        )
+        self._process = subprocess.Popen([sys.executable, __file__], stdin=pipe, stdout=pipe, text=True, env=env)
 
     def ask(self, request):
         self._process.stdin.write(json.dumps(request) + "\n")

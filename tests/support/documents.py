@@ -38,9 +38,7 @@ def blocks(text: str) -> list[Block]:
     found = [(match.start(), Block(*match.groups())) for match in _FENCED.finditer(text)]
     prose = _FENCED.sub(lambda match: "\n" * len(match[0]), text)
     for match in _INDENTED.finditer(prose):
-        found.append(
-            (match.start(), Block("", re.sub(r"^ {4}", "", match[0], flags=re.MULTILINE).rstrip() + "\n"))
-        )
+        found.append((match.start(), Block("", re.sub(r"^ {4}", "", match[0], flags=re.MULTILINE).rstrip() + "\n")))
     return [block for _, block in sorted(found)]
 
 
@@ -99,10 +97,6 @@ def _without_launcher(words: list[str]) -> list[str]:
     for i, word in enumerate(words):
         if word == "geomprobe" and (i == 0 or words[0] == "srun" or words[i - 1] == "-m"):
             return words[i:]
-        if (
-            re.fullmatch(r"scripts/[\w/]+(\.py|\.sh)?", word)
-            and i
-            and words[0] in ("python", "sh", "torchrun")
-        ):
+        if re.fullmatch(r"scripts/[\w/]+(\.py|\.sh)?", word) and i and words[0] in ("python", "sh", "torchrun"):
             return words[i:]
     return []

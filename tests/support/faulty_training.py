@@ -63,9 +63,7 @@ def trainer(style, *, optimizer=torch.optim.SGD, fault=None, swallow=False, **se
         t = Training(fault)
         t.settings = settings
         t.at("start")
-        t.model = nn.Sequential(
-            nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3)
-        )
+        t.model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3))
         t.data = Samples()
         t.optimizer = optimizer(t.model.parameters(), **{"lr": 0.05, **t.settings})
         t.loader = DataLoader(t.data, t.batch_size, shuffle=True)
@@ -160,24 +158,14 @@ def state(tensor, name):
 
 
 FAULTS = {
-    "a draw from Python's RNG before the fetch": Fault(
-        "fetch", lambda t: random.random(), "rng", "fetch/python"
-    ),
-    "a draw from NumPy's RNG before the fetch": Fault(
-        "fetch", lambda t: np.random.rand(), "rng", "fetch/numpy"
-    ),
+    "a draw from Python's RNG before the fetch": Fault("fetch", lambda t: random.random(), "rng", "fetch/python"),
+    "a draw from NumPy's RNG before the fetch": Fault("fetch", lambda t: np.random.rand(), "rng", "fetch/numpy"),
     "a draw from torch's RNG before the fetch": Fault("fetch", lambda t: torch.rand(1), "rng", "fetch/torch"),
-    "a draw from Python's RNG after the fetch": Fault(
-        "forward", lambda t: random.random(), "rng", "step/python"
-    ),
-    "a draw from NumPy's RNG after the fetch": Fault(
-        "forward", lambda t: np.random.rand(), "rng", "step/numpy"
-    ),
+    "a draw from Python's RNG after the fetch": Fault("forward", lambda t: random.random(), "rng", "step/python"),
+    "a draw from NumPy's RNG after the fetch": Fault("forward", lambda t: np.random.rand(), "rng", "step/numpy"),
     "a draw from torch's RNG after the fetch": Fault("forward", lambda t: torch.rand(1), "rng", "step/torch"),
     "an ulp in a weight": Fault("forward", lambda t: one_ulp(t.model[4].weight), "weights", "4.weight"),
-    "an ulp in a weight before its update": Fault(
-        "update", lambda t: one_ulp(t.model[1].bias), "weights", "1.bias"
-    ),
+    "an ulp in a weight before its update": Fault("update", lambda t: one_ulp(t.model[1].bias), "weights", "1.bias"),
     "an ulp in a momentum": Fault("forward", state("0.weight", "momentum_buffer"), "optimizer", "0.weight"),
     "an ulp in a running mean": Fault(
         "forward", lambda t: one_ulp(t.model[1].running_mean), "buffers", "1.running_mean"

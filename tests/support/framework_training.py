@@ -110,9 +110,7 @@ def by_lightning(samples: Samples) -> None:
             optimizer = momentum(self.model)
             return [optimizer], [{"scheduler": halving(optimizer), "interval": "step"}]
 
-    quiet = dict.fromkeys(
-        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-    )
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     lightning.Trainer(
         max_epochs=EPOCHS,
         accelerator="cpu",

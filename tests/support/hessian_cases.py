@@ -40,9 +40,7 @@ def dense_hessian(model: nn.Module, loss_of: Callable[[nn.Module], Tensor], seed
         return functional_call(bound, named, ())
 
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "`torch.jit"
-        )  # forward mode compiles its formulas by a deprecated tool
+        warnings.filterwarnings("ignore", "`torch.jit")  # forward mode compiles its formulas by a deprecated tool
         hessian = jacfwd(grad(loss), randomness="same")(flat(model.parameters()))
     assert relative(hessian, hessian.T) < 1e-12
     return hessian

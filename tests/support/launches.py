@@ -74,8 +74,7 @@ def start(size: int, job: Callable[..., Any], folder: Path, *arguments: Any) -> 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [
-        _CONTEXT.Process(target=_rank, args=(rank, size, port, folder, job, arguments))
-        for rank in range(size)
+        _CONTEXT.Process(target=_rank, args=(rank, size, port, folder, job, arguments)) for rank in range(size)
     ]
     for process in processes:
         process.start()
@@ -106,9 +105,7 @@ def _runs(process: Any) -> bool:
     return state != "T"
 
 
-def _rank(
-    rank: int, size: int, port: int, folder: Path, job: Callable[..., Any], arguments: tuple[Any, ...]
-) -> None:
+def _rank(rank: int, size: int, port: int, folder: Path, job: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

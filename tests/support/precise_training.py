@@ -86,9 +86,7 @@ class Case:
 
     def __str__(self) -> str:
         said = [self.kind, self.optimizer, str(self.dtype).removeprefix("torch.")]
-        said += [
-            name for name in ("autocast", "policy", "scaled", "sync_each", "closure") if getattr(self, name)
-        ]
+        said += [name for name in ("autocast", "policy", "scaled", "sync_each", "closure") if getattr(self, name)]
         said += [
             self.clip and f"clip by {self.clip}",
             self.compiled and f"compiled {self.compiled} by {self.backend}",
@@ -121,9 +119,7 @@ class Training:
         step = optimizer.step
         if "step" in case.compiled:
             step = torch.compile(optimizer.step, backend=case.backend)
-        for attempt in (
-            epoch * TRIES // EPOCHS + i for epoch in probe.epochs(EPOCHS) for i in range(TRIES // EPOCHS)
-        ):
+        for attempt in (epoch * TRIES // EPOCHS + i for epoch in probe.epochs(EPOCHS) for i in range(TRIES // EPOCHS)):
             optimizer.zero_grad()
             for part, (x, y) in enumerate(shares(case, attempt)[dist.get_rank()]):
                 with syncing(model, case.sync_each or part == case.parts - 1):

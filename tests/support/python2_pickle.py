@@ -31,16 +31,8 @@ def _written(value: Any) -> bytes:
 
 
 def _array(array: np.ndarray[Any, Any]) -> bytes:
-    empty = (
-        b"cnumpy.core.multiarray\n_reconstruct\n"
-        + b"(cnumpy\nndarray\n"
-        + _written((0,))
-        + _written(b"b")
-        + b"tR"
-    )
+    empty = b"cnumpy.core.multiarray\n_reconstruct\n" + b"(cnumpy\nndarray\n" + _written((0,)) + _written(b"b") + b"tR"
     kind = b"cnumpy\ndtype\n" + _written((array.dtype.str[1:].encode(), 0, 1)) + b"R"
     kind += _written((3, array.dtype.str[:1].encode(), None, None, None, -1, -1, 0)) + b"b"
-    state = (
-        b"(" + _written(1) + _written(array.shape) + kind + _written(False) + _written(array.tobytes()) + b"t"
-    )
+    state = b"(" + _written(1) + _written(array.shape) + kind + _written(False) + _written(array.tobytes()) + b"t"
     return empty + state + b"b"

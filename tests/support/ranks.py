@@ -49,14 +49,10 @@ def run(world_size: int, job: Callable[..., Any], folder: Path, *arguments: Any)
     return [result for _, result in said]
 
 
-def _rank(
-    rank: int, world_size: int, store: Path, job: Callable[..., Any], arguments: tuple[Any, ...]
-) -> None:
+def _rank(rank: int, world_size: int, store: Path, job: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
-    )
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     try:
         said = (True, job(*arguments))
     except BaseException:

@@ -123,9 +123,7 @@ class Bench:
         """Hold a record or a trace to the undisturbed one, bit for bit."""
         assert_same(path / name, self.whole(sort) / name)
         left = sorted((path / "stream").glob("*"))
-        assert [
-            file.name for file in left if not file.name.startswith("lock")
-        ] == []  # it may be a dead one's
+        assert [file.name for file in left if not file.name.startswith("lock")] == []  # it may be a dead one's
 
 
 def recording(path, sort="named", *options):

@@ -58,9 +58,7 @@ class Resumable:
                 optimizer.step()
             scheduler.step()
             if self.do == "choose":
-                probe.reference(
-                    "best", if_lower=float(epoch != rank)
-                )  # the first epoch for rank 0, the last for 1
+                probe.reference("best", if_lower=float(epoch != rank))  # the first epoch for rank 0, the last for 1
                 if rank == 0:
                     probe.reference("of-one")
         torch.distributed.destroy_process_group()

@@ -78,12 +78,8 @@ def train(
         "nesterov": False,
         "maximize": False,
     }
-    manifest = manifest_of(
-        optimizer, [group], str(dtype).removeprefix("torch."), list(names), int(stops[-1]), seed
-    )
-    return History(
-        np.array(weights), np.array(gradients), np.array(losses), np.array(rates), manifest, slices
-    )
+    manifest = manifest_of(optimizer, [group], str(dtype).removeprefix("torch."), list(names), int(stops[-1]), seed)
+    return History(np.array(weights), np.array(gradients), np.array(losses), np.array(rates), manifest, slices)
 
 
 def _flat(tensors):
@@ -273,9 +269,7 @@ def write_record(path: Path, history: History, *, status="complete", salt=0, epo
             "lr": history.lr,
         })  # fmt: skip
         for component, tensors in fingerprints.items():
-            file[f"fingerprints/{component}"] = (
-                np.array(list(tensors.values()), np.int64).reshape(-1, steps).T
-            )
+            file[f"fingerprints/{component}"] = np.array(list(tensors.values()), np.int64).reshape(-1, steps).T
             file.create_dataset(f"fingerprints/{component}_names", data=list(tensors), dtype=STRING)
         if status == "complete":
             for name, part in history.slices.items():

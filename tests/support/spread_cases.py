@@ -180,9 +180,7 @@ def wrong_closure() -> tuple[str, str]:
     curvature = Curvature(parameters, wrapped, Layout.of(*named(wrapped)))
     curvature.route = "closure"
     x = torch.randn(6, 5)
-    curvature.backward(
-        wrapped(x).square().mean(), closure=lambda: wrapped(x + (dist.get_rank() == 1)).square().mean()
-    )
+    curvature.backward(wrapped(x).square().mean(), closure=lambda: wrapped(x + (dist.get_rank() == 1)).square().mean())
     try:
         curvature.product([p.grad for p in parameters])
     except GeomprobeError as error:

@@ -91,7 +91,5 @@ def test_the_tests_that_the_list_names_are_there():
 
 def test_each_test_file_has_a_module_or_says_what_it_is_about():
     files = {path.relative_to(UNIT).as_posix() for path in UNIT.rglob("test_*.py")}
-    of_a_module = {
-        f"{name.rpartition('/')[0]}/test_{name.rpartition('/')[2]}.py".lstrip("/") for name in mirrored()
-    }
+    of_a_module = {f"{name.rpartition('/')[0]}/test_{name.rpartition('/')[2]}.py".lstrip("/") for name in mirrored()}
     assert files - of_a_module == set(MORE_THAN_ONE_MODULE)

@@ -48,9 +48,7 @@ class CurvatureUnavailable(GeomprobeError):
     """
 
     def __init__(self, blocker: Blocker) -> None:
-        super().__init__(
-            f"Hg cannot be computed exactly: {blocker.operation} {blocker.reason}. {blocker.remedy}"
-        )
+        super().__init__(f"Hg cannot be computed exactly: {blocker.operation} {blocker.reason}. {blocker.remedy}")
         self.blocker = blocker
 
 
@@ -91,8 +89,7 @@ _KINDS = {
 _ONCE = Blocker(
     "",
     "is marked once_differentiable: its backward has no derivative",
-    "Write its backward with differentiable operations and without the mark, or "
-    f"{_CLOSURE} without this function.",
+    f"Write its backward with differentiable operations and without the mark, or {_CLOSURE} without this function.",
 )
 _SEVERED = Blocker(
     "",

@@ -272,9 +272,7 @@ def fail_together(layout: Layout, failure: Exception | None, device: torch.devic
     if failure is not None:
         raise failure
     for rank, (_, text) in reasons.items():
-        raise CurvatureUnavailable(
-            Blocker("the global loss", f'has none on rank {rank} ("{text}")', "See there.")
-        )
+        raise CurvatureUnavailable(Blocker("the global loss", f'has none on rank {rank} ("{text}")', "See there."))
 
 
 def without_gradients(parameters: Iterable[Tensor], module: nn.Module | None) -> bool:

@@ -205,9 +205,7 @@ class Curvature:
     def _device(self) -> torch.device:
         return self._loss.parameters[0].device
 
-    def _globally(
-        self, compute: Callable[[list[Tensor]], list[Tensor]], *, scaled: bool = True
-    ) -> list[Tensor]:
+    def _globally(self, compute: Callable[[list[Tensor]], list[Tensor]], *, scaled: bool = True) -> list[Tensor]:
         """What ``compute`` finds of this process's loss, made that of the global one, on every process."""
         with self._loss.tensors() as tensors:
             if self._layout.kind == "one process":
@@ -244,9 +242,7 @@ class Curvature:
         except CurvatureUnavailable as blocked:  # found on the way; the gradients are complete
             self._fall_back(blocked)
 
-    def _summed(
-        self, tensors: Sequence[Tensor], vectors: Sequence[Tensor | None], keep: bool
-    ) -> list[Tensor]:
+    def _summed(self, tensors: Sequence[Tensor], vectors: Sequence[Tensor | None], keep: bool) -> list[Tensor]:
         whole, module = self._loss.vectors(vectors, tensors), self._module
         try:
             for part in self._parts:
@@ -254,9 +250,7 @@ class Curvature:
                     part.graph, part.live = graph_of(part.live, tensors, module=module), None
             graphs = [part.graph for part in self._parts if part.graph is not None]
             scale = self._parts[0].scale
-            total = hessian_vector_product(
-                graphs, tensors, whole, scale=scale, module=module, keep_graphs=keep
-            )
+            total = hessian_vector_product(graphs, tensors, whole, scale=scale, module=module, keep_graphs=keep)
         except CurvatureUnavailable as blocked:
             self._fall_back(blocked)
             total = [torch.zeros_like(t, requires_grad=False) for t in tensors]

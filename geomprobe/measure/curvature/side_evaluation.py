@@ -79,9 +79,7 @@ class SideLoss:
             loss = self._evaluated(parameters)
             return graph_of(loss if scale is None else loss * scale, parameters)
 
-    def over_step(
-        self, parameters: Sequence[Tensor], direction: Sequence[Tensor | None], lr: float
-    ) -> StepChange:
+    def over_step(self, parameters: Sequence[Tensor], direction: Sequence[Tensor | None], lr: float) -> StepChange:
         """How gradient and loss change over a step of ``lr``, not 0, along ``direction``, whose None stands for zero.
 
         ``turned`` tends to ``H v`` as ``lr`` goes to 0 where the loss is twice differentiable on the way (CG theorem

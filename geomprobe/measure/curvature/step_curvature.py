@@ -60,9 +60,7 @@ class StepCurvature(Events):
         self._rng: RNGState | None = None
 
     def fetch_ended(self, came: bool) -> None:
-        if (
-            came and torch.is_grad_enabled()
-        ):  # a forward pass before it that led to no backward pass does not count
+        if came and torch.is_grad_enabled():  # a forward pass before it that led to no backward pass does not count
             self._rng = None
 
     def entered(self, inputs: Any) -> None:

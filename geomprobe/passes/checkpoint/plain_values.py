@@ -79,9 +79,7 @@ class _Encoder:
 
     def __init__(self) -> None:
         self._owner = ""
-        self._copies: dict[
-            int, Any
-        ] = {}  # by id, so that a tensor that occurs twice is kept, and comes back, once
+        self._copies: dict[int, Any] = {}  # by id, so that a tensor that occurs twice is kept, and comes back, once
 
     def plain(self, value: Any, path: tuple[Any, ...]) -> Any:
         kind = type(value)
@@ -206,13 +204,9 @@ def _untagged(entry: dict[str, Any]) -> Any:
         if layout == torch.sparse_coo:
             coalesced = entry["coalesced"]
             indices, values = value
-            return torch.sparse_coo_tensor(
-                indices, values, shape, is_coalesced=coalesced, check_invariants=False
-            )
+            return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=coalesced, check_invariants=False)
         compressed, plain, values = value
-        return torch.sparse_compressed_tensor(
-            compressed, plain, values, shape, layout=layout, check_invariants=False
-        )
+        return torch.sparse_compressed_tensor(compressed, plain, values, shape, layout=layout, check_invariants=False)
     if kind == "Tensor":
         tensor = value.to(entry.get("device", "cpu"))
         if entry.get("parameter"):

@@ -43,9 +43,7 @@ def folder(checkpoints: Path, step: int) -> Path:
 
 def saved(checkpoints: Path) -> list[int]:
     """The steps of the checkpoints that were written to their end, in order."""
-    return sorted(
-        int(path.parent.name.removeprefix(_PREFIX)) for path in checkpoints.glob(f"{_PREFIX}*[0-9]/{FACTS}")
-    )
+    return sorted(int(path.parent.name.removeprefix(_PREFIX)) for path in checkpoints.glob(f"{_PREFIX}*[0-9]/{FACTS}"))
 
 
 def write(

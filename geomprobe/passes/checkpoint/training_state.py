@@ -47,9 +47,7 @@ def capture(probe: Probe, loaders: Sequence[Any]) -> dict[str, Any]:
         "buffers": {name: _kept(buffer, buffer) for name, buffer in probe.buffers.items()},
         "requires_grad": {name: weight.requires_grad for name, weight in weights.items()},
         "training": {name: module.training for name, module in _modules(probe.model)},
-        "extra": {
-            name: StateOf(f"the extra state of module {name!r}", value) for name, value in extra.items()
-        },
+        "extra": {name: StateOf(f"the extra state of module {name!r}", value) for name, value in extra.items()},
         "stateful": {
             name: StateOf(f"the state_dict of {name!r}, which attach was given,", thing.state_dict())
             for name, thing in probe.stateful.items()
@@ -123,16 +121,12 @@ def restore_streams(loaders: Sequence[Any], states: Mapping[str, Any]) -> None:
     restore_rng(RNGState(states["python"], states["numpy"], states["torch"], tuple(states["cuda"])))
 
 
-def _restore_optimizer(
-    probe: Probe, tensors: Mapping[str, Mapping[str, Any]], rest: Mapping[str, Any]
-) -> None:
+def _restore_optimizer(probe: Probe, tensors: Mapping[str, Mapping[str, Any]], rest: Mapping[str, Any]) -> None:
     # By hand: load_state_dict would cast float32 state of a bfloat16 parameter down, and alias what it is given.
     optimizer = probe.optimizer
     then, now = len(rest["groups"]), len(optimizer.param_groups)
     if then != now:
-        raise RunError(
-            f"the optimizer had {then} parameter groups when the checkpoint was written, and has {now}"
-        )
+        raise RunError(f"the optimizer had {then} parameter groups when the checkpoint was written, and has {now}")
     for group, kept in zip(optimizer.param_groups, rest["groups"], strict=True):
         for key in [key for key in group if key != "params" and key not in kept]:
             del group[key]

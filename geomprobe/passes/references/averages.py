@@ -67,9 +67,7 @@ class Averages:
         self._widen()
         updates: dict[str, _Update] = {f"ema-{decay!r}": get_ema_multi_avg_fn(decay) for decay in decays}
         self._updates = {**updates, RUNNING: get_swa_multi_avg_fn()} if running else updates
-        self._averages = {
-            name: [source.detach().clone() for source in self._sources] for name in self._updates
-        }
+        self._averages = {name: [source.detach().clone() for source in self._sources] for name in self._updates}
         self._count = 0
 
     def update(self) -> None:
@@ -82,9 +80,7 @@ class Averages:
     @property
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """By reference name, then by parameter name: the averages themselves, which later updates move on."""
-        return {
-            name: dict(zip(self._names, tensors, strict=True)) for name, tensors in self._averages.items()
-        }
+        return {name: dict(zip(self._names, tensors, strict=True)) for name, tensors in self._averages.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to continue bit for bit; as a module's, it holds the tensors, not copies."""

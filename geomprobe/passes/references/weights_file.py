@@ -64,9 +64,7 @@ def _safetensors(path: Path) -> dict[str, Any]:
     try:
         from safetensors.torch import load_file
     except ImportError as error:
-        raise UsageError(
-            f"{path}: safetensors is not installed: pip install 'geomprobe[safetensors]'"
-        ) from error
+        raise UsageError(f"{path}: safetensors is not installed: pip install 'geomprobe[safetensors]'") from error
     try:
         return dict(load_file(path))
     except Exception as error:
@@ -86,9 +84,7 @@ def _state_dict(path: Path, names: Iterable[str]) -> Mapping[str, Any]:
         return whole
     nested = [key for key in _NESTINGS if isinstance(whole.get(key), Mapping)]
     if len(nested) > 1:
-        raise RunError(
-            f"{path} holds weights under {' and '.join(nested)}: it is not clear which are meant. {_SAVE}"
-        )
+        raise RunError(f"{path} holds weights under {' and '.join(nested)}: it is not clear which are meant. {_SAVE}")
     return whole[nested[0]] if nested else whole
 
 

@@ -133,9 +133,7 @@ def tag_scaled(loss: Tensor, factor: Tensor) -> None:
 # Each of the following is called instead of a function of torch, ``original``, with the arguments of the call.
 
 
-def _backward(
-    original: Callable[..., None], observer: Observer, /, tensors: Any, *args: Any, **kwargs: Any
-) -> None:
+def _backward(original: Callable[..., None], observer: Observer, /, tensors: Any, *args: Any, **kwargs: Any) -> None:
     losses = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     plain = all(option is None or option is False for option in (*args, *kwargs.values()))
     observer.backward(losses, functools.partial(original, tensors, *args, **kwargs), plain)
@@ -309,9 +307,7 @@ class ModelCalls:
 def _compiled_from(module: nn.Module) -> nn.Module | None:
     """What a module was compiled from, below the wrappers that call it ``module``."""
     compiled = False
-    while isinstance(
-        inner := getattr(module, "_orig_mod", None) or getattr(module, "module", None), nn.Module
-    ):
+    while isinstance(inner := getattr(module, "_orig_mod", None) or getattr(module, "module", None), nn.Module):
         compiled |= hasattr(module, "_orig_mod")
         module = inner
     return module if compiled else None

@@ -61,9 +61,7 @@ def inline(draw: Callable[[], Figure], name: str, alt: str) -> str:
         matplotlib.rcParams.update(_SETTINGS)
         draw().savefig(written, format="svg", transparent=True, metadata=_NO_METADATA)
     root = ElementTree.fromstring(written.getvalue())
-    for parent in root.findall(
-        ".//{*}style/.."
-    ):  # a style sheet would act on the whole page; _STROKES replaces it
+    for parent in root.findall(".//{*}style/.."):  # a style sheet would act on the whole page; _STROKES replaces it
         for sheet in parent.findall("{*}style"):
             parent.remove(sheet)
     values = [value for element in root.iter() for value in element.attrib.values()]

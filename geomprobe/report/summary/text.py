@@ -140,9 +140,7 @@ def _updates(updates: Mapping[str, Any]) -> dict[str, str]:
     found = {"gradient": ", after ".join([updates["gradient"], *updates["clipped_by"]])}
     attempted, applied = updates["attempted"], updates["applied"]
     if attempted != applied:
-        found["attempted"] = (
-            f"{attempted} steps, of which {attempted - applied} overflowed and {applied} were applied"
-        )
+        found["attempted"] = f"{attempted} steps, of which {attempted - applied} overflowed and {applied} were applied"
     return found
 
 
@@ -257,9 +255,7 @@ def again(summary: Summary) -> list[str]:
     new = run.with_name(f"{run.name}-again")
     flag = ["-m"] if script["kind"] == "module" else []
     processes = (manifest.get("ranks") or {}).get("world_size", 1)
-    program = (
-        ["torchrun", "--nproc-per-node", processes, "-m", "geomprobe"] if processes > 1 else ["geomprobe"]
-    )
+    program = ["torchrun", "--nproc-per-node", processes, "-m", "geomprobe"] if processes > 1 else ["geomprobe"]
     record = (manifest.get("recording") or {}).get("argv") or []
     replay = ((summary["trace"] or {}).get("measure") or {}).get("argv") or []
     lines = [

@@ -75,12 +75,8 @@ IDENTITIES = {
     "eb": Identity("g.g d.d", lambda x, g_g, d_d: (x * np.sqrt(d_d), np.sqrt(g_g)), "d.d"),
     "lolr": Identity("g.d g.g", lambda x, g_d, g_g: (x * g_g, g_d), "g.g"),
     "clr": Identity("loss g.g", lambda x, loss, g_g: (x * g_g, loss), "g.g"),
-    "cosine": Identity(
-        "g.d g.g d.d", lambda x, g_d, g_g, d_d: (x * np.sqrt(g_g) * np.sqrt(d_d), g_d), "g.g d.d"
-    ),
-    "corridor_residual": Identity(
-        "Hg.Hg g.g", lambda x, hg_hg, g_g: (x * np.sqrt(g_g), np.sqrt(hg_hg)), "g.g"
-    ),
+    "cosine": Identity("g.d g.g d.d", lambda x, g_d, g_g, d_d: (x * np.sqrt(g_g) * np.sqrt(d_d), g_d), "g.g d.d"),
+    "corridor_residual": Identity("Hg.Hg g.g", lambda x, hg_hg, g_g: (x * np.sqrt(g_g), np.sqrt(hg_hg)), "g.g"),
     "relative_residual": Identity(
         "lr Hg.Hg g.g", lambda x, lr, hg_hg, g_g: (x * np.sqrt(g_g), lr * np.sqrt(hg_hg)), "g.g"
     ),
@@ -340,9 +336,7 @@ def check_side_gradients(c: Columns, p: Precision) -> list[Check]:
     Raises:
         RunError: a column of the trace is damaged.
     """
-    return [
-        check for group in ORACLES if f"{group}/cosine" in c.trace for check in _of_side_gradient(c, p, group)
-    ]
+    return [check for group in ORACLES if f"{group}/cosine" in c.trace for check in _of_side_gradient(c, p, group)]
 
 
 def _of_side_gradient(c: Columns, p: Precision, group: str) -> list[Check]:

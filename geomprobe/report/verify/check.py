@@ -89,9 +89,7 @@ def compare(name: str, deviation: ArrayLike, tolerance: ArrayLike, rows: Rows, n
         excess = np.where(size == 0, 0.0, size / allowed)
     worst = int(np.argmax(excess))
     outcome = PASS if excess[worst] <= 1 else FAIL
-    return Check(
-        name, outcome, len(steps), float(size[worst]), float(allowed[worst]), int(steps[worst]), note
-    )
+    return Check(name, outcome, len(steps), float(size[worst]), float(allowed[worst]), int(steps[worst]), note)
 
 
 def worst_of(name: str, checks: list[Check]) -> Check:
@@ -163,9 +161,7 @@ def precision(manifest: Mapping[str, Any], num_parameters: int) -> Precision:
     dtypes = stated if isinstance(stated, list) else [stated]
     unknown = [dtype for dtype in dtypes if dtype not in _DTYPES]
     if unknown:
-        raise RunError(
-            f"the manifest's model.dtype is {stated!r}; verify knows the rounding of {', '.join(_DTYPES)}"
-        )
+        raise RunError(f"the manifest's model.dtype is {stated!r}; verify knows the rounding of {', '.join(_DTYPES)}")
     roundoff, smallest = (max(values) for values in zip(*(_DTYPES[dtype] for dtype in dtypes), strict=True))
     sums = (num_parameters + 8) * UNIT_ROUNDOFF
     return Precision("+".join(dtypes), roundoff, smallest, sums, num_parameters)

@@ -92,9 +92,7 @@ def _eq4(c: Columns, p: Precision, settled: Rows, why: str, certified: bool) -> 
     return replace(check, note=_SUSPECTS) if check.outcome == FAIL else check
 
 
-def _eq4_tolerance(
-    p: Precision, d_d: Array, next_d_d: Array, step_2: Array, w_w: Array, next_w_w: Array
-) -> Array:
+def _eq4_tolerance(p: Precision, d_d: Array, next_d_d: Array, step_2: Array, w_w: Array, next_w_w: Array) -> Array:
     """``2 E ||d'|| + E^2`` for the update; for the sums, ``sums`` times each term of both sides."""
     with np.errstate(invalid="ignore"):
         step, weight = np.sqrt(step_2), np.sqrt(w_w)
@@ -108,9 +106,7 @@ def _last_step(c: Columns, p: Precision, settled: Rows) -> list[Check]:
     last = np.zeros(len(settled), bool)
     last[-1] = settled[-1] and c.finite("steps/distance", "steps/grad_norm", "steps/lr")[-1]
     if not last.any():
-        return [
-            skipped(name, "the last row is not measured, or not plain SGD") for name in (LENGTH, DIRECTION)
-        ]
+        return [skipped(name, "the last row is not measured, or not plain SGD") for name in (LENGTH, DIRECTION)]
     distance = c["steps/distance"]
     step = np.abs(c["steps/lr"]) * c["steps/grad_norm"]
     with np.errstate(all="ignore"):

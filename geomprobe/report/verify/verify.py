@@ -118,9 +118,7 @@ def render(result: Verification) -> str:
     header = ["check", "rows", "worst", "tolerance", "step", "outcome"]
     rows = [_line(check) for check in result.checks]
     count = sum(check.outcome != SKIPPED for check in result.checks)
-    verdict = (
-        f"{len(result.broken)} of {count} checks FAILED" if result.broken else f"all {count} checks held"
-    )
+    verdict = f"{len(result.broken)} of {count} checks FAILED" if result.broken else f"all {count} checks held"
     return "\n".join([*lines, "", table(header, rows, right=(1, 2, 3, 4)), "", verdict])
 
 

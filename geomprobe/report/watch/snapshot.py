@@ -183,15 +183,11 @@ class Watch:
         RunError: there is no run.
     """
 
-    def __init__(
-        self, path: Path, *, waits: bool = False, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, path: Path, *, waits: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
         self._path, self._waits, self._clock = Path(path), waits, clock
         self._stream = self._path / schema.STREAM_DIR
         if not self._path.is_dir():
-            raise RunError(
-                f"{path} is a file; name a run folder" if self._path.exists() else f"{path} does not exist"
-            )
+            raise RunError(f"{path} is a file; name a run folder" if self._path.exists() else f"{path} does not exist")
         if not any(place.exists() for place in (self._sealed("record"), self._sealed("trace"), self._stream)):
             raise RunError(f"{path} is no run of geomprobe. Make one: geomprobe record -o {path} train.py")
         self._begin(self._latest())

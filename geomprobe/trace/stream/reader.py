@@ -221,9 +221,7 @@ def _ask(request: Mapping[str, Any], path: Path) -> tuple[_Child, Header]:
                 raise
             continue  # it was killed, or harmed by an earlier file, since its last answer: ask a new one
         layout = fields.pop("tables")
-        tables = {
-            name: Table(name, tuple(table["columns"]), table["dtype"]) for name, table in layout.items()
-        }
+        tables = {name: Table(name, tuple(table["columns"]), table["dtype"]) for name, table in layout.items()}
         return child, Header(path=path, tables=tables, **fields)
 
 

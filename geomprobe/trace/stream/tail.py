@@ -77,9 +77,7 @@ class Following:
         return [known.header for known in self._known.values()]
 
     def _read_all(self, reader: Reader) -> None:
-        stamps = {
-            path: stamp for path in parts(self._stream, self._kind) if (stamp := _stamp(path)) is not None
-        }
+        stamps = {path: stamp for path in parts(self._stream, self._kind) if (stamp := _stamp(path)) is not None}
         if self._known.keys() - stamps.keys():
             raise _Rewritten
         self._failed = {path: stamp for path, stamp in self._failed.items() if stamps.get(path) == stamp}

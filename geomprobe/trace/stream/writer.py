@@ -164,22 +164,16 @@ class PartWriter:
         try:
             return h5py.File(self.path, "x", libver="latest")
         except FileExistsError as error:
-            raise RunError(
-                f"{self.path} exists, and another pass may be writing it; choose a new name"
-            ) from error
+            raise RunError(f"{self.path} exists, and another pass may be writing it; choose a new name") from error
         except FileNotFoundError as error:
-            raise RunError(
-                f"{self.path.parent} is no folder; make it before a part is opened in it"
-            ) from error
+            raise RunError(f"{self.path.parent} is no folder; make it before a part is opened in it") from error
         except OSError as error:
             raise WriteFailed(f"cannot create {self.path}: {reason(error)}. Choose another disk") from error
 
     def _dataset(self, path: str, width: int, dtype: str) -> Any:
         fill = np.nan if dtype == "float64" else 0
         chunks = (chunk_rows(width), width)
-        return self._file.create_dataset(
-            path, (0, width), dtype, maxshape=(None, width), chunks=chunks, fillvalue=fill
-        )
+        return self._file.create_dataset(path, (0, width), dtype, maxshape=(None, width), chunks=chunks, fillvalue=fill)
 
     def _count(self, blocks: Mapping[str, np.ndarray[Any, Any]]) -> int:
         names = {table.name for table in self._tables}

@@ -62,9 +62,7 @@ def legend_below(figure: Figure, panels: Iterable[Any], columns: int) -> None:
     for panel in panels:
         handles, names = panel.get_legend_handles_labels()
         entries.update(zip(names, handles, strict=True))
-    figure.legend(
-        list(entries.values()), list(entries), loc="outside lower center", ncols=columns, frameon=False
-    )
+    figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=columns, frameon=False)
 
 
 def save(figure: Figure, path: Path) -> None:

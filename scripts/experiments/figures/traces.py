@@ -23,9 +23,7 @@ STEPS = 50  # of an epoch on an objective without data
 LINE_AND_BAND = "line: mean of an epoch; band: its minimum to maximum"
 
 
-def epochs_with_band(
-    panel: Any, trace: Trace, column: str, color: str, label: str, last: bool = True
-) -> None:
+def epochs_with_band(panel: Any, trace: Trace, column: str, color: str, label: str, last: bool = True) -> None:
     """A line of epoch means and a band from epoch minimum to maximum, as NWT draw theirs."""
     found = trace.per_epoch(column)
     kept = slice(None) if last else slice(-1)

@@ -49,9 +49,7 @@ class WordTransformer(nn.Module):
     ) -> None:
         super().__init__()
         if features % 2 or features % heads:
-            raise UsageError(
-                f"WordTransformer: {features} features must be even and a multiple of {heads} heads"
-            )
+            raise UsageError(f"WordTransformer: {features} features must be even and a multiple of {heads} heads")
         self.embedding = nn.Embedding(tokens, features)
         self.dropout = nn.Dropout(dropout)
         layer = nn.TransformerEncoderLayer(features, heads, hidden, dropout)

@@ -44,9 +44,7 @@ def changed(words: Tensor, time: int | slice, entry: int | slice) -> Tensor:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("time", range(1, TIME))
-def test_the_future_does_not_change_the_past(
-    model: nn.Module, words: Tensor, time: int, training: bool
-) -> None:
+def test_the_future_does_not_change_the_past(model: nn.Module, words: Tensor, time: int, training: bool) -> None:
     model.train(training)
     before, after = model(words), model(changed(words, slice(time, None), slice(None)))
     assert torch.equal(before[:time], after[:time])

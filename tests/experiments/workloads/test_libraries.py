@@ -17,16 +17,12 @@ from geomprobe.errors import UsageError
 def run(code: str) -> str:
     """What code prints in a fresh Python."""
     env = {**os.environ, "PYTHONPATH": str(EXPERIMENTS)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, env=env
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, env=env)
     return done.stdout.strip()
 
 
 def test_a_missing_library_is_an_error_that_names_the_extra() -> None:
-    with pytest.raises(
-        UsageError, match=r"nothing_of_the_kind is not installed: pip install 'geomprobe\[vision\]'"
-    ):
+    with pytest.raises(UsageError, match=r"nothing_of_the_kind is not installed: pip install 'geomprobe\[vision\]'"):
         library("nothing_of_the_kind.part", "vision")
 
 

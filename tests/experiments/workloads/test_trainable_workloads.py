@@ -21,9 +21,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "ResNet-50": lambda: workloads.resnet(50, width=1 / 16),
     "Medium-MLP": lambda: workloads.medium_mlp(inputs=192, width=1 / 256),
     "VGG-16": lambda: workloads.vgg(16, width=1 / 32, image_size=8),
-    "Transformer": lambda: workloads.WordTransformer(
-        50, features=8, heads=2, hidden=8, layers=2, dropout=0.1
-    ),
+    "Transformer": lambda: workloads.WordTransformer(50, features=8, heads=2, hidden=8, layers=2, dropout=0.1),
     "GPT": lambda: workloads.GPT(50, features=8, heads=2, context=8, dropout=0.1),
     "UNet": lambda: workloads.UNet(CLASSES, width=1 / 16),
     "SegNet": lambda: workloads.SegNet(CLASSES, width=1 / 32),

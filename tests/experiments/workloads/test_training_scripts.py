@@ -71,9 +71,7 @@ def script(monkeypatch: pytest.MonkeyPatch, arguments: list[str], name: str) -> 
         ),
     ],
 )
-def test_defaults_are_the_papers(
-    monkeypatch: pytest.MonkeyPatch, arguments: list[str], paper: dict[str, Any]
-) -> None:
+def test_defaults_are_the_papers(monkeypatch: pytest.MonkeyPatch, arguments: list[str], paper: dict[str, Any]) -> None:
     options = vars(script(monkeypatch, arguments, "imported")["parse"]())
     assert {name: options[name] for name in paper} == paper
 
@@ -127,9 +125,7 @@ def test_the_warm_up_reaches_the_greatest_rate_and_the_cosine_ends_near_zero(
 def test_segmentation_ends_with_an_epoch_at_a_tenth_of_rate_and_decay(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    trace = geomprobe.two_pass(
-        lambda: script(monkeypatch, SEGMENTATION, "__main__") and None, tmp_path / "run", seed=0
-    )
+    trace = geomprobe.two_pass(lambda: script(monkeypatch, SEGMENTATION, "__main__") and None, tmp_path / "run", seed=0)
     last = trace["epoch"] == 1
     assert set(trace["lr"][~last]) == {0.01}
     assert trace["lr"][last] == pytest.approx(0.001)

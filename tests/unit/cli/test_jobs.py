@@ -42,9 +42,7 @@ def test_a_fault_in_one_segment_is_named_and_the_others_work_is_kept(bench, reco
     assert begun(err) == {"[1/3]": 0, "[2/3]": 40, "[3/3]": 80}
     assert "[2/3] geomprobe replay: error: " in err, err
     assert f"at step {FAULTY} of 120" in err
-    assert (
-        "segment 2/3 (steps 40 to 79) diverged; see its lines above. What the others measured is kept" in err
-    )
+    assert "segment 2/3 (steps 40 to 79) diverged; see its lines above. What the others measured is kept" in err
     assert f"`geomprobe replay {recorded} --jobs 3 --resume` does only what is left" in err
     assert not (recorded / "trace.h5").exists()
     assert sorted(path.name for path in (recorded / "stream").glob("trace-*")) == [
@@ -113,8 +111,6 @@ def test_an_option_for_several_ranks_is_refused_before_anything_starts(bench, re
 
 
 def test_an_option_that_the_recording_has_nothing_for_is_refused_once(bench, recorded):
-    refused = said(
-        bench.replay(recorded, "--jobs", "2", "--before-clipping"), 2, "the recording saw no call of"
-    )
+    refused = said(bench.replay(recorded, "--jobs", "2", "--before-clipping"), 2, "the recording saw no call of")
     assert "segments, of steps" not in refused.err
     assert not (recorded / "trace.h5").exists()

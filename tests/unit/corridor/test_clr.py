@@ -308,9 +308,7 @@ def test_a_step_on_a_gpu_never_waits_for_the_host():
     rate = min((loss.double() / square).item(), 10.0)
     assert optimizer.param_groups[0]["lr"].item() == pytest.approx(rate, rel=1e-5)
     for old, new in zip(before, model.parameters(), strict=True):
-        torch.testing.assert_close(
-            new.double(), old.double() - rate * new.grad.double(), rtol=1e-2, atol=1e-5
-        )
+        torch.testing.assert_close(new.double(), old.double() - rate * new.grad.double(), rtol=1e-2, atol=1e-5)
 
 
 def test_the_rate_of_a_step_is_a_tensor_of_its_own_and_visible_to_post_hooks():

@@ -93,9 +93,7 @@ def test_momentum_starts_with_the_velocity_it_is_given():
 
 def test_runge_kutta_4_is_of_order_4():
     end = gradient_flow(quartic, [1.0], start(1.0, -0.5))[0]
-    errors = [
-        (runge_kutta_4(quartic, 1 / steps, steps, start(1.0, -0.5))[-1] - end).norm() for steps in (20, 40)
-    ]
+    errors = [(runge_kutta_4(quartic, 1 / steps, steps, start(1.0, -0.5))[-1] - end).norm() for steps in (20, 40)]
     assert math.log2(errors[0] / errors[1]) == pytest.approx(4, abs=0.1)
 
 
@@ -124,9 +122,7 @@ def test_the_epoch_flow_is_what_sgd_follows_in_expectation_over_shufflings():
 def test_wrong_calls_are_refused():
     with pytest.raises(UsageError, match=r"must increase from 0, but they are \[1.0, 0.5\]"):
         gradient_flow(ConvexCone(), [1.0, 0.5])
-    with pytest.raises(
-        UsageError, match="the trajectory has no start: only a module has parameters to start"
-    ):
+    with pytest.raises(UsageError, match="the trajectory has no start: only a module has parameters to start"):
         gradient_descent(quartic, 0.1, 1)
 
 

@@ -71,9 +71,7 @@ def test_a_ruled_surface_is_the_distance_to_the_ellipse(axes, reach):
     nearest = torch.stack([(ellipse - point).norm(dim=1).min() for point in points])
     outside = (points / torch.tensor(axes)).square().sum(1) > 1
     assert outside.sum() > 10
-    torch.testing.assert_close(
-        surface.energy(points), torch.where(outside, nearest, 0.0), rtol=1e-8, atol=1e-8
-    )
+    torch.testing.assert_close(surface.energy(points), torch.where(outside, nearest, 0.0), rtol=1e-8, atol=1e-8)
 
 
 def test_a_ruled_surface_over_a_ball_is_a_cone_cut_off():

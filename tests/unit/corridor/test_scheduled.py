@@ -37,9 +37,7 @@ SCHEDULERS = {
     "closed form": lambda opt: lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step)),
     "chained": lambda opt: lr_scheduler.StepLR(opt, step_size=2, gamma=0.5),
     "recursive": lambda opt: lr_scheduler.CosineAnnealingLR(opt, T_max=6, eta_min=0.1),
-    "writing max_lr": lambda opt: lr_scheduler.OneCycleLR(
-        opt, max_lr=4.0, total_steps=9, cycle_momentum=False
-    ),
+    "writing max_lr": lambda opt: lr_scheduler.OneCycleLR(opt, max_lr=4.0, total_steps=9, cycle_momentum=False),
     "sequential": lambda opt: lr_scheduler.SequentialLR(
         opt,
         [lr_scheduler.LinearLR(opt, 0.1, total_iters=3), lr_scheduler.ExponentialLR(opt, 0.9)],

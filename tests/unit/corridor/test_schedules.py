@@ -157,9 +157,7 @@ def test_a_run_folder_will_do_in_place_of_a_trace(tmp_path: Path) -> None:
     ],
     ids=lambda value: str(value) if isinstance(value, str) else "",
 )
-def test_what_makes_no_schedule_is_refused(
-    tmp_path: Path, column: str, options: Any, error: Any, words: str
-) -> None:
+def test_what_makes_no_schedule_is_refused(tmp_path: Path, column: str, options: Any, error: Any, words: str) -> None:
     with pytest.raises(error, match=words):
         from_trace(trace(tmp_path, [-1.0, -2.0]), column, **options)
 

@@ -36,16 +36,12 @@ CORRIDORS = {
     "concave cone": ConcaveCone(2.0, beta=9.0, start=vector(3.0, 1.0, -2.0)),
     "linear piece": LinearPiece(vector(1.0, -2.0), start=vector(3.0, 1.0)),
     "ruled surface": RuledSurface(1.5, axes=vector(2.0, 0.5), start=vector(3.0, 2.5)),
-    "ruled surface in 4-d": RuledSurface(
-        1.5, axes=vector(2.0, 0.5, 1.0, 3.0), start=vector(3.0, 2.5, 1.0, 2.0)
-    ),
+    "ruled surface in 4-d": RuledSurface(1.5, axes=vector(2.0, 0.5, 1.0, 3.0), start=vector(3.0, 2.5, 1.0, 2.0)),
     "glued corridors": GluedCorridors.figure_1b(vector(-3.0, 1.5)),
 }
 ONE_PIECE = {name: landscape for name, landscape in CORRIDORS.items() if name != "glued corridors"}
 CURVED = {
-    "quadratic": Quadratic(
-        vector(3.0, 1.0, 0.2).diag(), b=vector(1.0, 0.0, -1.0), start=vector(1.0, -2.0, 0.5)
-    ),
+    "quadratic": Quadratic(vector(3.0, 1.0, 0.2).diag(), b=vector(1.0, 0.0, -1.0), start=vector(1.0, -2.0, 0.5)),
     "sinusoidal mixture": SinusoidalMixture(3, dtype=F64),
 }
 
@@ -342,9 +338,7 @@ def test_nwt_section_5_rsi_is_additive_and_eb_subadditive_over_summed_losses():
     source = torch.Generator().manual_seed(0)
     x, y = torch.randn(8, 5, dtype=F64, generator=source), torch.randn(8, dtype=F64, generator=source)
     w, reference = torch.randn(2, 5, dtype=F64, generator=source)
-    gradients = torch.func.vmap(torch.func.grad(lambda w, x, y: (w @ x - y).tanh() ** 2), (None, 0, 0))(
-        w, x, y
-    )
+    gradients = torch.func.vmap(torch.func.grad(lambda w, x, y: (w @ x - y).tanh() ** 2), (None, 0, 0))(w, x, y)
     whole = torch.func.grad(lambda w: ((x @ w - y).tanh() ** 2).sum())(w)
     d = (w - reference).expand(8, 5)
     g_g, g_d, d_d = products(gradients, d)
@@ -360,9 +354,7 @@ def test_nwt_eq_8_holds_within_the_spread_of_100_random_walks():
     g /= g.norm(dim=-1, keepdim=True)
     d = g.flip(1).cumsum(1).flip(1)  # w_t - w_T: all the steps still to come
     g_g, g_d, d_d = products(g, d)
-    measured = np.stack(
-        [geometry.rsi(g_d, d_d), geometry.eb(g_g, d_d), geometry.cosine(g_d, g_g, d_d)], axis=1
-    )
+    measured = np.stack([geometry.rsi(g_d, d_d), geometry.eb(g_g, d_d), geometry.cosine(g_d, g_g, d_d)], axis=1)
     left = steps - np.arange(steps)
     predicted = np.stack([1 / left, left**-0.5, geometry.random_walk_cosine(left)])
     low, high = np.min(measured, axis=0), np.max(measured, axis=0)

@@ -69,9 +69,7 @@ def test_every_pair_of_dtypes_is_summed_in_float64(w_dtype: torch.dtype, g_dtype
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize(
-    "shape", [*SHAPES, (64,), (65,), (2, 64), (2, 65), (3, 5, 70), (1, 1, 200), (128, 1)]
-)
+@pytest.mark.parametrize("shape", [*SHAPES, (64,), (65,), (2, 64), (2, 65), (3, 5, 70), (1, 1, 200), (128, 1)])
 def test_tensors_of_any_shape_are_cut_into_blocks_without_loss(shape: tuple[int, ...]) -> None:
     w, g, final = (normal([shape, (3,)], torch.float64, seed) for seed in range(3))
     measured = InnerProducts(w, {"final": final}, per_parameter=True).measure(g)
@@ -88,8 +86,7 @@ def test_the_right_elements_are_paired_whatever_the_memory_layouts(layouts: tupl
 
     shapes = [(4, 6, 3, 2), (2, 3, 1, 1), (5, 70, 2, 1)]
     w, g, final = (
-        [lay(tensor, layout) for tensor in normal(shapes, torch.float32, seed)]
-        for seed, layout in enumerate(layouts)
+        [lay(tensor, layout) for tensor in normal(shapes, torch.float32, seed)] for seed, layout in enumerate(layouts)
     )
     measured = InnerProducts(w, {"final": final}).measure(g)
     assert_equal(measured, brute_force(w, g, final).sum(0))
@@ -193,11 +190,7 @@ def test_a_sparse_gradient_counts_as_its_dense_form(dtype: torch.dtype) -> None:
 
 def test_a_sparse_gradient_that_stores_nothing_is_zero() -> None:
     w, final = normal([(5, 2)], torch.float32, 0), normal([(5, 2)], torch.float32, 1)
-    g = [
-        torch.sparse_coo_tensor(
-            torch.zeros(1, 0, dtype=torch.long), torch.zeros(0, 2), (5, 2), check_invariants=True
-        )
-    ]
+    g = [torch.sparse_coo_tensor(torch.zeros(1, 0, dtype=torch.long), torch.zeros(0, 2), (5, 2), check_invariants=True)]
     assert_equal(InnerProducts(w, {"final": final}).measure(g), brute_force(w, g, final).sum(0))
 
 
@@ -252,9 +245,7 @@ def test_measuring_changes_no_bit_of_the_run() -> None:
     first, second = products.measure(gradients, 2.0), products.measure(gradients, 2.0)
 
     assert torch.equal(first, second)
-    assert torch.equal(
-        first, InnerProducts(parameters, {"final": final}, per_parameter=True).measure(gradients, 2.0)
-    )
+    assert torch.equal(first, InnerProducts(parameters, {"final": final}, per_parameter=True).measure(gradients, 2.0))
     assert not first.requires_grad
     assert all(torch.equal(a, b) for a, b in zip(before, everything, strict=True))
     assert versions == [tensor._version for tensor in everything]
@@ -354,9 +345,7 @@ def test_a_reference_of_another_model_is_refused_by_name(reference: list[Tensor]
         ),
     ],
 )
-def test_a_gradient_that_does_not_match_its_parameter_is_refused(
-    gradients: list[Tensor | None], says: str
-) -> None:
+def test_a_gradient_that_does_not_match_its_parameter_is_refused(gradients: list[Tensor | None], says: str) -> None:
     products = InnerProducts([torch.zeros(3), torch.zeros(2, 2)], {})
     with pytest.raises(UnsupportedTraining, match=says):
         products.measure(gradients)
@@ -382,9 +371,7 @@ def test_a_compiler_that_fails_is_reported_with_the_way_round_it(monkeypatch: py
 def test_a_small_model_is_never_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inner_products, "_kernel", lambda: pytest.fail("compiled"))
     w, g, final = (normal(SHAPES, torch.float32, seed) for seed in range(3))
-    assert_equal(
-        InnerProducts(w, {"final": final}, compiled=True).measure(g), brute_force(w, g, final).sum(0)
-    )
+    assert_equal(InnerProducts(w, {"final": final}, compiled=True).measure(g), brute_force(w, g, final).sum(0))
 
 
 def has_compiler() -> bool:

@@ -77,15 +77,11 @@ class Opaque(torch.autograd.Function):
         return 2 * gradient
 
 
-def measured(
-    options: MeasureOptions, *more: type[Quantity], layout: Layout | None = None
-) -> tuple[Measurement, Any]:
+def measured(options: MeasureOptions, *more: type[Quantity], layout: Layout | None = None) -> tuple[Measurement, Any]:
     model = nn.Linear(2, 1, bias=False).double()
     model.weight.data = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    probe: Any = SimpleNamespace(
-        model=model, optimizer=optimizer, parameters=dict(model.named_parameters()), step=0
-    )
+    probe: Any = SimpleNamespace(model=model, optimizer=optimizer, parameters=dict(model.named_parameters()), step=0)
     measurement = Measurement(probe, options, layout, quantities=(*QUANTITIES, *more))
     measurement.open({"final": {"weight": torch.zeros(1, 2, dtype=torch.float64)}})
     return measurement, probe

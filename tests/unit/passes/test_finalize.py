@@ -49,9 +49,7 @@ def killed_while_sealing(run, kind: str) -> None:
 def columns(path) -> dict[str, np.ndarray]:
     with h5py.File(path) as file:
         found: dict[str, np.ndarray] = {}
-        file.visititems(
-            lambda name, item: found.update({name: item[()]} if isinstance(item, h5py.Dataset) else {})
-        )
+        file.visititems(lambda name, item: found.update({name: item[()]} if isinstance(item, h5py.Dataset) else {}))
     return found
 
 

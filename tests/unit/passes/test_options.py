@@ -105,9 +105,7 @@ def test_the_commands_that_make_a_run_again_name_every_option(options, processes
     assert made == {RecordOptions: RecordOptions(), ReplayOptions: ReplayOptions(), type(options): options}
 
 
-@pytest.mark.parametrize(
-    ("function", "kind"), [(geomprobe.record, RecordOptions), (geomprobe.replay, ReplayOptions)]
-)
+@pytest.mark.parametrize(("function", "kind"), [(geomprobe.record, RecordOptions), (geomprobe.replay, ReplayOptions)])
 def test_the_functions_show_every_option_in_their_signature_and_help(function, kind):
     names = [field.name for field in fields(kind)]
     assert list(inspect.signature(function).parameters) == ["train", "run", *names]

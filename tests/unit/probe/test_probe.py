@@ -129,10 +129,7 @@ def test_the_gradients_are_those_before_the_update_and_the_step_counts_after_it(
     for batch in training.loader:
         steps.append(training.probe.step)
         training.step(batch)
-        assert all(
-            torch.equal(a, p.grad)
-            for a, p in zip(log.gradients[-1], training.model.parameters(), strict=True)
-        )
+        assert all(torch.equal(a, p.grad) for a, p in zip(log.gradients[-1], training.model.parameters(), strict=True))
     assert (steps, training.probe.step) == ([0, 1, 2], 3)
 
 

@@ -102,9 +102,7 @@ def test_an_unfinished_trace_has_no_null_model_since_its_length_is_unknown(tmp_p
 
 
 def test_a_diverged_trace_is_held_against_the_length_that_was_recorded(tmp_path, history):
-    said = certificate(
-        60, equal=30, weights_equal=False, first={"step": 30, "component": "rng", "tensor": "torch"}
-    )
+    said = certificate(60, equal=30, weights_equal=False, first={"step": 30, "component": "rng", "tensor": "torch"})
     trace = open_trace(write_trace(tmp_path / "t.h5", history, status="diverged", rows=30, cert=said))
     assert null_model(trace, "cosine")[-1] == pytest.approx(31**-0.5)
 
@@ -134,9 +132,7 @@ def test_runs_of_one_script_are_told_apart_by_its_options_too(tmp_path, history)
         "b": ["--batch_size", "16", "--no-augment", "--data", "x", "z", "--decay", "0.00014142135"],
     }.items():
         script = {**history.manifest["script"], "argv": argv}
-        runs.append(
-            write_run(tmp_path / name, replace(history, manifest={**history.manifest, "script": script}))
-        )
+        runs.append(write_run(tmp_path / name, replace(history, manifest={**history.manifest, "script": script})))
     assert labels([open_trace(run) for run in runs]) == [
         "a (batch size 64, lr 0.05, data x y)",
         "b (batch size 16, data x z, no augment, decay 0.000141421)",
@@ -156,7 +152,5 @@ def test_options_of_different_scripts_are_not_compared(tmp_path, history):
     runs = []
     for name in ("a", "b"):
         script = {**history.manifest["script"], "path": f"{name}.py", "argv": ["--width", name]}
-        runs.append(
-            write_run(tmp_path / name, replace(history, manifest={**history.manifest, "script": script}))
-        )
+        runs.append(write_run(tmp_path / name, replace(history, manifest={**history.manifest, "script": script})))
     assert labels([open_trace(run) for run in runs]) == ["a", "b"]

@@ -116,9 +116,7 @@ def scalars(folder):
     accumulator = module.EventAccumulator(str(folder), size_guidance={module.SCALARS: 0})
     accumulator.Reload()
     tags = accumulator.Tags()["scalars"]
-    return {
-        tag: [(event.step, event.value) for event in accumulator.Scalars(tag)] for tag in tags
-    }, accumulator
+    return {tag: [(event.step, event.value) for event in accumulator.Scalars(tag)] for tag in tags}, accumulator
 
 
 def test_tensorboard_reads_each_measured_number_at_its_step(tmp_path, trace):

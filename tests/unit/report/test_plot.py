@@ -59,9 +59,7 @@ def test_runs_of_different_rates_have_null_models_in_their_own_colors(tmp_path, 
     other = open_trace(write_run(tmp_path / "b", train(steps=60, lr=0.02)))
     panel = figure([trace, other], ["eb"]).axes[0]
     solid = [line.get_color() for line in panel.lines if line.get_linestyle() == "-"]
-    dashed = [
-        line.get_color() for line in panel.lines if line.get_linestyle() == "--" and len(line.get_xdata())
-    ]
+    dashed = [line.get_color() for line in panel.lines if line.get_linestyle() == "--" and len(line.get_xdata())]
     assert solid == dashed
     assert len(set(solid)) == 2
 

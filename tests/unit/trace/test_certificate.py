@@ -11,9 +11,7 @@ WHOLE = Certificate(60, 60, 60, True, ("rng", "weights"), steps_attempted=62)
 FIRST = FirstDifference(30, "rng", "step/torch", rank=1)
 
 
-@pytest.mark.parametrize(
-    "certificate", [WHOLE, dataclasses.replace(WHOLE, first_difference=FIRST), Certificate()]
-)
+@pytest.mark.parametrize("certificate", [WHOLE, dataclasses.replace(WHOLE, first_difference=FIRST), Certificate()])
 def test_a_certificate_is_read_as_it_was_written(tmp_path, certificate):
     with h5py.File(tmp_path / "t.h5", "w") as file:
         certificate.write(file)

@@ -102,9 +102,7 @@ def test_values_that_are_not_finite_go_through_without_a_warning(run):
 def test_the_paths_are_the_contracts_and_other_names_are_refused(run):
     columns = Derived(np.arange(ROWS), run[-1] | {"parameters/fc.weight/g.g": np.zeros(ROWS)})
     assert set(columns) == set(sealed_columns([*run[-1], "parameters/fc.weight/g.g"]))
-    assert {"steps/cosine", "references/best/cosine", "groups/1/lr", "parameters/fc.weight/g.g"} <= set(
-        columns
-    )
+    assert {"steps/cosine", "references/best/cosine", "groups/1/lr", "parameters/fc.weight/g.g"} <= set(columns)
     assert not any(path.startswith("references/final") for path in columns)
     assert "steps/same" not in columns
     for unknown in ("cosine", "steps/same", "references/worst/rsi"):

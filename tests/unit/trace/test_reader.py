@@ -118,9 +118,7 @@ def test_references_and_parameters_are_listed_by_their_own_names(tmp_path):
     paths += [schema.parameter_column(name, "g.g") for name in ("fc.weight", "odd/one")]
     table = Table("values", tuple(paths), "float64")
     (tmp_path / "stream").mkdir()
-    with PartWriter(
-        tmp_path / "stream" / "p.h5", schema=schema.TRACE_SCHEMA, tables=[table], attributes={}
-    ) as part:
+    with PartWriter(tmp_path / "stream" / "p.h5", schema=schema.TRACE_SCHEMA, tables=[table], attributes={}) as part:
         part.append({"values": np.ones((2, 4))})
     for trace in (open_trace(tmp_path), open_trace(sealed(tmp_path))):
         assert trace.references[0] == "final"
@@ -133,9 +131,7 @@ def test_columns_that_only_some_runs_have_are_read_where_they_are(tmp_path):
     names = [column.name for column in schema.OPTIONAL_STEP_COLUMNS]
     table = Table("values", tuple(f"steps/{name}" for name in names), "float64")
     (tmp_path / "stream").mkdir()
-    with PartWriter(
-        tmp_path / "stream" / "p.h5", schema=schema.TRACE_SCHEMA, tables=[table], attributes={}
-    ) as part:
+    with PartWriter(tmp_path / "stream" / "p.h5", schema=schema.TRACE_SCHEMA, tables=[table], attributes={}) as part:
         part.append({"values": expected(table, np.arange(3))})
     for trace in (open_trace(tmp_path), open_trace(sealed(tmp_path))):
         assert trace.columns[len(schema.STEP_COLUMNS) :] == names

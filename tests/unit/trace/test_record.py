@@ -96,9 +96,7 @@ def test_only_the_rows_that_are_asked_for_are_read(tmp_path):
     (tmp_path / "stream").mkdir()
     with open_part(tmp_path / "stream" / "p.h5", KIND) as writer:
         for start in range(0, 100_000, 10_000):
-            writer.append(
-                {table.name: expected(table, np.arange(start, start + 10_000)) for table in RECORD_TABLES}
-            )
+            writer.append({table.name: expected(table, np.arange(start, start + 10_000)) for table in RECORD_TABLES})
     seal(tmp_path)
     with open_record(tmp_path) as record:
         tracemalloc.start()

@@ -117,9 +117,7 @@ def test_the_certificate_is_attributes_of_its_group(tmp_path):
 @pytest.mark.parametrize("kind", [TRACE, RECORD])
 def test_parts_that_join_seal_into_one_file_in_whatever_order_they_come(tmp_path, kind):
     bounds = [0, 64, 6001, 9000]
-    parts = [
-        write_part(tmp_path / f"{start}.h5", kind, start, stop) for start, stop in itertools.pairwise(bounds)
-    ]
+    parts = [write_part(tmp_path / f"{start}.h5", kind, start, stop) for start, stop in itertools.pairwise(bounds)]
     parts.append(write_part(tmp_path / "empty.h5", kind, 9000, 9000))
     out, steps = tmp_path / "out.h5", np.arange(9000)
     if kind == TRACE:
@@ -169,9 +167,7 @@ def test_where_two_parts_hold_a_step_it_is_sealed_once(tmp_path):
 
 
 def test_only_so_many_steps_are_sealed_as_are_asked_for(tmp_path):
-    parts = [
-        write_part(tmp_path / f"{start}.h5", start=start, stop=stop) for start, stop in [(0, 10), (30, 40)]
-    ]
+    parts = [write_part(tmp_path / f"{start}.h5", start=start, stop=stop) for start, stop in [(0, 10), (30, 40)]]
     facts = {"status": "diverged", "num_parameters": 7, "manifest": {}}
     seal_trace(parts, tmp_path / "t.h5", num_steps=6, **facts)
     with h5py.File(tmp_path / "t.h5") as file:
@@ -221,9 +217,7 @@ def test_references_and_parameters_get_their_groups_and_odd_names_survive(tmp_pa
         assert set(file["references"]) == {"final", "best%2Fone"}
         names = {column.name for column in schema.REFERENCE_COLUMNS}
         assert set(file["references/best%2Fone"]) == names | {"inner_products", "step"}
-        np.testing.assert_array_equal(
-            file["parameters/a%2Fb.weight/g.g"][:], expected(table, np.arange(9))[:, 3]
-        )
+        np.testing.assert_array_equal(file["parameters/a%2Fb.weight/g.g"][:], expected(table, np.arange(9))[:, 3])
         assert "same" in file["steps"]
 
 

@@ -8,9 +8,7 @@ from support.part_cases import write_part
 
 import geomprobe.trace
 
-MODULES = sorted(
-    f"geomprobe.trace.{path.stem}" for path in Path(geomprobe.trace.__file__).parent.glob("[!_]*.py")
-)
+MODULES = sorted(f"geomprobe.trace.{path.stem}" for path in Path(geomprobe.trace.__file__).parent.glob("[!_]*.py"))
 WATCH = "import sys; assert 'torch' not in sys.modules, 'torch was imported'"
 
 
@@ -33,6 +31,5 @@ def test_opening_a_live_trace_does_not_import_torch(tmp_path):
 def test_the_check_would_notice(tmp_path):
     (tmp_path / "torch.py").touch()
     assert (
-        "torch was imported"
-        in run(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import torch; {WATCH}").stderr
+        "torch was imported" in run(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import torch; {WATCH}").stderr
     )

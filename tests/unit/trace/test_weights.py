@@ -77,9 +77,7 @@ def test_an_error_half_way_leaves_the_earlier_reference(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize(
-    "shape", [(1,), (3, 0x40000), (64, 3, 7, 7), (2, 5_000_000), (10_000_000,), (4096, 4097)]
-)
+@pytest.mark.parametrize("shape", [(1,), (3, 0x40000), (64, 3, 7, 7), (2, 5_000_000), (10_000_000,), (4096, 4097)])
 def test_chunks_fit_the_array_and_about_a_mebibyte(shape):
     chunk = chunk_shape(shape, 4)
     assert all(1 <= part <= whole for part, whole in zip(chunk, shape, strict=True))

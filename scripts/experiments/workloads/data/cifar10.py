@@ -38,9 +38,7 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 PIXELS = 3 * 32 * 32
 
 
-def cifar10(
-    root: str | os.PathLike[str], *, train: bool, augment: bool = False, published: bool = True
-) -> Images:
+def cifar10(root: str | os.PathLike[str], *, train: bool, augment: bool = False, published: bool = True) -> Images:
     """CIFAR-10 (Krizhevsky 2009): 50,000 training or 10,000 test images of 32x32 pixels in 10 classes.
 
     Args:
@@ -90,17 +88,11 @@ def read_batch(path: Path, published: bool) -> tuple[np.ndarray[Any, Any], np.nd
         batch = _OnlyArrays(io.BytesIO(content), encoding="bytes").load()
         pixels, labels = np.asarray(batch[b"data"]), np.asarray(batch[b"labels"])
     except KeyError as error:
-        raise DamagedData(
-            f"{path}: no {error.args[0]!r} in it; a CIFAR-10 batch has b'data' and b'labels'"
-        ) from None
+        raise DamagedData(f"{path}: no {error.args[0]!r} in it; a CIFAR-10 batch has b'data' and b'labels'") from None
     except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
-        raise DamagedData(
-            f"{path}: no CIFAR-10 batch, or a truncated one: {error or type(error).__name__}"
-        ) from None
+        raise DamagedData(f"{path}: no CIFAR-10 batch, or a truncated one: {error or type(error).__name__}") from None
     if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != PIXELS:
-        raise DamagedData(
-            f"{path}: data is {pixels.dtype} {list(pixels.shape)}, and should be uint8 [count, {PIXELS}]"
-        )
+        raise DamagedData(f"{path}: data is {pixels.dtype} {list(pixels.shape)}, and should be uint8 [count, {PIXELS}]")
     if labels.shape != pixels.shape[:1] or not np.isin(labels, range(10)).all():
         raise DamagedData(
             f"{path}: labels are {labels.dtype} {list(labels.shape)}, and should be {len(pixels)} of 0 to 9"

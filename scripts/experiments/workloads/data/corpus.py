@@ -84,9 +84,7 @@ def columns(words: Tensor, count: int) -> Tensor:
     """
     length = len(words) // count
     if length < 2:
-        raise UsageError(
-            f"{len(words)} words make no {count} columns of two words or more; use a smaller batch"
-        )
+        raise UsageError(f"{len(words)} words make no {count} columns of two words or more; use a smaller batch")
     return words[: length * count].view(count, length).T.contiguous()
 
 

@@ -37,8 +37,7 @@ def digit_scenes(*, train: bool, columns: int = 16) -> list[Tile]:
     count = len(digit) // columns**2
     scenes = zip(_scenes(gray, count, columns), _scenes(labels, count, columns), strict=True)
     return [
-        Tile(f"digit scene {number}", image.expand(3, -1, -1), label)
-        for number, (image, label) in enumerate(scenes)
+        Tile(f"digit scene {number}", image.expand(3, -1, -1), label) for number, (image, label) in enumerate(scenes)
     ]
 
 

@@ -40,9 +40,7 @@ class Source:
         if path.exists():
             return path
         advice = self.advice.format(root=root)
-        raise UsageError(
-            f"{path} is not there{_alike(path)}. {self.name} is to be had from {self.url}. {advice}"
-        )
+        raise UsageError(f"{path} is not there{_alike(path)}. {self.name} is to be had from {self.url}. {advice}")
 
 
 def _alike(path: Path) -> str:

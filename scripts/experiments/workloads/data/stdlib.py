@@ -41,9 +41,7 @@ def stdlib(*, modules: Iterable[str] | None = None, words: int = 10_000) -> Corp
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         parts[{8: 1, 9: 2}.get(index % 10, 0)].extend(WORD.findall(line) for line in lines if line.strip())
     known = common_words(parts[0], words - len([UNKNOWN, END]))
-    return Corpus.of(
-        *([[word if word in known else UNKNOWN for word in line] for line in part] for part in parts)
-    )
+    return Corpus.of(*([[word if word in known else UNKNOWN for word in line] for line in part] for part in parts))
 
 
 def files(modules: Iterable[str] | None = None) -> list[Path]:

@@ -70,8 +70,7 @@ def vaihingen(root: str | os.PathLike[str], split: str) -> list[Tile]:
     folder = Path(root)
     names = [f"top_mosaic_09cm_area{area}.tif" for area in SPLITS[split]]
     paths = [
-        [SOURCE.require(folder / kind / name, folder) for kind in ("top", "gts_for_participants")]
-        for name in names
+        [SOURCE.require(folder / kind / name, folder) for kind in ("top", "gts_for_participants")] for name in names
     ]
     return [read_tile(image, labels) for image, labels in paths]
 
@@ -101,9 +100,7 @@ def read_tile(image_path: Path, labels_path: Path) -> Tile:
             f"{labels_path}: the color {color} at row {row}, column {column} stands for no class; "
             f"{np.count_nonzero(~known):,} pixels have such colors. Is it the label file?"
         )
-    return Tile(
-        image_path.name, torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(labels)
-    )
+    return Tile(image_path.name, torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(labels))
 
 
 def read_tiff(path: Path) -> np.ndarray[Any, Any]:
@@ -119,11 +116,7 @@ def read_tiff(path: Path) -> np.ndarray[Any, Any]:
             with pillow.open(path, formats=["TIFF"]) as image:
                 mode, pixels = image.mode, np.array(image)
     except Exception as error:  # a damaged TIFF fails in as many ways as it has tags
-        raise DamagedData(
-            f"{path}: no TIFF image, or a truncated one: {error or type(error).__name__}"
-        ) from None
+        raise DamagedData(f"{path}: no TIFF image, or a truncated one: {error or type(error).__name__}") from None
     if mode != "RGB":
-        raise DamagedData(
-            f"{path}: its pixels are {mode!r}, {list(pixels.shape)}; they should be three 8-bit bands"
-        )
+        raise DamagedData(f"{path}: its pixels are {mode!r}, {list(pixels.shape)}; they should be three 8-bit bands")
     return pixels

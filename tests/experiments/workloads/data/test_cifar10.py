@@ -80,9 +80,7 @@ def test_augmented_images_are_crops_drawn_from_torchs_generator(root: Path) -> N
 
 
 def test_the_published_checksums_are_asked_for(root: Path) -> None:
-    with pytest.raises(
-        DamagedData, match=r"data_batch_1: its MD5 is \w{32}, the published file's is c99cafc1"
-    ):
+    with pytest.raises(DamagedData, match=r"data_batch_1: its MD5 is \w{32}, the published file's is c99cafc1"):
         cifar10(root, train=True)
 
 
@@ -141,9 +139,7 @@ class Evil:
         return os.mkdir, ("evil",)
 
 
-def test_a_pickle_that_would_run_code_is_refused(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pickle_that_would_run_code_is_refused(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (root / "cifar-10-batches-py" / "test_batch").write_bytes(pickle.dumps(batch(6) | {b"more": Evil()}))
     with pytest.raises(DamagedData, match=r"it asks for posix\.mkdir, where only arrays belong"):

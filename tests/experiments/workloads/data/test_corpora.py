@@ -97,9 +97,7 @@ def test_the_standard_librarys_words_are_those_of_its_source() -> None:
 def test_names_and_keywords_are_one_word_each() -> None:
     corpus = stdlib(modules=["json"], words=100_000)
     source = "".join(path.read_text(encoding="utf-8") for path in files(["json"]))
-    names = {
-        t.string for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.NAME
-    }
+    names = {t.string for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.NAME}
     assert names <= set(corpus.vocabulary)
     assert "JSONDecoder" in names
     assert any(keyword.iskeyword(name) for name in names)

@@ -62,9 +62,7 @@ def test_they_replay_and_leave_other_generators_alone() -> None:
     patches = Patches(TILES, count=10, size=3)
     before = random.getstate(), str(np.random.get_state())
     first, second = drawn(patches, 10), drawn(patches, 10)
-    assert all(
-        torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(first, second, strict=True)
-    )
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(first, second, strict=True))
     assert before == (random.getstate(), str(np.random.get_state()))
 
 
@@ -95,9 +93,7 @@ def test_an_index_past_the_epoch_ends_it() -> None:
     assert len(list(Patches(TILES, count=3, size=2))) == 3  # type: ignore[call-overload]
 
 
-@pytest.mark.parametrize(
-    ("tiles", "text"), [([], "no tiles"), ([*TILES, numbered("c", 60, (3, 9))], "c: .*3, 9")]
-)
+@pytest.mark.parametrize(("tiles", "text"), [([], "no tiles"), ([*TILES, numbered("c", 60, (3, 9))], "c: .*3, 9")])
 def test_tiles_that_give_no_patch_are_refused(tiles: list[Tile], text: str) -> None:
     with pytest.raises(UsageError, match=text):
         Patches(tiles, count=1, size=4)

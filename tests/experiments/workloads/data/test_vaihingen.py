@@ -115,7 +115,5 @@ def test_a_color_that_stands_for_no_class_is_named_with_its_place(root: Path) ->
     colors = colored(labels_of(37))
     colors[2, 5] = (254, 255, 255)
     Image.fromarray(colors).save(labels_path(root, 37))
-    with pytest.raises(
-        DamagedData, match=r"the color \(254, 255, 255\) at row 2, column 5 stands for no class; 1 p"
-    ):
+    with pytest.raises(DamagedData, match=r"the color \(254, 255, 255\) at row 2, column 5 stands for no class; 1 p"):
         vaihingen(root, "valid")

@@ -16,9 +16,7 @@ from geomprobe.measure.curvature.hessian_gradient import Curvature
 
 def test_flash_attention_without_a_closure_is_named_before_any_gradient_is_touched():
     it = case("flash", torch.float32)
-    with pytest.raises(
-        CurvatureUnavailable, match=r"FlashAttentionForCpuBackward0 .*closure=.*math attention"
-    ) as e:
+    with pytest.raises(CurvatureUnavailable, match=r"FlashAttentionForCpuBackward0 .*closure=.*math attention") as e:
         Curvature(it.parameters).backward(it.loss())
     assert "SDPBackend.MATH" in str(e.value)
     assert gradients(it.parameters) == [None] * len(it.parameters)
@@ -154,9 +152,7 @@ def test_an_operation_found_out_by_its_double_backward_is_named_and_the_gradient
     curvature = Curvature(it.parameters)
     curvature.backward(ctc(it.model, it.inputs.double()))
     plain = gradients(it.parameters)
-    with pytest.raises(
-        CurvatureUnavailable, match=r"aten::_ctc_loss_backward has a backward without a derivative"
-    ):
+    with pytest.raises(CurvatureUnavailable, match=r"aten::_ctc_loss_backward has a backward without a derivative"):
         curvature.product(plain)
     assert all(p.grad is g for p, g in zip(it.parameters, plain, strict=True))
 

@@ -54,9 +54,7 @@ def test_product_under_accumulation_is_of_the_accumulated_loss(name, route):
         curvature.route = "closure"
     for part in parts:
         rng = capture_rng()
-        curvature.backward(
-            it.loss(part=part, parts=3), closure=lambda part=part: it.loss(part=part, parts=3), rng=rng
-        )
+        curvature.backward(it.loss(part=part, parts=3), closure=lambda part=part: it.loss(part=part, parts=3), rng=rng)
     found = curvature.product(gradients(it.parameters))
     assert curvature.route == route
     assert relative(flat(found), dense_product(it.model, total, 8, gradients(it.parameters))) < 1e-10

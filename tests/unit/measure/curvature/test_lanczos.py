@@ -24,9 +24,7 @@ def symmetric(eigenvalues: Tensor, dtype: torch.dtype = torch.float64) -> Tensor
     "eigenvalues",
     [
         torch.linspace(-1.0, 1.0, 40),
-        torch.cat(
-            [torch.tensor([-50.0]), torch.linspace(0.0, 1.0, 39)]
-        ),  # the largest in magnitude is negative
+        torch.cat([torch.tensor([-50.0]), torch.linspace(0.0, 1.0, 39)]),  # the largest in magnitude is negative
         torch.cat([torch.zeros(38), torch.tensor([3.0, 3.0])]),
         -torch.linspace(1.0, 2.0, 40),
     ],

@@ -35,9 +35,7 @@ def test_side_product_is_the_dense_hessian_times_the_gradient(name, dtype, toler
     loss = it.loss()
     loss.backward()
     torch.rand(7)
-    found = side_product(
-        it.loss, it.parameters, gradients(it.parameters), loss=loss.detach(), rng=rng, module=it.model
-    )
+    found = side_product(it.loss, it.parameters, gradients(it.parameters), loss=loss.detach(), rng=rng, module=it.model)
     expected = dense_product(it.model, it.loss, 3, gradients(it.parameters))
     assert relative(flat(found), expected) < tolerance
 
@@ -47,9 +45,7 @@ def test_a_loss_linear_in_the_parameters_has_side_product_zero():
     assert torch.equal(side_product(lambda: w @ x, [w], [x], loss=(w @ x).detach())[0], torch.zeros(4))
 
 
-@pytest.mark.parametrize(
-    "measure", [side_product, lambda c, p, v, **k: finite_step(c, p, v, 0.1, **k).turned]
-)
+@pytest.mark.parametrize("measure", [side_product, lambda c, p, v, **k: finite_step(c, p, v, 0.1, **k).turned])
 def test_a_closure_may_draw_zero_gradients_and_move_buffers(measure):
     it = case("convolutional", torch.float32)
     optimizer = torch.optim.SGD(it.parameters, lr=0.1)
@@ -81,9 +77,7 @@ def test_a_closure_of_another_minibatch_is_caught_with_both_values():
     loss = it.loss()
     other = it.loss(part=slice(0, 3)).item()
     with pytest.raises(ClosureMismatch) as error:
-        side_product(
-            lambda: it.loss(part=slice(0, 3)), it.parameters, gradients(it.parameters), loss=loss.detach()
-        )
+        side_product(lambda: it.loss(part=slice(0, 3)), it.parameters, gradients(it.parameters), loss=loss.detach())
     assert repr(other) in str(error.value)
     assert repr(loss.item()) in str(error.value)
 

@@ -99,9 +99,7 @@ def _generators():
     ],
     ids=["BatchNorm", "momentum", "bfloat16", "float64", "sparse"],
 )
-def test_a_training_goes_on_from_a_checkpoint_to_the_same_bits(
-    make: Any, optimizer: Any, tmp_path: Path
-) -> None:
+def test_a_training_goes_on_from_a_checkpoint_to_the_same_bits(make: Any, optimizer: Any, tmp_path: Path) -> None:
     probe = trained(make, optimizer, 3)
     random.gauss(0, 1)  # leaves a second normal in the generator's cache, and so do the next two
     np.random.randn()

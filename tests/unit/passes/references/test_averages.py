@@ -95,9 +95,7 @@ def test_narrow_parameters_are_followed_where_their_own_dtype_would_stand_still(
     weight.data.fill_(1.0078125)  # the next bfloat16
     for _ in range(5000):
         averages.update()
-    assert averages.weights["ema-0.999"]["w"].item() == pytest.approx(
-        1.0078125 - 0.0078125 * 0.999**5000, abs=1e-5
-    )
+    assert averages.weights["ema-0.999"]["w"].item() == pytest.approx(1.0078125 - 0.0078125 * 0.999**5000, abs=1e-5)
 
 
 def test_before_the_first_update_every_average_is_the_initial_weights_and_then_the_running_one_is_w1():
@@ -125,9 +123,7 @@ def test_a_resumed_average_is_bitwise_the_one_that_went_on():
     places = [tensor.data_ptr() for tensors in resumed.weights.values() for tensor in tensors.values()]
     resumed.load_state_dict(torch.load(file, weights_only=True))
     follow(resumed, fresh, walk[31:])
-    assert places == [
-        tensor.data_ptr() for tensors in resumed.weights.values() for tensor in tensors.values()
-    ]
+    assert places == [tensor.data_ptr() for tensors in resumed.weights.values() for tensor in tensors.values()]
     for name, tensors in whole.weights.items():
         assert all(torch.equal(resumed.weights[name][each], tensor) for each, tensor in tensors.items())
 

@@ -54,9 +54,7 @@ def test_a_state_dict_is_read_and_its_buffers_are_left_out(tmp_path, net, keep_v
 @pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict"])
 def test_a_checkpoint_with_one_nesting_is_read(tmp_path, net, key):
     optimizer = torch.optim.Adam(net.parameters())
-    assert_read(
-        saved(tmp_path, {key: net.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3}), net
-    )
+    assert_read(saved(tmp_path, {key: net.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3}), net)
 
 
 def test_an_attribute_that_is_called_model_is_no_nesting(tmp_path):

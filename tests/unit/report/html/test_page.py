@@ -231,9 +231,7 @@ def test_what_a_hostile_run_says_stays_text(tmp_path, history):
     run = tmp_path / "<script>alert(3)<\\script>$x"
     first = {"step": 2, "component": HOSTILE, "tensor": HOSTILE}
     said = {**certificate(60, equal=2, first=first), "components": [HOSTILE]}
-    write_run(
-        run, history, references={name.replace("/", "%2F"): history.weights[3]}, status="diverged", cert=said
-    )
+    write_run(run, history, references={name.replace("/", "%2F"): history.weights[3]}, status="diverged", cert=said)
     for file in ("record.h5", "trace.h5"):
         with h5py.File(run / file, "r+") as opened:
             opened.attrs["manifest"] = json.dumps(manifest)
@@ -253,9 +251,7 @@ def test_what_a_hostile_run_says_stays_text(tmp_path, history):
         ("diverged", {"rows": 45}, "The replay diverged", "bad"),
     ],
 )
-def test_a_run_that_did_not_hold_says_so_first_and_on_every_figure(
-    tmp_path, history, status, options, headline, mark
-):
+def test_a_run_that_did_not_hold_says_so_first_and_on_every_figure(tmp_path, history, status, options, headline, mark):
     said = certificate(60, equal=20, weights_equal=False, first=FIRST)
     found, page = report(write_run(tmp_path / "a", history, status=status, cert=said, **options), tmp_path)
     assert (found.headline, found.mark) == (headline, mark)

@@ -73,9 +73,7 @@ def test_a_true_trace_holds_and_each_measured_row_is_checked(trace: Path) -> Non
         ("inner_products/d.d", "{}: d.d is the step's"),
     ],
 )
-def test_a_number_that_is_off_breaks_what_it_has_to_do_with(
-    trace: Path, group: str, column: str, name: str
-) -> None:
+def test_a_number_that_is_off_breaks_what_it_has_to_do_with(trace: Path, group: str, column: str, name: str) -> None:
     tamper(trace, f"{group}/{column}", lambda value: value * 1.001, row=2)
     assert name.format(group) in broken(trace)
 
@@ -92,9 +90,7 @@ GROUPS = {
     "references/best": schema.REFERENCE_COLUMNS,
     "held_out": schema.ORACLES["held_out"],
 }
-DERIVED = [
-    f"{group}/{column.name}" for group, columns in GROUPS.items() for column in columns if column.compute
-]
+DERIVED = [f"{group}/{column.name}" for group, columns in GROUPS.items() for column in columns if column.compute]
 FORMULAS = ("grad_norm", "distance", "rsi", "eb", "cosine", "lolr", "clr", "corridor_residual", "flow_drift")
 
 

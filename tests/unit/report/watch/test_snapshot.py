@@ -291,9 +291,7 @@ def test_nothing_is_written_by_looking(recorded):
 
         def state():
             return {
-                path: (path.stat().st_mtime_ns, path.read_bytes())
-                for path in recorded.rglob("*")
-                if path.is_file()
+                path: (path.stat().st_mtime_ns, path.read_bytes()) for path in recorded.rglob("*") if path.is_file()
             }
 
         before = state()

@@ -78,10 +78,7 @@ def test_everything_that_matters_is_said(width):
 
 
 def test_the_bar_shows_which_steps_are_there():
-    assert (
-        shown(80, covered=((0, 400), (500, 705))).splitlines()[2]
-        == "█" * 32 + "░" * 8 + "█" * 16 + "▒" + "░" * 23
-    )
+    assert shown(80, covered=((0, 400), (500, 705))).splitlines()[2] == "█" * 32 + "░" * 8 + "█" * 16 + "▒" + "░" * 23
     assert shown(10, covered=((0, 1000),), steps=1000).count("█") == 10
     assert "░" * 40 in shown(40, covered=(), steps=0)
 

@@ -33,9 +33,7 @@ class Writers:
         if preload:
             env["LD_PRELOAD"] = str(preload)
         command = [sys.executable, str(ROOT / "tests/support/killed_writer.py")]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
-        )
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
     def start(self, path, kind, rows, kill_at=0, torn=0):
         self.process.stdin.write(f"{path} {kind} {rows} {kill_at} {torn}\n")

@@ -52,9 +52,7 @@ def test_a_range_of_rows_and_tables_can_be_streamed(tmp_path):
     assert sorted(block) == ["fingerprints/rng", "step"]
     steps = np.arange(130, 150)
     np.testing.assert_array_equal(block["step"], steps)
-    np.testing.assert_array_equal(
-        block["fingerprints/rng"], expected(header.tables["fingerprints/rng"], steps)
-    )
+    np.testing.assert_array_equal(block["fingerprints/rng"], expected(header.tables["fingerprints/rng"], steps))
 
 
 def test_long_parts_come_in_blocks_of_bounded_size(tmp_path):
@@ -262,9 +260,7 @@ from geomprobe.trace.stream import reader
 reader.read_part(Path({str(path)!r}))
 print(reader._living[0]._process.pid)
 """
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     with pytest.raises(ProcessLookupError):
         os.kill(int(done.stdout), 0)

@@ -53,9 +53,7 @@ def test_special_values_keep_their_bits(tmp_path):
     values = np.array([[np.nan, -0.0], [np.inf, -np.inf], [5e-324, 1.7e308]])
     with PartWriter(tmp_path / "p.h5", schema=KINDS[1], tables=[table], attributes={}) as writer:
         writer.append({"steps": values})
-    np.testing.assert_array_equal(
-        read_part(tmp_path / "p.h5").tables["steps"][1].view(np.int64), values.view(np.int64)
-    )
+    np.testing.assert_array_equal(read_part(tmp_path / "p.h5").tables["steps"][1].view(np.int64), values.view(np.int64))
 
 
 @pytest.mark.parametrize("columns", [0, 1, 500, 3000, 20_000])
