@@ -309,6 +309,8 @@ def check_raw(path: str) -> None:
 
     >>> check_raw("inner_products/g.d")
     """
+    if "/" not in path:  # a bare name is for readers
+        raise UnknownColumn(f"{path!r} is no column of a trace; give its whole path, such as steps/{path}")
     column = describe(path)
     if column.compute is not None or path == "steps/step":
         raise UnknownColumn(f"{path!r} is derived from the inner products; stream those instead")

@@ -149,9 +149,12 @@ def test_another_number_of_processes_does_not_go_on_with_a_recording(tmp_path: P
     cut = tmp_path / "cut"
     start(2, recorded, tmp_path, KINDS["DDP"](at=(0, 5), do="die"), cut, {})
     kept = {path for path in cut.rglob("*.h5") if path.is_file()}
-    for code, (kind, text) in start(3, recorded, tmp_path, KINDS["DDP"](), cut, {"resume": True}):
-        assert (code, kind) == (1, "EnvironmentMismatch")
-        assert "was recorded by 2 processes, and here are 3" in text
+    ends = start(3, recorded, tmp_path, KINDS["DDP"](), cut, {"resume": True})
+    assert "EnvironmentMismatch" in {kind for _, (kind, _) in ends}
+    for code, (kind, text) in ends:  # a slow rank may hear of another's refusal before it refuses by itself
+        assert code == 1
+        assert kind in ("EnvironmentMismatch", "ElsewhereStopped")
+        assert "was recorded by 2 processes, and here are 3" in text or "which holds at" in text
     assert kept
     assert kept <= set(cut.rglob("*.h5"))
 
