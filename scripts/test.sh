@@ -1,8 +1,9 @@
 #!/bin/sh
-# Every check: style, types, the order of imports, tests and doctests. With --all the slow cases too, and those that need a training framework,
-# in an environment of their own. Further arguments go to pytest, such as `-n 0`, which runs the tests in one process.
+# Every check: style, types, the order of imports, tests and doctests. With --all the slow cases too, and those that need
+# a training framework, in an environment of their own. Further arguments go to pytest, such as `-n 0`, which runs the
+# tests in one process.
 #
-#     sh scripts/test.sh            6 minutes on 2 cores, once everything is installed
+#     sh scripts/test.sh            10 minutes on 2 cores, once everything is installed
 #     sh scripts/test.sh --all
 extras=test
 . "$(dirname "$0")/setup.sh"

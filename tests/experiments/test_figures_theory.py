@@ -17,6 +17,8 @@ from support.paths import EXPERIMENTS, ROOT
 
 import geomprobe
 
+pytestmark = pytest.mark.slow  # a minute of small trainings
+
 NAMES = [
     "landscapes",
     "descent_and_flow",
