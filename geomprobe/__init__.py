@@ -6,8 +6,8 @@ The names below load on first use, so that reading a trace never imports torch.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from geomprobe import _lazy
 from geomprobe._package import __version__ as __version__
+from geomprobe._package import lazy_names
 
 if TYPE_CHECKING:
     from geomprobe.errors import GeomprobeError as GeomprobeError
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from geomprobe.trace.reader import Trace as Trace
     from geomprobe.trace.reader import open_trace as open_trace
 
-_load, __dir__ = _lazy.attach(__name__)
+_load, __dir__ = lazy_names(__name__)
 
 
 def __getattr__(name: str) -> Any:

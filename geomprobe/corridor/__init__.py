@@ -5,7 +5,7 @@ The names below load on first use, so that finding the corridors of a trace neve
 
 from typing import TYPE_CHECKING
 
-from geomprobe import _lazy
+from geomprobe._package import lazy_names
 
 if TYPE_CHECKING:
     from geomprobe.corridor.clr import CLR as CLR
@@ -30,4 +30,4 @@ if TYPE_CHECKING:
     from geomprobe.corridor.landscapes import Quadratic as Quadratic
     from geomprobe.corridor.landscapes import RuledSurface as RuledSurface
 
-__getattr__, __dir__ = _lazy.attach(__name__)
+__getattr__, __dir__ = lazy_names(__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -91,7 +92,7 @@ class Step:
         return [None if g is None else g / self.grad_scale for g in dense]
 
 
-class Quantity:
+class Quantity(ABC):
     """One thing that a replay measures; a subclass for each, listed in `geomprobe.measure.measurement.QUANTITIES`.
 
     `Measurement` makes it once the probe is attached, calls `open` before the first update, and from then on at each
@@ -122,9 +123,9 @@ class Quantity:
         every, cadence = self._cadences
         return not step % every and not step % cadence
 
+    @abstractmethod
     def local(self, step: Step) -> dict[str, Part] | None:
         """This process's values at a step by name, or None, on every process alike, where it has none there."""
-        raise NotImplementedError
 
     def finish(self, whole: Mapping[str, Tensor]) -> Tensor:
         """The columns' values, one dimension, from what the all-reduce made of `local`'s values."""

@@ -24,8 +24,7 @@ TESTED_BY: dict[tuple[str, ...], str] = {
         "passes/checkpoint/restore passes/checkpoint/training_state passes/lease trace/run_folder"
     ),
     ("behavior/test_unmodified_script.py",): "probe/hooks/global_hooks probe/hooks/step_calls",
-    ("behavior/test_packaging.py",): "_package",
-    ("behavior/test_light_import.py",): "_lazy",
+    ("behavior/test_packaging.py", "behavior/test_light_import.py"): "_package",
     ("behavior/integrations/test_frameworks.py",): (
         "integrations/accelerate integrations/lightning integrations/transformers"
     ),

@@ -6,7 +6,7 @@ they are needed.
 
 from typing import TYPE_CHECKING
 
-from geomprobe import _lazy
+from geomprobe._package import lazy_names
 
 if TYPE_CHECKING:
     from workloads.data.cifar10 import cifar10 as cifar10
@@ -31,4 +31,4 @@ if TYPE_CHECKING:
     from workloads.unet import UNet as UNet
     from workloads.vggs import vgg as vgg
 
-__getattr__, __dir__ = _lazy.attach(__name__)
+__getattr__, __dir__ = lazy_names(__name__)
