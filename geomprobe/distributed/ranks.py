@@ -8,7 +8,6 @@ for it.
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import os
 import time
@@ -229,18 +228,3 @@ def here(patience: float = PATIENCE_S) -> Ranks:
     shared = PrefixStore(f"geomprobe/{attempt}/{_passes}", store)
     shared.set_timeout(timedelta(seconds=patience))
     return Ranks(rank, size, shared, patience)
-
-
-def end_process_group() -> None:
-    """Destroy the process group that a script has left; the command calls it last, after a pass without an error.
-
-    A thread of gloo's that frees the tensors of a last exchange needs Python's lock. Where the interpreter is ending
-    already, the thread cannot have it, and aborts the process ("terminate called without an active exception").
-    Destroying the group waits for its threads, unless something else refers to the group, as DDP modules do, which are
-    part of reference cycles.
-    """
-    from torch import distributed as dist
-
-    gc.collect()
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import geomprobe
 
-FRAMEWORKS = ROOT / "docs" / "recipes-frameworks.md"  # run by tests/integrations, with the frameworks
+FRAMEWORKS = ROOT / "docs" / "recipes-frameworks.md"  # run by tests/behavior/integrations, with the frameworks
 DISTRIBUTED = ROOT / "docs" / "distributed.md"  # run by tests/processes/test_example.py
 
 # Everything that the pages' command lines ask of a script, in 32 steps.
