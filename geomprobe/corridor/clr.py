@@ -58,6 +58,8 @@ class CLR(Optimizer):
     (True, 5.0)
     """
 
+    finds_rate = True  # a step's rate stands in the group after it; a trace then has that one
+
     def __init__(
         self, params: Iterable[Any], e_star: float = 0.0, max_lr: float | None = None, scale: float = 1.0
     ) -> None:

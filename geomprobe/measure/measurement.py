@@ -13,12 +13,14 @@ from geomprobe.distributed.layout import Layout
 from geomprobe.measure.curvature.autograd_graph import CurvatureUnavailable
 from geomprobe.measure.curvature.step_curvature import FiniteStep, HessianGradient, Sharpness, StepCurvature
 from geomprobe.measure.gradient_products import BeforeClipping, PerRankProducts, ReferenceProducts
+from geomprobe.measure.gradient_sources import GradientSources
 from geomprobe.measure.options import MeasureOptions
 from geomprobe.measure.quantity import Combine, Part, Quantity, Recorded, References, Step, Training
 from geomprobe.measure.side_gradient import FullGradient, HeldOutGradient
 from geomprobe.probe.events import Closure, Events
 from geomprobe.probe.hooks.global_hooks import muted
 from geomprobe.probe.probe import Probe
+from geomprobe.trace.absence import Absence
 from geomprobe.trace.record import Record
 
 QUANTITIES: tuple[type[Quantity], ...] = (
@@ -40,6 +42,7 @@ class Measurement(Events):
     Args:
         probe: whose parameters are measured.
         options: what to measure.
+        sources: knows which backward passes a step's gradient is made of.
         layout: how the training is spread over processes; found in the probe's model when None. All of them must
             then call `row` at each step.
         quantities: what there is to measure, as far as the options ask for it.
@@ -55,17 +58,20 @@ class Measurement(Events):
         probe: Probe,
         options: MeasureOptions,
         layout: Layout | None = None,
+        sources: GradientSources | None = None,
         quantities: Sequence[type[Quantity]] = QUANTITIES,
     ) -> None:
         self._probe, self._options = probe, options
         self.layout = Layout.of(probe.model, probe.parameters) if layout is None else layout
-        self._curvature = StepCurvature(probe, options, self.layout)
+        self._curvature = StepCurvature(probe, options, self.layout, sources)
         self.listeners: list[Events] = [self] if self._curvature.curvature is None else [self._curvature, self]
         self._parameters: list[Tensor] = list(probe.parameters.values())
         training = Training(probe, self._parameters, options, self.layout, self._curvature)
         self._sharded = any(is_dtensor(parameter) for parameter in self._parameters)
         self._quantities = {of.name: of(training) for of in quantities if not of.option or getattr(options, of.option)}
         self.columns: dict[str, tuple[str, ...]] = {}
+        self._no_reasons = torch.empty(0, dtype=torch.float64, device=self._parameters[0].device)
+        self._numbers: dict[tuple[Absence, ...], Tensor] = {}  # of the reasons that a step may have, on their device
         self._before_backward = self._overriding(Quantity.before_backward)
         self._after_backward = self._overriding(Quantity.after_backward)
         self._before_clipping = self._overriding(Quantity.before_clipping)
@@ -147,6 +153,7 @@ class Measurement(Events):
         gradients: Sequence[Tensor | None],
         grad_scale: Tensor | None,
         means: Mapping[str, Tensor] | None = None,
+        absent: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The step's values; nothing of it is an event of the run, and the run stays as it is.
 
@@ -154,23 +161,44 @@ class Measurement(Events):
             gradients: one a parameter, as the optimizer has them.
             grad_scale: what they are multiplied by, under a GradScaler with a fused optimizer.
             means: further numbers of this process by name, such as its loss, float64 of one dimension.
+            absent: for each of `GradientSources.REASONS`, 1 where it holds on this process.
 
         Returns:
-            float64 of one dimension, on the parameters' device: for each of ``means`` the mean over the processes, and
-            by the name of each quantity its values in the order of `columns`, NaN where it is not measured.
+            float64 of one dimension, on the parameters' device: for each of ``means`` the mean over the processes, by
+            the name of each quantity its values in the order of `columns`, NaN where it is not measured, and under
+            ``absent`` the sum of the numbers of the reasons that hold; see `geomprobe.trace.absence`.
         """
         number = self._probe.step
         with muted():
             parts = self._parts(number, gradients, grad_scale)
+            holds, numbers = self._absent(absent)
             self._curvature.gradients_dropped()
             self.gradients_dropped()
-            for name, values in (means or {}).items():
+            for name, values in {**(means or {}), "absent": holds}.items():
                 parts[name] = {name: Part(values, Combine.MEAN)}
             whole = self._combined(parts)
         row = {name: whole[name][name] for name in means or ()}
+        found = whole["absent"]["absent"] > 0
+        row["absent"] = torch.where(found, numbers, 0.0).sum().reshape(1)
+        unknown = found.any()
         for name, quantity in self._quantities.items():
             row[name] = quantity.finish(whole[name]) if name in whole else self._unmeasured[name]
+            if quantity.of_step_loss and name in whole:
+                row[name] = torch.where(unknown, torch.nan, row[name])
         return row
+
+    def _absent(self, of_sources: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The reasons for which values of the step's own loss are left out: whether each holds here, and its number."""
+        of_curvature = self._curvature.absent()
+        holds: list[Tensor] = [self._no_reasons]
+        of: tuple[Absence, ...] = ()
+        if of_sources is not None:
+            holds, of = [*holds, of_sources], GradientSources.REASONS
+        if of_curvature is not None:
+            holds, of = [*holds, of_curvature], (*of, *StepCurvature.ABSENT)
+        if of not in self._numbers:
+            self._numbers[of] = self._no_reasons.new_tensor([float(absence.number) for absence in of])
+        return torch.cat(holds), self._numbers[of]
 
     def _parts(
         self, number: int, gradients: Sequence[Tensor | None], grad_scale: Tensor | None

@@ -103,12 +103,14 @@ class Quantity(ABC):
         name: of the quantity among the others.
         option: the field of `MeasureOptions` that asks for it; it is always measured where that is empty.
         cadence: the field that holds at which of the measured steps it is due.
+        of_step_loss: whether it is of the step's own loss, and so left out where that is not known.
         columns: dataset paths in the trace, in the order of what `finish` returns; complete after `open`.
     """
 
     name: ClassVar[str]
     option: ClassVar[str] = ""
     cadence: ClassVar[str] = "every"
+    of_step_loss: ClassVar[bool] = False
     columns: tuple[str, ...] = ()
 
     def __init__(self, training: Training) -> None:

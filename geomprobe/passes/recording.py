@@ -16,6 +16,7 @@ from geomprobe.distributed.dtensor import local
 from geomprobe.distributed.ranks import Ranks
 from geomprobe.distributed.step_barrier import StepBarrier
 from geomprobe.errors import Stopped, UnsupportedTraining
+from geomprobe.measure.group_values import GroupValues
 from geomprobe.passes import finalize
 from geomprobe.passes.attempts import AttemptLog
 from geomprobe.passes.checkpoint import store as checkpoint
@@ -214,6 +215,7 @@ class RecordWriter(Events):
         columns += [each._replace(table=f"{FINGERPRINTS}/{each.table}") for each in fingerprint.columns]
         self._rows = RowBuffer(fingerprint.device, columns, self._write)
         self._row: dict[str, Any] = {}
+        self._groups = GroupValues(probe.optimizer)
         self.opened = False
 
     def first_update(self) -> None:
@@ -222,13 +224,12 @@ class RecordWriter(Events):
         self.opened = True
 
     def before_update(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
-        loss = self._session.losses.total(self._fingerprint.device).reshape(1)
+        self._groups.before_update()
+        loss, _ = self._session.sources.settle()
         self._row = {"epoch": [self._session.passes.epoch], "loss": loss, **self._fingerprint.take()}
 
     def after_update(self) -> None:
-        # Only now: an optimizer that finds its own rate, such as CLR, knows it only then.
-        rate = self._probe.optimizer.param_groups[0].get("lr", float("nan"))
-        rate = torch.as_tensor(rate, dtype=torch.float64).reshape(1)
+        rate = torch.as_tensor(self._groups.rate(), dtype=torch.float64).reshape(1)
         self._rows.append(self._row | {"lr": rate.to(self._fingerprint.device, non_blocking=True)})
 
     def flush(self) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from geomprobe.distributed.dtensor import local
 from geomprobe.distributed.ranks import Ranks
 from geomprobe.errors import EnvironmentMismatch, ReplayDiverged, RunError, Stopped
+from geomprobe.measure.group_values import GroupValues
 from geomprobe.measure.measurement import Measurement
 from geomprobe.passes import finalize
 from geomprobe.passes.attempts import AttemptLog, GroupCommit, manifest_of
@@ -34,10 +34,11 @@ from geomprobe.reproducibility.comparison import Comparison
 from geomprobe.reproducibility.digest import same_bits
 from geomprobe.reproducibility.environment import FIRST_STEP_SECTIONS, require_same
 from geomprobe.reproducibility.fingerprint import StepFingerprint
+from geomprobe.trace.absence import ABSENT, EPOCH, RATE
 from geomprobe.trace.atomic_file import write_json
 from geomprobe.trace.record import Record
 from geomprobe.trace.run_folder import RunFolder
-from geomprobe.trace.schema import FINAL, GROUP_COLUMNS, VALUES, group_column
+from geomprobe.trace.schema import FINAL, VALUES
 from geomprobe.trace.stream.writer import Table
 
 
@@ -74,7 +75,7 @@ def replaying(
     comparison = Comparison(record, run.path, start, None if ranks.alone else ranks.rank)
 
     def listeners(session: Session, probe: Probe, fingerprint: StepFingerprint, resumer: Resumer) -> list[Events]:
-        measurement = Measurement(probe, options, session.layout)
+        measurement = Measurement(probe, options, session.layout, session.sources)
         if session.updates.clipped_by:  # by now, in the first step of a script without `attach`
             measurement.clipping_missed()
         rows = RowChecker(
@@ -88,37 +89,6 @@ def replaying(
         return comparison.error()
 
     return Session(manifest, ranks, point, listeners, without_steps)
-
-
-class GroupValues:
-    """A row's lr, weight decay and momentum of the optimizer's groups: numbers on the host, tensors on their device."""
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._groups = optimizer.param_groups
-        numbered = enumerate(self._groups)
-        members = [(i, c.name) for i, group in numbered for c in GROUP_COLUMNS if c.name in group]
-        self._host = [(i, name) for i, name in members if not _on_device(self._groups[i][name])]
-        self._device = [(i, name) for i, name in members if _on_device(self._groups[i][name])]
-
-    @property
-    def columns(self) -> list[Columns]:
-        host, device = (tuple(group_column(*each) for each in own) for own in (self._host, self._device))
-        return [
-            Columns("groups", VALUES, host, "float64", False),
-            Columns("device groups", VALUES, device, "float64", True),
-        ]
-
-    def values(self) -> dict[str, Any]:
-        """The present ones; read after the update, since an optimizer that finds its own rate has it only then."""
-        found: dict[str, Any] = {"groups": [float(self._groups[i][name]) for i, name in self._host]}
-        if self._device:
-            on_device = [torch.as_tensor(self._groups[i][name]).detach() for i, name in self._device]
-            found["device groups"] = torch.cat([value.double().reshape(1) for value in on_device])
-        return found
-
-
-def _on_device(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
 @dataclass(eq=False)
@@ -171,13 +141,19 @@ class RowChecker(Events):
         if step >= stop and not self.options.uncertified:
             self._rows.flush()  # an earlier difference is the cause, and comes first
             self.differs(step, "length", "steps")
-        loss = self.session.losses.total(self.fingerprint.device).reshape(1)
-        measured = self.measurement.row(gradients, grad_scale, {"loss": loss})
-        self._row = {"epoch": [self.session.passes.epoch], **measured, **self.fingerprint.take()}
+        loss, absent = self.session.sources.settle()
+        measured = self.measurement.row(gradients, grad_scale, {"loss": loss}, absent)
+        epoch = self.session.passes.epoch
+        self._row = {"epoch": [epoch], **measured, **self.fingerprint.take()}
+        if np.isnan(epoch):
+            self._row["absent"] = self._row["absent"] + EPOCH.number
+        self._groups.before_update()
         if "attempt" in self._counted:
             self._row["attempt"] = [step + self.session.updates.skipped]
 
     def after_update(self) -> None:
+        if isinstance(unknown := self._groups.unknown_rates, Tensor) or unknown:
+            self._row["absent"] = self._row["absent"] + RATE.number * torch.as_tensor(unknown > 0)
         self._rows.append(self._row | self._groups.values())
         # The script may load other weights when training is over: only now are they the final iterate.
         if self.probe.step == self.record.num_steps:
@@ -250,7 +226,7 @@ class RowChecker(Events):
     def _columns(self) -> list[Columns]:
         """Of a row, in the order of the trace's table and of the fingerprint."""
         on_host = {name: (f"steps/{name}",) for name in self._counted}
-        on_device = {"loss": ("steps/loss",), **self.measurement.columns}
+        on_device = {"loss": ("steps/loss",), "absent": (ABSENT,), **self.measurement.columns}
         return [
             *(Columns(name, VALUES, columns, "float64", False) for name, columns in on_host.items()),
             *self._groups.columns,

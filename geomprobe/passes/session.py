@@ -18,9 +18,10 @@ from geomprobe.distributed.ranks import Ranks
 from geomprobe.distributed.step_barrier import StopRequest
 from geomprobe.errors import Stopped, UnsupportedTraining, UsageError
 from geomprobe.measure.curvature.global_loss import without_gradients
+from geomprobe.measure.gradient_sources import GradientSources
 from geomprobe.passes.checkpoint.restore import Resumer
 from geomprobe.passes.checkpoint.resume_point import ResumePoint
-from geomprobe.probe.events import Closure, Events, Observer
+from geomprobe.probe.events import Closure, Events, Observer, Weight
 from geomprobe.probe.hooks.global_hooks import listening
 from geomprobe.probe.hooks.step_calls import Args, Kwargs, given_closure, nested_step, replace_closure
 from geomprobe.probe.listeners import LoaderPasses, LossTracker, StepAttempts, StepProgress, UpdateChecks
@@ -48,7 +49,7 @@ class Session(Observer):
 
     Attributes:
         listeners: all of them; those that come before the pass's own see the events before the probe is attached, too.
-        passes, losses, inputs, updates: those of them that others ask.
+        passes, losses, sources, inputs, updates: those of them that others ask.
         probe: the attached probe; None before there is one.
         layout: how the training is spread over processes.
         failure: what ended the pass.
@@ -70,14 +71,15 @@ class Session(Observer):
         self.probe: Probe | None = None
         self.failure: BaseException | None = None
         self.passes, self.losses, self.inputs = LoaderPasses(), LossTracker(), StepInputs()
+        self.sources = GradientSources(self.losses, self._without_gradients)
         self.updates = StepAttempts(self)
-        self.listeners: list[Events] = [self.passes, self.losses, self.inputs, self.updates]
+        self.listeners: list[Events] = [self.passes, self.losses, self.sources, self.inputs, self.updates]
         if not ranks.alone:
             self.listeners.insert(0, StepProgress(ranks.progress))
         self._make, self._without_steps = make, without_steps
         self._resumer: Resumer | None = None
         self._models = ModelDiscovery()
-        self._names_its_losses = self._in_backward = False
+        self._in_backward = False
         self._methods: dict[str, list[Callable[..., None]]] = {}
         self._call: dict[str, Callable[..., None]] = {}
         self._connect()
@@ -122,23 +124,24 @@ class Session(Observer):
         run: Callable[[], None],
         plain: bool,
         closure: Closure | None = None,
-        named: bool = False,
+        weights: Sequence[Weight] | None = None,
     ) -> None:
-        if self._in_backward or (self._names_its_losses and not named):
+        if self._in_backward:
             run()
             return
-        if named and not self._names_its_losses:
-            self._names_its_losses = True
-            self.gradients_dropped()
-        probe = self.probe
-        if self.losses.values and probe and without_gradients(probe.parameters.values(), probe.model):
+        if self.losses.values and self.probe and self._without_gradients():
             self.gradients_dropped()  # a step that was skipped left losses, but no gradients
         self.losses_seen(losses)
         self._in_backward = True
         try:
-            self._differentiate(losses[0], closure, run, plain and len(losses) == 1)
+            with self.sources.backward_pass(losses, weights or [None] * len(losses)):
+                self._differentiate(losses[0], closure, run, plain and len(losses) == 1)
         finally:
             self._in_backward = False
+
+    def zeroed(self, optimizer: Optimizer) -> None:
+        if self.probe is None or optimizer is self.probe.optimizer:
+            self.gradients_dropped()
 
     def optimizer_stepping(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         if (self.probe is not None and optimizer is self.probe.optimizer) or nested_step(optimizer):
@@ -232,6 +235,10 @@ class Session(Observer):
             self.ranks.stop_if_another_failed()
         if self.failure is not None:
             raise self.failure
+
+    def _without_gradients(self) -> bool:
+        probe = self.probe
+        return probe is not None and without_gradients(probe.parameters.values(), probe.model)
 
     # The loop over the listeners
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from geomprobe.probe.probe import Probe
 
 Closure = Callable[[], Tensor]
+Weight = Tensor | float | None  # of a loss in the sum that a backward pass differentiates; None for 1
 
 
 class Events:
@@ -110,6 +111,12 @@ class Events:
     def before_clipping(self, factor: Tensor | None) -> None:
         """The gradients, which a GradScaler has multiplied by ``factor``, are about to be clipped."""
 
+    def rescaling(self) -> None:
+        """A function of torch that clips or unscales gradients is about to do so."""
+
+    def rescaled(self) -> None:
+        """It has done so."""
+
     def step_skipped(self) -> None:
         """A GradScaler's step left the weights alone, since a gradient has overflowed."""
 
@@ -174,7 +181,7 @@ class Observer(Events):
         run: Callable[[], None],
         plain: bool,
         closure: Closure | None = None,
-        named: bool = False,
+        weights: Sequence[Weight] | None = None,
     ) -> None:
         """Run a backward pass of the script.
 
@@ -183,9 +190,12 @@ class Observer(Events):
             run: does it, as the script asked for it.
             plain: whether without options.
             closure: evaluates the same loss again, if the script gave one.
-            named: whether the script calls ``probe.backward``; from then on only such losses count.
+            weights: of the losses in the sum that is differentiated; each is 1 where they are not given.
         """
         run()
+
+    def zeroed(self, optimizer: Optimizer) -> None:
+        """The script has called ``zero_grad`` of an optimizer."""
 
     def optimizer_stepping(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         """Any optimizer is about to step; may return the call to make instead, as torch's own hooks do."""

@@ -29,7 +29,7 @@ class LossTracker(Events):
     """Collects the losses that backward passes are called on since the last update, as they were before scaling.
 
     Attributes:
-        values: these losses: several under gradient accumulation.
+        values: these losses, copied: several under gradient accumulation.
     """
 
     def __init__(self) -> None:
@@ -44,19 +44,12 @@ class LossTracker(Events):
             if self._factor is not None:
                 tag_scaled(loss, self._factor)
                 self._factor = None
-            self.values.append(unscaled(loss)[0].detach())
+            self.values.append(unscaled(loss)[0].detach().clone())  # the script may write to it later
 
     def gradients_dropped(self) -> None:
         self.values.clear()
 
     after_update = restored = gradients_dropped
-
-    def total(self, device: torch.device) -> Tensor:
-        """The step's loss, float64 on ``device``; NaN where none was seen or one is no scalar."""
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        for loss in self.values:
-            total += loss.to(total) if loss.numel() == 1 else torch.nan
-        return total if self.values else total + torch.nan
 
 
 class LoaderPasses(Events):

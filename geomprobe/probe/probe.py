@@ -179,7 +179,8 @@ class Probe:
             **options: as for :meth:`torch.Tensor.backward`.
         """
         plain = all(option is None or option is False for option in options.values())
-        self._observer.backward([loss], functools.partial(loss.backward, **options), plain, closure=closure, named=True)
+        run = functools.partial(loss.backward, **options)
+        self._observer.backward([loss], run, plain, closure=closure, weights=[options.get("gradient")])
 
     def reference(self, name: str, if_lower: float | None = None) -> None:
         """Keep the weights as they are now as the reference ``name``, replacing an earlier one.

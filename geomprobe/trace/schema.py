@@ -117,9 +117,10 @@ flow_drift(lr, Hg.Hg)
 """)
 
 # `attempt` only where a GradScaler was at work; `same` only in an uncertified replay: 0 from the first difference on.
-ATTEMPT, SAME = _columns("""
+ATTEMPT, SAME, ABSENT = _columns("""
 attempt | attempt at a step, of which some overflow and are skipped | 1 | t + skipped | counted
 same    | 1 while the replay equalled the recording | 1 | same | replay
+absent  | reasons for which numbers are left out, added up | 1 | see geomprobe.trace.absence | replay
 """)
 
 # Only where they were asked for; they are measured as they are, not derived from inner products.
@@ -130,7 +131,7 @@ CG theorem 3.1, without its limit
 linear_decrease_gap | loss after the step above its linear decrease | loss | E(w - lr G) - (E(w) - lr g(w).G) | \
 CG proposition 2.10
 """)
-OPTIONAL_STEP_COLUMNS = (ATTEMPT, SAME, *ASKED_FOR)
+OPTIONAL_STEP_COLUMNS = (ATTEMPT, SAME, ABSENT, *ASKED_FOR)
 
 INNER_PRODUCTS = _columns("""
 g.g   | gradient with itself | loss^2/weight^2 | G.G | measured

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, once_differentiable
-from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from geomprobe.errors import GeomprobeError
+from geomprobe.probe.graph import graph_nodes
 
 _CLOSURE = "pass probe.backward(loss, closure=...), a function that evaluates this minibatch's loss again"
 
@@ -139,7 +139,7 @@ def inspect_graph(loss: Tensor) -> GraphInfo:
     """
     info = GraphInfo()
     names: dict[str, None] = {}
-    for node in _nodes(loss):
+    for node in graph_nodes(loss):
         name = node.name()
         if name == "torch::autograd::AccumulateGrad":
             leaf = node.variable  # type: ignore[attr-defined]
@@ -166,7 +166,7 @@ def coarsest_epsilon(loss: Tensor) -> float:
     >>> coarsest_epsilon(half.float().sum())
     0.0078125
     """
-    outputs = (output.dtype for node in _nodes(loss) for output in node._input_metadata)
+    outputs = (output.dtype for node in graph_nodes(loss) for output in node._input_metadata)
     return max((torch.finfo(dtype).eps for dtype in outputs if dtype.is_floating_point), default=0.0)
 
 
@@ -213,19 +213,6 @@ def no_severed_functions(functions: Sequence[Any]) -> Iterator[None]:
         yield
     if found:
         raise CurvatureUnavailable(replace(_SEVERED, operation=found[0]))
-
-
-def _nodes(loss: Tensor) -> list[Node]:
-    root = get_gradient_edge(loss).node
-    seen, pending, found = {root}, [root], []
-    while pending:
-        node = pending.pop()
-        found.append(node)
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                pending.append(following)
-    return found
 
 
 @functools.lru_cache(maxsize=4096)  # each step's graph has the same names

@@ -120,6 +120,7 @@ def hessian_vector_product(
     vectors: Sequence[Tensor | None],
     *,
     scale: Tensor | float | None = None,
+    shares: Sequence[Tensor] | None = None,
     module: nn.Module | None = None,
     keep_graphs: bool = False,
 ) -> list[Tensor]:
@@ -133,6 +134,7 @@ def hessian_vector_product(
         parameters: what they were made for, in the same order.
         vectors: one per parameter, of its shape and dtype; None stands for zero.
         scale: the factor on the losses (a GradScaler's), which is divided out.
+        shares: a factor on each graph's loss; 1 where they are not given.
         module: its buffers are kept: checkpointing runs parts of the forward pass again.
         keep_graphs: leave the graphs fit for further products; otherwise their activations are freed on the way.
 
@@ -148,9 +150,10 @@ def hessian_vector_product(
     >>> hessian_vector_product([graph], [w], [w.grad])
     [tensor([3.])]
     """
+    of_graphs: Sequence[Tensor | None] = shares or [None] * len(graphs)
     pairs = [
-        (edge, vector)
-        for graph in graphs
+        (edge, vector if share is None else vector * share.to(vector.dtype))
+        for graph, share in zip(graphs, of_graphs, strict=True)
         for edge, vector in zip(graph, vectors, strict=True)
         if edge is not None and vector is not None
     ]

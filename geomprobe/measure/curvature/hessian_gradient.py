@@ -35,6 +35,7 @@ from geomprobe.measure.curvature.double_backward import (
 )
 from geomprobe.measure.curvature.global_loss import Reduction, fail_together, global_loss
 from geomprobe.measure.curvature.side_evaluation import Closure, SideLoss, StepChange, loss_tolerance
+from geomprobe.measure.gradient_sources import BackwardPass
 from geomprobe.reproducibility.isolation import RNGState, keep_state
 
 
@@ -45,6 +46,7 @@ class _Part:
     again: SideLoss | None  # None without a closure
     scale: Tensor | None
     blockers: list[Blocker]
+    source: BackwardPass | None = None  # knows its share of the step's gradient
     graph: Graph | None = None
     live: Tensor | None = None  # the loss with its own graph, where that of the gradients is made later
 
@@ -96,6 +98,7 @@ class Curvature:
         rng: RNGState | None = None,
         scale: Tensor | None = None,
         graph: GraphInfo | None = None,
+        source: BackwardPass | None = None,
     ) -> None:
         """``loss.backward()``, to the bit, remembering what the step's `product` needs.
 
@@ -108,6 +111,7 @@ class Curvature:
             rng: the RNG streams before this micro-batch's forward pass, for ``closure``.
             scale: the GradScaler's factor. ``H`` is of the unscaled loss.
             graph: what `inspect_graph` finds of ``loss``, where that is known.
+            source: this pass; its ``share`` multiplies the loss in `product`, where it is known by then.
 
         Raises:
             CurvatureUnavailable: the graph holds an operation without a second derivative, and there is no
@@ -121,7 +125,7 @@ class Curvature:
             value = loss.detach() if scale is None else loss.detach() / scale
             tolerance = loss_tolerance(coarsest_epsilon(loss))
             again = SideLoss(self._loss.beside(closure), value, rng, self._module, tolerance)
-        part = _Part(again, scale, graph.blockers)
+        part = _Part(again, scale, graph.blockers, source)
         self._parts.append(part)
         if self._reduction.factor is not None:
             self._backward(loss, part, graph)
@@ -248,9 +252,12 @@ class Curvature:
             for part in self._parts:
                 if part.live is not None:
                     part.graph, part.live = graph_of(part.live, tensors, module=module), None
-            graphs = [part.graph for part in self._parts if part.graph is not None]
-            scale = self._parts[0].scale
-            total = hessian_vector_product(graphs, tensors, whole, scale=scale, module=module, keep_graphs=keep)
+            made = [part for part in self._parts if part.graph is not None]
+            graphs = [part.graph for part in made if part.graph is not None]
+            scale, shares = self._parts[0].scale, self._shares(made)
+            total = hessian_vector_product(
+                graphs, tensors, whole, scale=scale, shares=shares, module=module, keep_graphs=keep
+            )
         except CurvatureUnavailable as blocked:
             self._fall_back(blocked)
             total = [torch.zeros_like(t, requires_grad=False) for t in tensors]
@@ -269,10 +276,21 @@ class Curvature:
                 plain_kernels.enter_context(plain())
             graph = part.again.graph(tensors, part.scale)
             product = hessian_vector_product(
-                [graph], tensors, vectors, scale=part.scale, module=self._module, keep_graphs=keep
+                [graph],
+                tensors,
+                vectors,
+                scale=part.scale,
+                shares=self._shares([part]),
+                module=self._module,
+                keep_graphs=keep,
             )
         part.graph = graph if keep else None
         return product
+
+    def _shares(self, parts: Sequence[_Part]) -> list[Tensor] | None:
+        """What each part is multiplied by; None where that is 1, as for a step of one backward pass."""
+        shares = [part.source.share for part in parts if part.source is not None and part.source.share is not None]
+        return shares if len(self._parts) > 1 and len(shares) == len(parts) else None
 
     def _fall_back(self, blocked: CurvatureUnavailable) -> None:
         """Take the second route for every part of this step and from then on, or say why there is none."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import torch
@@ -18,14 +18,35 @@ from geomprobe.measure.curvature.autograd_graph import CurvatureUnavailable, ins
 from geomprobe.measure.curvature.global_loss import fail_together
 from geomprobe.measure.curvature.hessian_gradient import Curvature
 from geomprobe.measure.curvature.lanczos import top_eigenvalue
+from geomprobe.measure.gradient_sources import BackwardPass, GradientSources
 from geomprobe.measure.inner_products import dots
 from geomprobe.measure.options import MeasureOptions
 from geomprobe.measure.quantity import Combine, Part, Quantity, Recorded, Step
 from geomprobe.probe.events import Closure, Events
+from geomprobe.probe.evidence import Mark, evidence, mark
 from geomprobe.probe.hooks.global_hooks import unscaled
 from geomprobe.probe.probe import Probe
 from geomprobe.reproducibility.isolation import RNGState, capture_rng
+from geomprobe.trace.absence import ELSEWHERE, NOT_CAUGHT
 from geomprobe.trace.schema import parameter_column, product_column
+
+
+class _Weights(NamedTuple):
+    """What tells whether the weights are still what they were."""
+
+    marks: list[Mark]
+    evidence: Tensor
+
+    @classmethod
+    def of(cls, parameters: Sequence[Tensor]) -> _Weights:
+        return cls([mark(p) for p in parameters], evidence(parameters, parameters[0].device))
+
+    def differ_from(self, other: _Weights) -> Tensor:
+        """Whether they are, on their device."""
+        if self.marks != other.marks:
+            return torch.ones((), dtype=torch.bool, device=self.evidence.device)
+        same = (self.evidence == other.evidence) | (self.evidence.isnan() & other.evidence.isnan())
+        return ~same.all()
 
 
 class StepCurvature(Events):
@@ -37,6 +58,7 @@ class StepCurvature(Events):
         probe: whose parameters and model.
         options: which steps' Hessian is wanted.
         layout: how the training is spread over processes.
+        sources: knows which backward passes the step's gradient is made of.
 
     Attributes:
         curvature: takes the products; None where no Hessian is wanted, or none can be had.
@@ -45,8 +67,12 @@ class StepCurvature(Events):
         missing: why Hg is left out, None where it is not.
     """
 
-    def __init__(self, probe: Probe, options: MeasureOptions, layout: Layout) -> None:
-        self._probe, self._options, self._layout = probe, options, layout
+    ABSENT = (ELSEWHERE, NOT_CAUGHT)
+
+    def __init__(
+        self, probe: Probe, options: MeasureOptions, layout: Layout, sources: GradientSources | None = None
+    ) -> None:
+        self._probe, self._options, self._layout, self._sources = probe, options, layout, sources
         self._parameters = list(probe.parameters.values())
         wanted = options.curvature_interval or options.sharpness_every
         self.curvature = Curvature(self._parameters, probe.model, layout) if wanted else None
@@ -58,15 +84,19 @@ class StepCurvature(Events):
         self._same_use_checked = layout.world_size == 1
         self._blocked: CurvatureUnavailable | None = None
         self._rng: RNGState | None = None
+        self._seen: list[_Weights] = []  # since the last backward pass, when the model was called
+        self._evaluated: list[tuple[BackwardPass | None, list[_Weights]]] = []  # of each backward pass of the step
 
     def fetch_ended(self, came: bool) -> None:
         if came and torch.is_grad_enabled():  # a forward pass before it that led to no backward pass does not count
             self._rng = None
 
     def entered(self, inputs: Any) -> None:
-        # A closure will need the random streams as they are now.
-        if self._rng is None and self._wanted():
-            self._rng = capture_rng()
+        if not self._wanted():
+            return
+        if self._rng is None:
+            self._rng = capture_rng()  # a closure will need the random streams as they are now
+        self._see_weights()
 
     def backward(self, loss: Tensor, closure: Closure | None, run: Callable[[], None], plain: bool) -> None:
         """Run ``backward`` on a loss; see `Measurement.differentiate`."""
@@ -81,10 +111,14 @@ class StepCurvature(Events):
             self._block(CurvatureUnavailable(blocker))
             run()
             return
-        rng, self._rng = self._rng, None
+        if not self._seen:
+            self._see_weights()
+        rng, self._rng, seen, self._seen = self._rng, None, self._seen, []
         self._caught += 1
+        source = None if self._sources is None else self._sources.running
+        self._evaluated.append((source, seen))
         try:
-            curvature.backward(loss, closure=closure, rng=rng, scale=unscaled(loss)[1], graph=graph)
+            curvature.backward(loss, closure=closure, rng=rng, scale=unscaled(loss)[1], graph=graph, source=source)
         except CurvatureUnavailable as error:  # found on the way: the gradients are complete
             self._block(error)
 
@@ -115,12 +149,36 @@ class StepCurvature(Events):
         if ready and wanted:
             self.ready = self.curvature
 
+    def absent(self) -> Tensor | None:
+        """For each of `ABSENT`, 1 where it holds at the step that was settled; None where no Hessian is wanted."""
+        if not self._wanted():
+            return None
+        device = self._parameters[0].device
+        elsewhere = torch.zeros((), dtype=torch.float64, device=device)
+        now = _Weights.of(self._parameters) if self.ready is not None else None
+        for source, seen in self._evaluated if now is not None else ():
+            assert now is not None
+            share = elsewhere + 1 if source is None or source.share is None else source.share
+            for weights in seen:
+                elsewhere = torch.maximum(elsewhere, (now.differ_from(weights) & (share != 0)).double())
+        caught = self.ready is not None or not self._sources_found()
+        return torch.stack([elsewhere, elsewhere.new_full((), 0.0 if caught else 1.0)])
+
+    def _sources_found(self) -> bool:
+        return self._caught > 0 or not self._complete
+
+    def _see_weights(self) -> None:
+        """Note the weights that a loss is evaluated at: at the model's first call, and at others where they changed."""
+        if not self._seen or [mark(p) for p in self._parameters] != self._seen[-1].marks:
+            self._seen.append(_Weights.of(self._parameters))
+
     def sharpness_of(self, closure: Closure) -> None:
         self.fixed_loss = closure
 
     def gradients_dropped(self) -> None:
         """Free the losses' graphs: the gradients so far were thrown away, or their step is measured."""
         self._complete, self._caught, self.ready = True, 0, None
+        self._seen, self._evaluated = [], []
         if self.curvature is not None:
             self.curvature.discard()
 
@@ -181,6 +239,7 @@ class FiniteStep(Quantity):
     """
 
     name = "finite_step"
+    of_step_loss = True
     option, cadence = "finite_step", "curvature_interval"
     columns = ("steps/secant_residual", "steps/linear_decrease_gap")
 
@@ -205,6 +264,7 @@ class Sharpness(Quantity):
     """``sharpness``: the top eigenvalue of the Hessian of the minibatch's loss, or of one that the script names."""
 
     name = "sharpness"
+    of_step_loss = True
     option, cadence = "sharpness_every", "sharpness_every"
     columns = ("steps/sharpness",)
 
@@ -228,6 +288,7 @@ class HessianGradient(Quantity):
 
     PRODUCTS = ("g.Hg", "Hg.Hg")
     name = "hg"
+    of_step_loss = True
     option, cadence = "curvature_interval", "curvature_interval"
 
     def open(self, recorded: Recorded) -> None:

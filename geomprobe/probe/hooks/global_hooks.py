@@ -136,12 +136,17 @@ def tag_scaled(loss: Tensor, factor: Tensor) -> None:
 def _backward(original: Callable[..., None], observer: Observer, /, tensors: Any, *args: Any, **kwargs: Any) -> None:
     losses = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     plain = all(option is None or option is False for option in (*args, *kwargs.values()))
-    observer.backward(losses, functools.partial(original, tensors, *args, **kwargs), plain)
+    weights = args[0] if args else kwargs.get("grad_tensors")
+    if weights is not None:
+        weights = [weights] if isinstance(weights, Tensor) else list(weights)
+    observer.backward(losses, functools.partial(original, tensors, *args, **kwargs), plain, weights=weights)
 
 
-def _zero_grad(original: Callable[..., None], observer: Observer, /, *args: Any, **kwargs: Any) -> None:
-    observer.gradients_dropped()
-    original(*args, **kwargs)
+def _zero_grad(
+    original: Callable[..., None], observer: Observer, optimizer: Optimizer, /, *args: Any, **kwargs: Any
+) -> None:
+    original(optimizer, *args, **kwargs)
+    observer.zeroed(optimizer)
 
 
 def _make(
@@ -180,7 +185,9 @@ def _scale(original: Callable[..., Any], observer: Observer, scaler: Any, /, out
 
 
 def _unscale(original: Callable[..., None], observer: Observer, scaler: Any, /, optimizer: Any) -> None:
+    observer.rescaling()
     original(scaler, optimizer)
+    observer.rescaled()
     observer.updates.unscaled(optimizer)
 
 
@@ -202,7 +209,10 @@ def _clip(
 ) -> Any:
     members = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     observer.updates.clipping(name, members)
-    return original(members, *args, **kwargs)
+    observer.rescaling()
+    norm = original(members, *args, **kwargs)
+    observer.rescaled()
+    return norm
 
 
 _OF_SCALER: dict[str, Callable[..., Any]] = {"scale": _scale, "unscale_": _unscale, "step": _step}

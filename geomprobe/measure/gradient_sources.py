@@ -1,0 +1,255 @@
+"""Which backward passes the gradients at an update are made of, and the loss that they are the gradient of.
+
+A script may zero, scale, replace and add up gradients as it likes. Autograd's own accumulation, a GradScaler's
+division and torch's functions for clipping are known writers; whatever else writes to a gradient is seen, and the row
+of that step then has no loss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from geomprobe.distributed.dtensor import is_dtensor
+from geomprobe.probe.events import Events, Weight
+from geomprobe.probe.evidence import Mark, evidence, mark
+from geomprobe.probe.graph import leaves_of
+from geomprobe.probe.hooks.gradient_hooks import watching_leaf_hooks
+from geomprobe.probe.listeners import LossTracker
+from geomprobe.probe.probe import Probe
+from geomprobe.trace.absence import CARRIED, NO_SCALAR, UNSEEN, WRITTEN, Absence
+
+
+@dataclass(eq=False)
+class BackwardPass:
+    """One backward pass of the script.
+
+    Attributes:
+        loss: the scalar that it differentiates, unscaled, float64, copied; None where that is not known.
+        unknown: why it is not.
+        reaches: for each parameter, whether the pass added to its gradient.
+        share: with what factor its gradient is part of the gradients at the update: 1, or 0 where these were zeroed
+            since, or NaN where something else was done to them; known once the update is due.
+    """
+
+    loss: Tensor | None
+    unknown: Absence | None = None
+    reaches: list[bool] = field(default_factory=list)
+    share: Tensor | None = None
+
+
+class GradientSources(Events):
+    """Follows the gradients of the measured parameters from each backward pass to the update.
+
+    A listener of the pass, from before the probe is attached: until then it follows every leaf of the losses.
+
+    Args:
+        losses: the losses of the backward passes, as they were before scaling; it sees them first.
+        none_left: whether no gradient is left of any earlier backward pass, for parameters that are DTensors, whose
+            gradients FSDP2 may hold back.
+
+    Attributes:
+        running: the backward pass that is running, or the last one.
+    """
+
+    REASONS = (WRITTEN, CARRIED, UNSEEN, NO_SCALAR)
+
+    def __init__(self, losses: LossTracker, none_left: Callable[[], bool] = lambda: True) -> None:
+        self._losses = losses
+        self.running: BackwardPass | None = None
+        self._none_left = none_left
+        self._parameters: list[Tensor] = []
+        self._attached = self._unfollowed = False
+        self._passes: list[BackwardPass] = []
+        # After each of these passes, what is left of each gradient before the next one: 1, 0 or NaN. [parameters]
+        self._left: list[Tensor] = []
+        self._marks: list[Mark] = []
+        self._evidence = torch.empty(2, 0)
+
+    # Events
+
+    def attached(self, probe: Probe) -> None:
+        if not self._attached and self._passes:
+            self._note_what_is_left()
+        measured: list[Tensor] = list(probe.parameters.values())
+        places = {id(p): i for i, p in enumerate(self._parameters)}
+        order = [places.get(id(p), -1) for p in measured]
+        self._parameters, self._attached = measured, True
+        self._unfollowed = any(map(is_dtensor, measured))
+        for each in self._passes:
+            # A measured parameter may be hidden from the walk over the graph, as reentrant checkpointing does.
+            reaches = each.reaches
+            each.reaches = [p.grad is not None if i < 0 else reaches[i] for p, i in zip(measured, order, strict=True)]
+        device = measured[0].device
+        known = torch.tensor([i >= 0 for i in order], device=device)
+        self._left = [torch.where(known, left.to(device)[order], 1.0) for left in self._left]
+        self._look()
+
+    def gradients_dropped(self) -> None:
+        if self._unfollowed:
+            self._passes.clear()
+
+    def rescaling(self) -> None:
+        if self._passes:
+            self._note_what_is_left()
+
+    def rescaled(self) -> None:
+        self._look()
+
+    def restored(self) -> None:
+        self._passes, self._left = [], []
+
+    def after_update(self) -> None:
+        # What is in the gradients now belongs to no later step.
+        reaches = [p.grad is not None for p in self._parameters]
+        self._passes, self._left = ([BackwardPass(None, CARRIED, reaches)] if any(reaches) else []), []
+
+    # Called by the pass around each backward pass of the script, and at the update
+
+    @contextlib.contextmanager
+    def backward_pass(self, losses: Sequence[Tensor], weights: Sequence[Weight]) -> Iterator[None]:
+        """Around a backward pass of ``losses`` with ``weights``.
+
+        Where it raises, what it left in the gradients is of no known loss.
+        """
+        self.running = running = self._pass_of(losses, weights)
+        if not self._attached:
+            self._add_leaves(losses)
+        self._begin()
+        try:
+            with watching_leaf_hooks(self._parameters) as changed:
+                yield
+        except BaseException:
+            running.loss, running.unknown = None, WRITTEN
+            raise
+        finally:
+            before, self._marks = self._marks, [mark(p.grad) for p in self._parameters]
+            running.reaches = [a != b for a, b in zip(before, self._marks, strict=True)]
+            if self._unfollowed:
+                running.reaches = [True] * len(self._parameters)
+            if any(running.reaches):
+                self._passes.append(running)
+                self._evidence = self._looked()
+                if changed:
+                    running.loss, running.unknown = None, WRITTEN
+            else:
+                running.share = torch.zeros((), device=losses[0].device)
+
+    def settle(self) -> tuple[Tensor, Tensor]:
+        """The loss that the present gradients are the gradient of, and the reasons for which it may be unknown.
+
+        Called at the update, before it happens.
+
+        Returns:
+            float64 [1], NaN where it is not known; and float64 [len(REASONS)], 1 where that reason holds.
+        """
+        device = self._parameters[0].device
+        no, yes = torch.tensor([0.0, 1.0], dtype=torch.float64, device=device)
+        if not self._passes or (all(p.grad is None for p in self._parameters) and not self._unfollowed):
+            for each in self._passes:
+                each.share = no
+            return no.reshape(1) + torch.nan, torch.stack([yes if of is UNSEEN else no for of in self.REASONS])
+        shares, written = self._shares(device)
+        total, holds = no, dict.fromkeys(self.REASONS, no) | {WRITTEN: written}
+        for each, share in zip(self._passes, shares, strict=True):
+            each.share = share
+            if each.loss is not None:
+                total = total + torch.where(share == 0, 0.0, share * each.loss.to(device))
+            else:
+                assert each.unknown is not None
+                total = total + torch.where(share == 0, 0.0, torch.nan)
+                holds[each.unknown] = torch.maximum(holds[each.unknown], (share != 0).double())
+        return total.reshape(1), torch.stack([holds[of] for of in self.REASONS])
+
+    # Parts of the above
+
+    def _pass_of(self, losses: Sequence[Tensor], weights: Sequence[Weight]) -> BackwardPass:
+        reach = [True]
+        if len(losses) > 1:  # those that do not reach the measured parameters are no part of what is differentiated
+            own = {id(p) for p in self._parameters}
+            reach = [not self._attached or any(id(leaf) in own for leaf in leaves_of(loss)) for loss in losses]
+        found = BackwardPass(torch.zeros((), dtype=torch.float64, device=losses[0].device))
+        for value, weight, counts in zip(self._losses.values[-len(losses) :], weights, reach, strict=True):
+            if counts and (value.numel() != 1 or (isinstance(weight, Tensor) and weight.numel() != 1)):
+                found.loss, found.unknown = None, NO_SCALAR
+            elif counts and found.loss is not None:
+                part = value.reshape(()).double()
+                found.loss = found.loss + (part if weight is None else part * torch.as_tensor(weight).reshape(()))
+        return found
+
+    def _add_leaves(self, losses: Sequence[Tensor]) -> None:
+        known = {id(p) for p in self._parameters}
+        new = list({id(leaf): leaf for loss in losses for leaf in leaves_of(loss) if id(leaf) not in known}.values())
+        if not new:
+            return
+        if self._passes:
+            self._note_what_is_left()
+        self._parameters = self._parameters + new
+        for each in self._passes:
+            each.reaches += [False] * len(new)
+        self._left = [torch.cat([each, each.new_ones(len(new))]) for each in self._left]
+        self._look()
+
+    def _begin(self) -> None:
+        """A backward pass is about to run: what is left of the passes before it?"""
+        if self._unfollowed:
+            if self._none_left():
+                self._passes, self._left = [], []
+            self._marks = [mark(p.grad) for p in self._parameters]
+            return
+        if all(p.grad is None for p in self._parameters):
+            self._passes, self._left = [], []
+            self._marks = [None] * len(self._parameters)
+        elif self._passes:
+            self._note_what_is_left()
+        else:  # gradients that no pass has made
+            self._passes = [BackwardPass(None, CARRIED, [p.grad is not None for p in self._parameters])]
+            self._look()
+
+    def _note_what_is_left(self) -> None:
+        if self._unfollowed:
+            return
+        before, then = self._marks, self._evidence
+        self._look()
+        now = self._evidence
+        same = ((now == then) | (now.isnan() & then.isnan())).all(0)
+        if before != self._marks:
+            same &= torch.tensor([a == b for a, b in zip(before, self._marks, strict=True)], device=now.device)
+        left = torch.where(same, 1.0, torch.where(now[0] == 0, 0.0, torch.nan))
+        if len(self._left) < len(self._passes):
+            self._left.append(left)
+        else:
+            self._left[-1] = torch.where(left == 0, 0.0, self._left[-1] * left)
+
+    def _shares(self, device: torch.device) -> tuple[list[Tensor], Tensor]:
+        """Of each pass, its share of the present gradients; and whether something else is part of them."""
+        if self._unfollowed:
+            one = torch.ones((), dtype=torch.float64, device=device)
+            return [one] * len(self._passes), 0 * one
+        self._note_what_is_left()
+        shares: list[Tensor] = []
+        after, zeroed = torch.ones_like(self._left[-1]), torch.zeros_like(self._left[-1], dtype=torch.bool)
+        for each, left in zip(reversed(self._passes), reversed(self._left), strict=True):
+            after = torch.where(zeroed, after, left * after)
+            zeroed = zeroed | (left == 0)
+            reached = after if all(each.reaches) else after[each.reaches]
+            if not len(reached):
+                shares.append(after.new_zeros(()))
+                continue
+            whole, none = (reached == 1).all(), (reached == 0).all()
+            shares.append(torch.where(whole, 1.0, torch.where(none, 0.0, torch.nan)))
+        written = after.isnan().any() | torch.stack(shares).isnan().any()
+        return shares[::-1], written.double()
+
+    def _look(self) -> None:
+        self._marks = [mark(p.grad) for p in self._parameters]
+        self._evidence = self._looked()
+
+    def _looked(self) -> Tensor:
+        if not self._parameters or self._unfollowed:
+            return torch.empty(2, 0)
+        return evidence([p.grad for p in self._parameters], self._parameters[0].device)

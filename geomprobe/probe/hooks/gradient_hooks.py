@@ -1,0 +1,68 @@
+"""Sees whether a script's own hooks on parameters change the gradients that a backward pass gives them.
+
+Hooks that only look, as loggers register them, change nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from geomprobe.probe.evidence import Mark, mark
+
+
+@contextlib.contextmanager
+def watching_leaf_hooks(leaves: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Around a backward pass; gives the leaves whose hooks have changed a gradient, complete on leaving.
+
+    >>> import torch
+    >>> w = torch.ones(1, requires_grad=True)
+    >>> _ = w.register_hook(lambda gradient: 2 * gradient)
+    >>> with watching_leaf_hooks([w]) as changed:
+    ...     (3 * w).sum().backward()
+    >>> len(changed)
+    1
+    """
+    changed: list[Tensor] = []
+    with contextlib.ExitStack() as stack:
+        for leaf in leaves:
+            if leaf._backward_hooks:
+                _watch_gradient(stack, leaf, changed)
+            if getattr(leaf, "_post_accumulate_grad_hooks", None):
+                _watch_accumulated(stack, leaf, changed)
+        yield changed
+
+
+def _watch_gradient(stack: contextlib.ExitStack, leaf: Tensor, changed: list[Tensor]) -> None:
+    given: list[tuple[Tensor, int]] = []
+
+    def before(gradient: Tensor) -> None:
+        given.append((gradient, gradient._version))
+
+    def after(gradient: Tensor) -> None:
+        was, version = given.pop()
+        if gradient is not was or gradient._version != version:
+            changed.append(leaf)
+
+    first = leaf.register_hook(before)
+    leaf._backward_hooks.move_to_end(first.id, last=False)  # type: ignore[union-attr]
+    stack.callback(first.remove)
+    stack.callback(leaf.register_hook(after).remove)
+
+
+def _watch_accumulated(stack: contextlib.ExitStack, leaf: Tensor, changed: list[Tensor]) -> None:
+    given: list[Mark] = []
+
+    def before(_: Tensor) -> None:
+        given.append(mark(leaf.grad))
+
+    def after(_: Tensor) -> None:
+        if mark(leaf.grad) != given.pop():
+            changed.append(leaf)
+
+    first = leaf.register_post_accumulate_grad_hook(before)
+    leaf._post_accumulate_grad_hooks.move_to_end(first.id, last=False)  # type: ignore[attr-defined]
+    stack.callback(first.remove)
+    stack.callback(leaf.register_post_accumulate_grad_hook(after).remove)

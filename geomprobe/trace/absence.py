@@ -1,0 +1,128 @@
+"""Why a number is not there: reasons for which a row has NaN instead of a loss, a Hessian product, a rate, an epoch.
+
+A number in a trace is right, or it is not there. The column ``steps/absent`` holds, for each row, the sum of the
+numbers of the reasons that hold there; 0 where nothing is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+ABSENT = "steps/absent"
+
+
+@dataclass(frozen=True)
+class Absence:
+    """A reason for which numbers of a row are left out.
+
+    Attributes:
+        number: a power of two.
+        hides: what is left out: ``loss`` (and ``clr``), ``Hg`` (all that is made of it), ``lr`` or ``epoch``.
+        reason: what happened.
+        remedy: what to change for the number to be there.
+    """
+
+    number: int
+    hides: tuple[str, ...]
+    reason: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.reason}. {self.remedy}"
+
+
+_GRADIENT = ("loss", "Hg")
+
+WRITTEN, CARRIED, UNSEEN, NO_SCALAR, ELSEWHERE, NOT_CAUGHT, UNPROVEN, RATE, EPOCH = ABSENCES = (
+    Absence(
+        1,
+        _GRADIENT,
+        "something other than a backward pass wrote to the gradients, so the loss that they are the gradient of is not "
+        "known",
+        "Scale the loss instead of the gradients, clip by torch.nn.utils.clip_grad_norm_ or clip_grad_value_, and zero "
+        "all gradients together.",
+    ),
+    Absence(
+        2,
+        _GRADIENT,
+        "the gradients of an earlier step were still there, so they are the sum of gradients at several weights",
+        "Call optimizer.zero_grad() before each step's first backward pass.",
+    ),
+    Absence(
+        4,
+        _GRADIENT,
+        "no backward pass of the step was seen that made its gradients",
+        "Call loss.backward(), or probe.backward(loss).",
+    ),
+    Absence(
+        8,
+        _GRADIENT,
+        "a backward pass did not begin at a scalar loss",
+        "Reduce the loss to a scalar and call backward on it.",
+    ),
+    Absence(
+        16,
+        ("Hg",),
+        "the weights were others when the loss was evaluated than at the update, and the Hessian is of those",
+        "Nothing is wrong where the method demands it, as SAM does.",
+    ),
+    Absence(
+        32,
+        ("Hg",),
+        "a backward pass of the step had options or several losses, so its graph was not kept",
+        "Call loss.backward() without options on one loss.",
+    ),
+    Absence(
+        64,
+        ("Hg",),
+        "the graph that is differentiated again does not give the gradient of the step",
+        "Look for hooks that change gradients, and for operations that draw random numbers of their own.",
+    ),
+    Absence(
+        128,
+        ("lr",),
+        "the learning rate changed within the optimizer's step, so it is not known which one was used",
+        "Set learning rates between the steps, as torch's schedulers do.",
+    ),
+    Absence(
+        256,
+        ("epoch",),
+        "it is not clear which of the script's loaders an epoch is a pass over",
+        "Name the epochs: for epoch in probe.epochs(n).",
+    ),
+)
+
+
+def reasons(numbers: float) -> list[Absence]:
+    """The reasons that a value of ``steps/absent`` stands for.
+
+    >>> [absence.number for absence in reasons(5.0)]
+    [1, 4]
+    """
+    bits = 0 if np.isnan(numbers) else int(numbers)
+    return [absence for absence in ABSENCES if bits & absence.number]
+
+
+def steps_of(column: NDArray[np.float64]) -> dict[Absence, NDArray[np.int64]]:
+    """The rows at which each reason holds, of those that hold anywhere.
+
+    >>> steps_of(np.array([0.0, 1.0, 1.0]))[WRITTEN]
+    array([1, 2])
+    """
+    bits = np.nan_to_num(np.asarray(column)).astype(np.int64)
+    found = {absence: np.flatnonzero(bits & absence.number) for absence in ABSENCES}
+    return {absence: rows for absence, rows in found.items() if len(rows)}
+
+
+def described(hides: Iterable[str]) -> str:
+    """What is left out, for a message.
+
+    >>> described(("loss", "Hg"))
+    'loss, clr and Hg'
+    """
+    names = [name for what in hides for name in (("loss", "clr") if what == "loss" else (what,))]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
