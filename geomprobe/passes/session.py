@@ -165,6 +165,10 @@ class Session(Observer):
         self.entered(inputs)
         return True
 
+    def step_hook_registered(self, optimizer: Optimizer) -> None:
+        if self.probe is not None and optimizer is self.probe.optimizer:
+            self.probe.hook.keep_nearest()
+
     # What a checkpoint holds
 
     def state_dict(self) -> dict[str, Any]:

@@ -77,6 +77,9 @@ class Events:
     def batch_came(self, iterator: Iterator[Any]) -> None:
         """The iterator of a DataLoader has given a batch."""
 
+    def loader_ended(self, iterator: Iterator[Any]) -> None:
+        """The iterator of a DataLoader has no batch any more."""
+
     def fetch_ended(self, came: bool) -> None:
         """A loader has given a batch, or was at its end."""
 
@@ -196,6 +199,9 @@ class Observer(Events):
 
     def zeroed(self, optimizer: Optimizer) -> None:
         """The script has called ``zero_grad`` of an optimizer."""
+
+    def step_hook_registered(self, optimizer: Optimizer) -> None:
+        """The script has put a hook of its own on an optimizer's step."""
 
     def optimizer_stepping(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         """Any optimizer is about to step; may return the call to make instead, as torch's own hooks do."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from geomprobe.distributed.dtensor import is_dtensor
 from geomprobe.distributed.progress import ProgressMarker
 from geomprobe.errors import UnsupportedTraining
 from geomprobe.probe.events import Events
@@ -69,15 +70,23 @@ class LoaderPasses(Events):
         self._count = 0
         self._number: int | None = None
         self._trained_on: dict[int, float] = {}  # the passes that led to steps, and their epochs
+        self._recent: dict[int, DataLoader[Any]] = {}  # those that gave batches since the last update
+        self._given: dict[int, int] = {}  # how many, in all
+        self._ended: set[int] = set()
+        self._data: Any = None  # the data set whose passes are counted
+        self._unclear = False
         self._probe: Probe | None = None
         self._begun = False
 
     @property
     def epoch(self) -> float:
-        """As the script names it; else how many passes led to steps, counted from 0; NaN before the first."""
+        """As the script names it; else how many passes led to steps, counted from 0; NaN before the first, and where
+        it is not clear which loader's passes are the epochs: where steps use several, or leave passes after a batch."""
         named = None if self._probe is None else self._probe.epoch
         if named is not None:
             return named
+        if self._unclear:
+            return float("nan")
         return len(self._trained_on) - 1 if self._trained_on else float("nan")
 
     def attached(self, probe: Probe) -> None:
@@ -97,8 +106,18 @@ class LoaderPasses(Events):
     def batch_came(self, iterator: Iterator[Any]) -> None:
         if torch.is_grad_enabled():  # evaluation is not part of the step
             self._number, self.loader = self._passes.get(iterator, (None, None))
+            if self._number is not None and self.loader is not None:
+                self._recent[self._number] = self.loader
+                self._given[self._number] = 1 + self._given.get(self._number, 0)
+
+    def loader_ended(self, iterator: Iterator[Any]) -> None:
+        number, _ = self._passes.get(iterator, (None, None))
+        if number is not None:
+            self._ended.add(number)
 
     def before_update(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
+        self._unclear = self._unclear or self._is_unclear()
+        self._recent = {}
         if self._number is None or self.loader is None:
             return
         epoch = None if self._probe is None else self._probe.epoch
@@ -109,6 +128,22 @@ class LoaderPasses(Events):
             self.not_resumable = (
                 "its loader keeps its workers, and their random streams, from epoch to epoch (persistent_workers=True)"
             )
+
+    def _is_unclear(self) -> bool:
+        """Whether the batches since the last update are of no one loader that the script passes over in epochs."""
+        if self._number is None or self.loader is None:
+            return False
+        if not self._recent:
+            return self._number in self._ended  # steps are taken, and no loader gives batches any more
+        # A pass that has ended was an evaluation, or the last batches of an epoch.
+        active = [number for number in self._recent if number not in self._ended] or [self._number]
+        self._data = self._recent[active[0]].dataset if self._data is None else self._data
+        if len(active) > 1 or self._recent.get(active[0], self.loader).dataset is not self._data:
+            return True
+        if active[0] in self._trained_on or not self._trained_on:
+            return False
+        before = next(reversed(self._trained_on))
+        return self._given.get(before) == 1 and before not in self._ended  # the script asks each time for a first batch
 
 
 class StepAttempts(Events):
@@ -227,30 +262,34 @@ class UpdateChecks(Events):
         probe: just attached: its optimizer's parameters, and their shapes, are fixed for the time of the pass.
 
     Raises:
-        UnsupportedTraining: parameters were added, removed or resized, or the optimizer's ``step`` raised, and the
-            script did not stop.
+        UnsupportedTraining: parameters were added, removed, replaced or resized, or the optimizer's ``step`` raised,
+            and the script did not stop.
     """
 
     def __init__(self, probe: Probe) -> None:
         self._probe = probe
-        self._sizes, self._shapes = self._now()
+        self._held = self._holding()
+        self._shapes = [p.shape for p in probe.parameters.values()]
+        self._places = self._in_model()
 
     def before_update(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
         self.complete()
-        sizes, shapes = self._now()
-        if sizes == self._sizes and shapes == self._shapes:
+        parameters = self._probe.parameters
+        if any(owner.get(key) is not parameters[name] for name, (owner, key) in self._places.items()):
+            self._require_in_model()
+        held = self._holding()
+        if held == self._held and [p.shape for p in parameters.values()] == self._shapes:
             return
-        if sizes != self._sizes:
-            what = f"the optimizer's parameter groups held {self._sizes} tensors and now hold {sizes}"
+        sizes, before = ([len(group) for group in each] for each in (held, self._held))
+        if sizes != before:
+            what = f"the optimizer's parameter groups held {before} tensors and now hold {sizes}"
+        elif held != self._held:
+            what = "the optimizer's parameter groups hold another tensor than before"
         else:
-            pairs = zip(self._probe.parameters, self._shapes, shapes, strict=True)
-            name, before, now = next(row for row in pairs if row[1] != row[2])
-            what = f"{name} had shape {tuple(before)} and now has {tuple(now)}"
-        raise UnsupportedTraining(
-            f"The parameters changed before step {self._probe.step}: {what}. The distance to the final weights is "
-            "only defined for a fixed set of parameters. Create all of them before the first step (freezing "
-            "one by requires_grad_(False) or grad = None is fine), or record the stages as separate runs."
-        )
+            rows = zip(parameters, self._shapes, parameters.values(), strict=True)
+            name, shape, now = next(row for row in rows if row[1] != row[2].shape)
+            what = f"{name} had shape {tuple(shape)} and now has {tuple(now.shape)}"
+        self._refuse(what)
 
     def complete(self) -> None:
         probe = self._probe
@@ -261,9 +300,31 @@ class UpdateChecks(Events):
                 "weights is not known, so no later one can be measured. Mend what raised, or let it end the script."
             )
 
-    def _now(self) -> tuple[list[int], list[torch.Size]]:
-        sizes = [len(group["params"]) for group in self._probe.optimizer.param_groups]
-        return sizes, [p.shape for p in self._probe.parameters.values()]
+    def _holding(self) -> list[list[int]]:
+        return [[id(p) for p in group["params"]] for group in self._probe.optimizer.param_groups]
+
+    def _in_model(self) -> dict[str, tuple[dict[str, Any], str]]:
+        """Where the model has each of the optimizer's parameters; FSDP2 exchanges its own at each step."""
+        owners = [] if self._probe.model is None else [m._parameters for m in self._probe.model.modules()]
+        found: dict[int, tuple[dict[str, Any], str]] = {}
+        for owner in owners:
+            for key, parameter in owner.items():
+                found.setdefault(id(parameter), (owner, key))
+        own = self._probe.parameters.items()
+        return {name: found[id(p)] for name, p in own if id(p) in found and not is_dtensor(p)}
+
+    def _require_in_model(self) -> None:
+        before, self._places = self._places, self._in_model()  # a module may have it under another name now
+        if lost := [name for name in before if name not in self._places]:
+            self._refuse(f"the model has another tensor as {lost[0]}, and the optimizer still holds the one before it")
+
+    def _refuse(self, what: str) -> None:
+        raise UnsupportedTraining(
+            f"The parameters changed before step {self._probe.step}: {what}. The distance to the final weights is "
+            "only defined for a fixed set of parameters. Create all of them before the first step (freezing "
+            "one by requires_grad_(False) or grad = None is fine; load_state_dict copies into them, and "
+            "load_state_dict(assign=True) replaces them), or record the stages as separate runs."
+        )
 
 
 class StepProgress(Events):

@@ -35,6 +35,7 @@ def measured_parameters(model: nn.Module | None, optimizer: Optimizer) -> dict[s
     for module in fsdp_modules(model):
         module.reshard()
     names = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
+    taken = set(names.values())
     found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
     for index, group in enumerate(optimizer.param_groups):
@@ -43,6 +44,8 @@ def measured_parameters(model: nn.Module | None, optimizer: Optimizer) -> dict[s
                 continue
             seen.add(id(parameter))
             name = names.get(id(parameter), f"group{index}.parameter{position}")
+            while name in found or (id(parameter) not in names and name in taken):
+                name += "'"  # a module may have that name too
             if parameter.is_complex():
                 raise UnsupportedTraining(
                     f"{name} is complex ({parameter.dtype}), and RSI and EB are defined for real parameters. "

@@ -55,6 +55,8 @@ def listening(observer: Observer) -> Iterator[None]:
         for owner, name, report in (
             (torch.autograd, "backward", _backward),
             (Optimizer, "zero_grad", _zero_grad),
+            (Optimizer, "register_step_pre_hook", _register_step_hook),
+            (Optimizer, "register_step_post_hook", _register_step_hook),
             (DataLoader, "__init__", _make),
             (DataLoader, "__iter__", _iterate),
             (_BaseDataLoaderIter, "__next__", _next),
@@ -149,6 +151,14 @@ def _zero_grad(
     observer.zeroed(optimizer)
 
 
+def _register_step_hook(
+    original: Callable[..., Any], observer: Observer, optimizer: Optimizer, /, *args: Any, **kwargs: Any
+) -> Any:
+    handle = original(optimizer, *args, **kwargs)
+    observer.step_hook_registered(optimizer)
+    return handle
+
+
 def _make(
     original: Callable[..., None], observer: Observer, loader: DataLoader[Any], /, *args: Any, **kwargs: Any
 ) -> None:
@@ -170,6 +180,9 @@ def _next(original: Callable[..., Any], observer: Observer, iterator: Any) -> An
         batch = original(iterator)
         came = True
         observer.batch_came(iterator)
+    except StopIteration:
+        observer.loader_ended(iterator)
+        raise
     finally:
         observer.fetch_ended(came)
     return batch

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from geomprobe.errors import UnsupportedTraining
+from geomprobe.probe.hooks.global_hooks import muted
 
 if TYPE_CHECKING:
     from geomprobe.probe.events import Observer
@@ -66,10 +68,20 @@ class StepHook:
         self._probe, self._observer, self._begin = probe, observer, begin
         self.begun = 0
         self._measured = self._skipped = False
-        self._handles = [
-            probe.optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),
-            probe.optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),
-        ]
+        with muted():
+            self._handles: list[RemovableHandle] = [
+                probe.optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),
+                probe.optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),
+            ]
+        self.keep_nearest()
+
+    def keep_nearest(self) -> None:
+        """Run after the script's own hooks before a step, and before its own after it: these may change anything."""
+        if self._handles:
+            optimizer: Any = self._probe.optimizer  # torch declares these ordered dictionaries as plain ones
+            pre, post = self._handles
+            optimizer._optimizer_step_pre_hooks.move_to_end(pre.id)
+            optimizer._optimizer_step_post_hooks.move_to_end(post.id, last=False)
 
     def remove(self) -> None:
         """Take the hooks off."""
