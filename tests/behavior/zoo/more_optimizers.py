@@ -404,7 +404,7 @@ def lookahead(witness: Witness) -> None:
     train(witness, model, Lookahead(torch.optim.Adam(model.parameters(), lr=0.05), every=3))
 
 
-@loop("optimizers", "Lookahead whose last step goes back, no attach")
+@loop("optimizers", "Lookahead whose last step goes back, no attach", refused="after (the last step|step 3)")
 def lookahead_no_attach(witness: Witness) -> None:
     model = mlp()
     wrapper = Lookahead(sgd(model), every=2)
