@@ -18,7 +18,7 @@ from geomprobe.distributed.dtensor import is_dtensor
 from geomprobe.probe.events import Events, Weight
 from geomprobe.probe.evidence import Mark, evidence, mark
 from geomprobe.probe.graph import leaves_of
-from geomprobe.probe.hooks.gradient_hooks import watching_leaf_hooks
+from geomprobe.probe.hooks.gradient_hooks import watching_hooks
 from geomprobe.probe.listeners import LossTracker
 from geomprobe.probe.probe import Probe
 from geomprobe.trace.absence import CARRIED, NO_SCALAR, UNSEEN, WRITTEN, Absence
@@ -108,6 +108,11 @@ class GradientSources(Events):
         reaches = [p.grad is not None for p in self._parameters]
         self._passes, self._left = ([BackwardPass(None, CARRIED, reaches)] if any(reaches) else []), []
 
+    @property
+    def found(self) -> bool:
+        """Whether a backward pass has left gradients for the update that is due."""
+        return bool(self._passes)
+
     # Called by the pass around each backward pass of the script, and at the update
 
     @contextlib.contextmanager
@@ -121,7 +126,7 @@ class GradientSources(Events):
             self._add_leaves(losses)
         self._begin()
         try:
-            with watching_leaf_hooks(self._parameters) as changed:
+            with watching_hooks([*losses, *self._parameters]) as changed:
                 yield
         except BaseException:
             running.loss, running.unknown = None, WRITTEN
@@ -209,6 +214,7 @@ class GradientSources(Events):
         else:  # gradients that no pass has made
             self._passes = [BackwardPass(None, CARRIED, [p.grad is not None for p in self._parameters])]
             self._look()
+            self._left = [self._evidence.new_ones(len(self._parameters))]
 
     def _note_what_is_left(self) -> None:
         if self._unfollowed:

@@ -20,19 +20,24 @@ class GroupValues:
     another one changes within the step, it is not known which one was used.
 
     >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
-    >>> groups = GroupValues(optimizer); groups.before_update()
+    >>> groups = GroupValues(optimizer); groups.before_update(); groups.after_update()
     >>> groups.rate(), groups.values()["groups"]
     (0.5, [0.5, 0.0, 0.0])
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._groups = optimizer.param_groups
+        self._optimizer = optimizer
         self._finds_rate = getattr(optimizer, "finds_rate", False) or _relative_step(optimizer)
         numbered = enumerate(self._groups)
         members = [(i, c.name) for i, group in numbered for c in GROUP_COLUMNS if c.name in group]
         self._host = [(i, name) for i, name in members if not _on_device(self._groups[i][name])]
         self._device = [(i, name) for i, name in members if _on_device(self._groups[i][name])]
         self._before: list[Any] = []
+        self._used: list[Any] = []
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return self._optimizer.param_groups  # load_state_dict makes new ones
 
     @property
     def columns(self) -> list[Columns]:
@@ -47,16 +52,17 @@ class GroupValues:
         if not self._finds_rate:
             self._before = [_copied(group.get("lr")) for group in self._groups]
 
+    def after_update(self) -> None:
+        """Find the rates that the update used, before the script's own hooks on the step may set the next ones."""
+        now = [group.get("lr", float("nan")) for group in self._groups]
+        if self._finds_rate:
+            self._used = now
+        else:
+            self._used = [_unchanged(*pair) for pair in zip(self._before, now, strict=True)]
+
     def rate(self, index: int = 0) -> Any:
         """The rate that the update used for a group, a number or a tensor; NaN where that is not known."""
-        now = self._groups[index].get("lr", float("nan"))
-        if self._finds_rate:
-            return now
-        before = self._before[index]
-        if _on_device(now):
-            then = torch.as_tensor(before, device=now.device)
-            return torch.where(then == now.detach(), now.detach().double(), torch.nan)
-        return now if float(now) == float("nan" if before is None else before) else float("nan")
+        return self._used[index]
 
     @property
     def unknown_rates(self) -> float | Tensor:
@@ -77,6 +83,14 @@ class GroupValues:
 
     def _value(self, index: int, name: str) -> Any:
         return self.rate(index) if name == "lr" else self._groups[index][name]
+
+
+def _unchanged(before: Any, now: Any) -> Any:
+    """A rate that is now what it was before; else NaN."""
+    if _on_device(now):
+        then = torch.as_tensor(before, device=now.device)
+        return torch.where(then == now.detach(), now.detach().double(), torch.nan)
+    return now if before is not None and float(now) == float(before) else float("nan")
 
 
 def _copied(rate: Any) -> Any:

@@ -228,6 +228,9 @@ class RecordWriter(Events):
         loss, _ = self._session.sources.settle()
         self._row = {"epoch": [self._session.passes.epoch], "loss": loss, **self._fingerprint.take()}
 
+    def updated(self) -> None:
+        self._groups.after_update()
+
     def after_update(self) -> None:
         rate = torch.as_tensor(self._groups.rate(), dtype=torch.float64).reshape(1)
         self._rows.append(self._row | {"lr": rate.to(self._fingerprint.device, non_blocking=True)})

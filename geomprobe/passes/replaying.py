@@ -151,6 +151,9 @@ class RowChecker(Events):
         if "attempt" in self._counted:
             self._row["attempt"] = [step + self.session.updates.skipped]
 
+    def updated(self) -> None:
+        self._groups.after_update()
+
     def after_update(self) -> None:
         if isinstance(unknown := self._groups.unknown_rates, Tensor) or unknown:
             self._row["absent"] = self._row["absent"] + RATE.number * torch.as_tensor(unknown > 0)

@@ -167,7 +167,7 @@ class Session(Observer):
 
     def step_hook_registered(self, optimizer: Optimizer) -> None:
         if self.probe is not None and optimizer is self.probe.optimizer:
-            self.probe.hook.keep_nearest()
+            self.probe.hook.keep_order()
 
     # What a checkpoint holds
 

@@ -1,8 +1,8 @@
 """The events of a training: what the probe and the hooks report, and what the parts of a pass listen to.
 
 Every event comes in the main thread, in the order of the training. One step is `fetching`, `fetch_ended`,
-`fetched`, `entered`, `losses_seen`, `before_update`, `after_update`, and, where the script's loops are known,
-`between_steps`.
+`fetched`, `entered`, `losses_seen`, `before_update`, `updated`, `after_update`, and, where the script's loops are
+known, `between_steps`.
 """
 
 from __future__ import annotations
@@ -136,8 +136,11 @@ class Events:
             grad_scale: what they are multiplied by, under a GradScaler with a fused optimizer.
         """
 
+    def updated(self) -> None:
+        """The optimizer has moved the weights; the script's own hooks on the step have not run."""
+
     def after_update(self) -> None:
-        """The optimizer has moved the weights; ``probe.step`` is the next step already."""
+        """The update is over, with the script's own hooks on it; ``probe.step`` is the next step already."""
 
     # What the script asks for
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -51,3 +52,28 @@ class InertProbe:
 
     def __exit__(self, *exception: object) -> None:
         self.remove()
+
+
+class LocalHook:
+    """A hook on a module that stays in this process: copies and pickles of the module get one that does nothing.
+
+    That one is of the standard library, so that a model that was saved during a pass loads without geomprobe.
+
+    >>> import copy
+    >>> hook = LocalHook(print)
+    >>> hook("called"), copy.deepcopy(hook)("called")
+    called
+    (None, None)
+    """
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self._hook = hook
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._hook(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        return contextlib.nullcontext().__exit__  # takes anything, and gives None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (contextlib.nullcontext(), "__exit__")

@@ -18,7 +18,7 @@ from geomprobe.errors import UsageError
 from geomprobe.probe.events import Observer, observing
 from geomprobe.probe.hooks.global_hooks import ModelCalls
 from geomprobe.probe.hooks.step_calls import StepHook
-from geomprobe.probe.inert import InertProbe
+from geomprobe.probe.inert import InertProbe, LocalHook
 from geomprobe.probe.loops import Loops
 from geomprobe.probe.parameters import measured_parameters
 
@@ -109,7 +109,7 @@ class Probe:
         self._begun = self._removed = False
         observer.attached(self)
         self.hook = StepHook(self, observer, self._begin)
-        self._loads = None if model is None else model.register_load_state_dict_pre_hook(self._loading)
+        self._loads = None if model is None else model.register_load_state_dict_pre_hook(LocalHook(self._loading))
         self.calls = ModelCalls(model, self._entered)
 
     @property

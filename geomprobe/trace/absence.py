@@ -37,7 +37,7 @@ class Absence:
 
 _GRADIENT = ("loss", "Hg")
 
-WRITTEN, CARRIED, UNSEEN, NO_SCALAR, ELSEWHERE, NOT_CAUGHT, UNPROVEN, RATE, EPOCH = ABSENCES = (
+WRITTEN, CARRIED, UNSEEN, NO_SCALAR, ELSEWHERE, NOT_CAUGHT, UNPROVEN, RATE, EPOCH, LATE = ABSENCES = (
     Absence(
         1,
         _GRADIENT,
@@ -79,8 +79,8 @@ WRITTEN, CARRIED, UNSEEN, NO_SCALAR, ELSEWHERE, NOT_CAUGHT, UNPROVEN, RATE, EPOC
     Absence(
         64,
         ("Hg",),
-        "the graph that is differentiated again does not give the gradient of the step",
-        "Look for hooks that change gradients, and for operations that draw random numbers of their own.",
+        "the gradients are not those of any one function of the weights: their Jacobian is not symmetric",
+        "Look for hooks and torch.autograd.Functions that change gradients, and for detach() within the loss.",
     ),
     Absence(
         128,
@@ -93,6 +93,13 @@ WRITTEN, CARRIED, UNSEEN, NO_SCALAR, ELSEWHERE, NOT_CAUGHT, UNPROVEN, RATE, EPOC
         ("epoch",),
         "it is not clear which of the script's loaders an epoch is a pass over",
         "Name the epochs: for epoch in probe.epochs(n).",
+    ),
+    Absence(
+        512,
+        ("Hg",),
+        "the script does not call geomprobe.attach, so the first update's backward pass was over before it was known "
+        "what is trained",
+        "Call geomprobe.attach(model, optimizer) before the first step.",
     ),
 )
 

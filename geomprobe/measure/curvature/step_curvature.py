@@ -27,7 +27,7 @@ from geomprobe.probe.evidence import Mark, evidence, mark
 from geomprobe.probe.hooks.global_hooks import unscaled
 from geomprobe.probe.probe import Probe
 from geomprobe.reproducibility.isolation import RNGState, capture_rng
-from geomprobe.trace.absence import ELSEWHERE, NOT_CAUGHT
+from geomprobe.trace.absence import ELSEWHERE, LATE, NOT_CAUGHT
 from geomprobe.trace.schema import parameter_column, product_column
 
 
@@ -67,7 +67,7 @@ class StepCurvature(Events):
         missing: why Hg is left out, None where it is not.
     """
 
-    ABSENT = (ELSEWHERE, NOT_CAUGHT)
+    ABSENT = (ELSEWHERE, NOT_CAUGHT, LATE)
 
     def __init__(
         self, probe: Probe, options: MeasureOptions, layout: Layout, sources: GradientSources | None = None
@@ -161,11 +161,11 @@ class StepCurvature(Events):
             share = elsewhere + 1 if source is None or source.share is None else source.share
             for weights in seen:
                 elsewhere = torch.maximum(elsewhere, (now.differ_from(weights) & (share != 0)).double())
-        caught = self.ready is not None or not self._sources_found()
-        return torch.stack([elsewhere, elsewhere.new_full((), 0.0 if caught else 1.0)])
-
-    def _sources_found(self) -> bool:
-        return self._caught > 0 or not self._complete
+        lost = self.ready is None
+        seen_some = self._caught > 0 or not self._complete
+        late = lost and not seen_some and self._sources is not None and self._sources.found
+        host = torch.tensor([float(lost and seen_some), float(late)], dtype=torch.float64, device=device)
+        return torch.cat([elsewhere.reshape(1), host])
 
     def _see_weights(self) -> None:
         """Note the weights that a loss is evaluated at: at the model's first call, and at others where they changed."""

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 
 from geomprobe.probe.events import Observer, observe
+from geomprobe.probe.inert import LocalHook
 
 # What torch.compile says of hooks on all modules; their being called for the compiled one is what they are for.
 _TWICE = r"Using `torch.compile\(module\)` when there are global hooks"
@@ -317,7 +318,7 @@ class ModelCalls:
             self._handles.pop().remove()
 
     def _follow(self, module: nn.Module) -> RemovableHandle:
-        return module.register_forward_pre_hook(self._entered, with_kwargs=True)
+        return module.register_forward_pre_hook(LocalHook(self._entered), with_kwargs=True)
 
     def _entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():

@@ -1,4 +1,4 @@
-"""Sees whether a script's own hooks on parameters change the gradients that a backward pass gives them.
+"""Sees whether a script's own hooks on losses and parameters change the gradients of a backward pass.
 
 Hooks that only look, as loggers register them, change nothing.
 """
@@ -14,28 +14,28 @@ from geomprobe.probe.evidence import Mark, mark
 
 
 @contextlib.contextmanager
-def watching_leaf_hooks(leaves: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Around a backward pass; gives the leaves whose hooks have changed a gradient, complete on leaving.
+def watching_hooks(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Around a backward pass; gives the tensors whose hooks have changed a gradient, complete on leaving.
 
     >>> import torch
     >>> w = torch.ones(1, requires_grad=True)
     >>> _ = w.register_hook(lambda gradient: 2 * gradient)
-    >>> with watching_leaf_hooks([w]) as changed:
+    >>> with watching_hooks([w]) as changed:
     ...     (3 * w).sum().backward()
     >>> len(changed)
     1
     """
     changed: list[Tensor] = []
     with contextlib.ExitStack() as stack:
-        for leaf in leaves:
-            if leaf._backward_hooks:
-                _watch_gradient(stack, leaf, changed)
-            if getattr(leaf, "_post_accumulate_grad_hooks", None):
-                _watch_accumulated(stack, leaf, changed)
+        for tensor in tensors:
+            if tensor._backward_hooks:
+                _watch_gradient(stack, tensor, changed)
+            if getattr(tensor, "_post_accumulate_grad_hooks", None):
+                _watch_accumulated(stack, tensor, changed)
         yield changed
 
 
-def _watch_gradient(stack: contextlib.ExitStack, leaf: Tensor, changed: list[Tensor]) -> None:
+def _watch_gradient(stack: contextlib.ExitStack, tensor: Tensor, changed: list[Tensor]) -> None:
     given: list[tuple[Tensor, int]] = []
 
     def before(gradient: Tensor) -> None:
@@ -44,12 +44,12 @@ def _watch_gradient(stack: contextlib.ExitStack, leaf: Tensor, changed: list[Ten
     def after(gradient: Tensor) -> None:
         was, version = given.pop()
         if gradient is not was or gradient._version != version:
-            changed.append(leaf)
+            changed.append(tensor)
 
-    first = leaf.register_hook(before)
-    leaf._backward_hooks.move_to_end(first.id, last=False)  # type: ignore[union-attr]
+    first = tensor.register_hook(before)
+    tensor._backward_hooks.move_to_end(first.id, last=False)  # type: ignore[union-attr]
     stack.callback(first.remove)
-    stack.callback(leaf.register_hook(after).remove)
+    stack.callback(tensor.register_hook(after).remove)
 
 
 def _watch_accumulated(stack: contextlib.ExitStack, leaf: Tensor, changed: list[Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from geomprobe.errors import UnsupportedTraining
+from geomprobe.probe.evidence import Mark, mark
 from geomprobe.probe.hooks.global_hooks import muted
 
 if TYPE_CHECKING:
@@ -55,6 +57,9 @@ def replace_closure(args: Args, kwargs: Kwargs, closure: Callable[[], Any]) -> t
 class StepHook:
     """The hooks on the optimizer's ``step``: they show a pass each gradient before it is used, and count the steps.
 
+    The script's own hooks on the step may change anything. So these run after the script's before a step; after it,
+    one runs before the script's, when the rates are those of the step, and one after them, when the weights are final.
+
     Args:
         probe: whose optimizer.
         observer: the pass.
@@ -68,20 +73,24 @@ class StepHook:
         self._probe, self._observer, self._begin = probe, observer, begin
         self.begun = 0
         self._measured = self._skipped = False
+        self._marks: list[Mark] = []  # of the weights where a step began, or of these and the gradients as measured
+        optimizer = probe.optimizer
         with muted():
             self._handles: list[RemovableHandle] = [
-                probe.optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),
-                probe.optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),
+                optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),
+                optimizer.register_step_post_hook(torch.compiler.disable(self._stepped)),
+                optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),
             ]
-        self.keep_nearest()
+        self.keep_order()
 
-    def keep_nearest(self) -> None:
-        """Run after the script's own hooks before a step, and before its own after it: these may change anything."""
+    def keep_order(self) -> None:
+        """Put the hooks where they belong; the script has put one of its own beside them."""
         if self._handles:
             optimizer: Any = self._probe.optimizer  # torch declares these ordered dictionaries as plain ones
-            pre, post = self._handles
-            optimizer._optimizer_step_pre_hooks.move_to_end(pre.id)
-            optimizer._optimizer_step_post_hooks.move_to_end(post.id, last=False)
+            before, first, last = (handle.id for handle in self._handles)
+            optimizer._optimizer_step_pre_hooks.move_to_end(before)
+            optimizer._optimizer_step_post_hooks.move_to_end(first, last=False)
+            optimizer._optimizer_step_post_hooks.move_to_end(last)
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -92,18 +101,28 @@ class StepHook:
         """A closure was evaluated: the present gradients are the step's.
 
         Raises:
-            UnsupportedTraining: it was evaluated for the second time in one step.
+            UnsupportedTraining: it was evaluated for the second time in one step, or at other weights than the step's.
         """
+        name, step = type(self._probe.optimizer).__name__, self._probe.step
         if self._measured:
             raise UnsupportedTraining(
-                f"{type(self._probe.optimizer).__name__} evaluated its closure twice in step {self._probe.step}: which "
-                "of the gradients is the step's is not defined. Use an optimizer that evaluates it once."
+                f"{name} evaluated its closure twice in step {step}: which of the gradients is the step's is not "
+                "defined. Use an optimizer that evaluates it once."
+            )
+        if self._marks and self._marks != self._now():
+            raise UnsupportedTraining(
+                f"{name} evaluated its closure at other weights than those that step {step} starts from, so gradient "
+                "and distance would be of different weights. Move the weights and call backward outside of the "
+                "optimizer's step, and give it no closure."
             )
         self._begin()
         self._measure()
 
     def _before_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         if nested_step(optimizer):
+            # A subclass's step calls its parent's: what it has changed by now is what the update uses.
+            if self._measured and self._marks != self._now(gradients=True):
+                self._measure()
             return None
         self._begin()
         self._measured = False
@@ -111,6 +130,7 @@ class StepHook:
         if closure is None:
             self._measure()
             return None
+        self._marks = self._now()
 
         def measured_closure() -> Any:
             # Lightning runs forward and backward in here, so only now is there a gradient to look at.
@@ -126,13 +146,31 @@ class StepHook:
         # A fused optimizer under a GradScaler is called on overflow too, and skips on its own. Asking costs
         # one synchronization, the same that the scaler itself pays with every other optimizer.
         overflow = getattr(optimizer, "found_inf", None)
-        self._measured, self._skipped = True, overflow is not None and bool(overflow.item())
+        again, self._measured = self._measured, True
+        self._skipped = overflow is not None and bool(overflow.item())
         if not self._skipped:
             gradients = [parameter.grad for parameter in self._probe.parameters.values()]
             self._observer.before_update(gradients, getattr(optimizer, "grad_scale", None))
-            self.begun += 1
+            self.begun += not again
+        if _calls_parent(type(optimizer)):
+            self._marks = self._now(gradients=True)
+
+    def _now(self, gradients: bool = False) -> list[Mark]:
+        parameters = list(self._probe.parameters.values())
+        return [mark(p) for p in parameters] + [mark(p.grad) for p in parameters if gradients]
+
+    def _stepped(self, optimizer: Optimizer, *_: Any) -> None:
+        if self._measured and not self._skipped and not nested_step(optimizer):
+            self._observer.updated()
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         if self._measured and not self._skipped and not nested_step(optimizer):
             self._probe.step += 1
+            self._marks = []
             self._observer.after_update()
+
+
+@functools.cache
+def _calls_parent(optimizer: type[Any]) -> bool:
+    """Whether a class of optimizers has a ``step`` of its own over one that torch's hooks know too."""
+    return sum("step" in vars(each) for each in optimizer.__mro__ if each is not Optimizer) > 1
