@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, kl_div, log_softmax, mse_loss, softmax
 
-from behavior.zoo.witness import ALL_OF_LOSS, HG, LOSS, Witness, batches, loader, loop, mlp, parts, sgd, simple
+from behavior.zoo.witness import ALL_OF_LOSS, HG, Witness, batches, loader, loop, mlp, parts, sgd, simple
 
 
 def logged(witness: Witness, log: Callable[[Tensor], object], attach: bool = True, before: bool = False) -> None:
@@ -76,11 +76,6 @@ def multiplied_in_place(witness: Witness) -> None:
 @loop("losses", "loss.data /= n for the log, after the backward pass, no attach")
 def data_divided(witness: Witness) -> None:
     logged(witness, lambda loss: loss.data.div_(4), attach=False)
-
-
-@loop("losses", "the reduced loss of several processes written into loss.data before the backward pass", LOSS)
-def data_replaced_before(witness: Witness) -> None:
-    logged(witness, lambda loss: loss.data.mul_(0.5), before=True)
 
 
 @loop("losses", "loss.detach().numpy() added to in place")
@@ -424,7 +419,7 @@ def teacher_first(witness: Witness) -> None:
 
 @loop(
     "losses",
-    "both are trained, both gradients are zeroed first, both backward passes come before the steps",
+    "both are trained, both backward passes come before both steps",
     ALL_OF_LOSS,
 )
 def teacher_between(witness: Witness) -> None:

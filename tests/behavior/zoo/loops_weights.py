@@ -5,8 +5,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -107,12 +106,6 @@ def moved_and_back(
             back(p, step, o)
         witness.truth(elsewhere(model, offsets, lambda m: mse_loss(m(x), y)), hessian=False)
         optimizer.step()
-
-
-@contextmanager
-def no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 @loop("weights", "SAM in the loop: p.data.add_ and p.data.sub_", LOSS)
@@ -226,7 +219,7 @@ def decay_before_step_under_no_grad(witness: Witness) -> None:
         optimizer.step()
 
 
-@loop("weights", "new weights loaded between backward and step", LOSS)
+@loop("weights", "new weights loaded between backward and step", ALL_OF_LOSS)
 def loaded_before_step(witness: Witness) -> None:
     model, optimizer, _ = simple(witness)
     best = {name: value.clone() for name, value in model.state_dict().items()}
@@ -245,15 +238,37 @@ def loaded_before_step(witness: Witness) -> None:
 # After the step, before the forward pass, and around evaluations: the gradient is of the row's weights
 
 
-def after_step(witness: Witness, change: Callable[[nn.Module], object], attach: bool = True) -> None:
-    """A loop that changes the weights after each step."""
-    model, optimizer, _ = simple(witness, attach)
+def after_step(witness: Witness, change: Callable[[nn.Module], object]) -> None:
+    """A loop that changes the weights after each step, the last one too."""
+    model, optimizer, probe = simple(witness)
+    for epoch in probe.epochs(1):
+        for x, y in batches():
+            optimizer.zero_grad()
+            mse_loss(model(x), y).backward()
+            witness.truth(lambda: mse_loss(model(x), y), epoch=epoch)
+            optimizer.step()
+            change(model)
+
+
+def after_last_step(witness: Witness, change: Callable[[nn.Module], object]) -> None:
+    """The same where geomprobe does not know where the loop ends."""
+    model, optimizer, _ = simple(witness, attach=False)
     for x, y in batches():
         optimizer.zero_grad()
         mse_loss(model(x), y).backward()
         witness.truth(lambda: mse_loss(model(x), y))
         optimizer.step()
         change(model)
+
+
+@loop("weights", "weights changed under no_grad after the last step, no attach", refused="the final iterate is lost")
+def changed_after_last_step(witness: Witness) -> None:
+    after_last_step(witness, torch.no_grad()(lambda model: [p.mul_(0.98) for p in model.parameters()]))
+
+
+@loop("weights", "p.data changed after the last step, no attach", refused="are not w_T bit for bit|final iterate")
+def data_changed_after_last_step(witness: Witness) -> None:
+    after_last_step(witness, lambda model: [p.data.mul_(0.98) for p in model.parameters()])
 
 
 @loop("weights", "weights clipped after each step (WGAN)")
@@ -267,7 +282,7 @@ def weights_normalized(witness: Witness) -> None:
         with torch.no_grad():
             model[0].weight.div_(model[0].weight.norm(dim=1, keepdim=True))
 
-    after_step(witness, change, attach=False)
+    after_step(witness, change)
 
 
 @loop("weights", "projection onto a ball after each step: p.data = p.data * c")
@@ -292,12 +307,7 @@ def decay_after_step(witness: Witness) -> None:
 
 @loop("weights", "pruning by hand: small weights set to 0 after each step")
 def pruned(witness: Witness) -> None:
-    after_step(
-        witness,
-        lambda model: [
-            p.data[p.data.abs() < 0.1].zero_() or p.data.mul_(p.data.abs() > 0.1) for p in model.parameters()
-        ],
-    )
+    after_step(witness, lambda model: [p.data.mul_(p.data.abs() > 0.1) for p in model.parameters()])
 
 
 @loop("weights", "Lookahead by hand: slow weights every second step")
