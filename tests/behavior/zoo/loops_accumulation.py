@@ -558,7 +558,7 @@ def written_by_numpy(witness: Witness) -> None:
     after_backward(witness, change)
 
 
-@loop("accumulation", "gradients of one sample after another by autograd.grad, clipped, summed (DP-SGD)", ALL_OF_LOSS)
+@loop("accumulation", "gradients of one sample after another, clipped, summed (DP-SGD)", ALL_OF_LOSS)
 def per_sample_clipped(witness: Witness) -> None:
     model, optimizer, _ = simple(witness)
     for x, y in batches(3):

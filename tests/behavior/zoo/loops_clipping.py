@@ -189,8 +189,12 @@ def hooked(
     changed: bool = False,
     attach: bool = True,
     late: bool = False,
+    inputs: bool = False,
 ) -> None:
-    """A loop whose model, or parameters, carry hooks; ``late`` puts them on after attach."""
+    """A loop whose model, or parameters, carry hooks; ``late`` puts them on after attach.
+
+    torch warns of backward hooks on a module whose inputs need no gradient; with ``inputs`` they do.
+    """
     model = mlp()
     optimizer = sgd(model)
     if not late:
@@ -199,6 +203,7 @@ def hooked(
     if late:
         put_on(model)
     for x, y in batches():
+        x.requires_grad_(inputs)
         optimizer.zero_grad()
         probe.backward(mse_loss(model(x), y))
         witness.truth(lambda: mse_loss(model(x), y), changed=changed)
@@ -268,9 +273,12 @@ def logging_after_accumulation(witness: Witness) -> None:
 
 @loop("clipping", "post-accumulate-grad hooks that clamp", ALL_OF_LOSS)
 def clamped_after_accumulation(witness: Witness) -> None:
+    def clamp(p: Tensor) -> None:
+        p.grad.clamp_(-0.05, 0.05)
+
     def put_on(model: nn.Module) -> None:
         for p in model.parameters():
-            p.register_post_accumulate_grad_hook(lambda p: p.grad.clamp_(-0.05, 0.05))
+            p.register_post_accumulate_grad_hook(clamp)
 
     hooked(witness, put_on, changed=True)
 
@@ -355,9 +363,17 @@ def gradient_reversal(witness: Witness) -> None:
     between(witness, Reversed.apply)
 
 
-@loop("clipping", "gradient scaled by h * s + (h * (1 - s)).detach()", ALL_OF_LOSS)
+@loop("clipping", "gradient scaled by h * s + (h * (1 - s)).detach()", HG)
 def gradient_scaled_by_detach(witness: Witness) -> None:
-    between(witness, lambda h: h * 0.5 + (h * 0.5).detach())
+    model = Between(lambda h: h * 0.5 + (h * 0.5).detach())
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for x, y in batches():
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        constant = 0.5 * model.body(x).tanh().detach()
+        witness.truth(lambda: mse_loss(model.head(0.5 * model.body(x).tanh() + constant), y))
+        optimizer.step()
 
 
 class Clamped(torch.autograd.Function):
@@ -384,7 +400,7 @@ def module_hooks_log(witness: Witness) -> None:
             module.register_forward_hook(lambda m, i, o: log.append(o.detach().mean().item()))
             module.register_full_backward_hook(lambda m, i, o: log.append(o[0].norm().item()))
 
-    hooked(witness, put_on)
+    hooked(witness, put_on, inputs=True)
 
 
 @loop("clipping", "full backward hooks and pre-hooks that only log, no attach")
@@ -396,7 +412,7 @@ def module_backward_hooks_log(witness: Witness) -> None:
             module.register_full_backward_pre_hook(lambda m, o: log.append(o[0].norm().item()))
             module.register_full_backward_hook(lambda m, i, o: log.append(o[0].norm().item()))
 
-    hooked(witness, put_on, attach=False)
+    hooked(witness, put_on, attach=False, inputs=True)
 
 
 @loop("clipping", "a full backward hook that halves what goes into a module (Grad-CAM style surgery)", ALL_OF_LOSS)
@@ -422,7 +438,7 @@ def global_hook_logs(witness: Witness) -> None:
     log: list[float] = []
     handle = nn.modules.module.register_module_full_backward_hook(lambda m, i, o: log.append(o[0].norm().item()))
     try:
-        hooked(witness, lambda model: None)
+        hooked(witness, lambda model: None, inputs=True)
     finally:
         handle.remove()
 
