@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from support.oracle import float64, gradient, seeded
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -115,6 +116,36 @@ def loader(count: int = 4, size: int = 6, features: int = 3, **options: Any) -> 
 
 def sgd(model: nn.Module, lr: float = 0.1, **options: Any) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), lr=lr, **options)
+
+
+def parts(x: Tensor, y: Tensor, count: int = 2) -> list[tuple[Tensor, Tensor]]:
+    """A batch as micro-batches."""
+    return list(zip(x.chunk(count), y.chunk(count), strict=True))
+
+
+def elsewhere(model: nn.Module, offsets: Sequence[Tensor], loss: Callable[[nn.Module], Tensor]) -> Loss:
+    """A loss evaluated where each parameter is further by a constant offset, as in SAM."""
+
+    class Moved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self) -> Tensor:
+            return loss(self.model)
+
+    names = [f"model.{name}" for name, _ in model.named_parameters()]
+    kept = [offset.detach().clone() for offset in offsets]
+    return lambda: functional_call(
+        Moved(), {n: p + e for n, p, e in zip(names, model.parameters(), kept, strict=True)}, ()
+    )
+
+
+def simple(witness: Witness, attach: bool = True, lr: float = 0.1, **options: Any) -> tuple[nn.Module, Any, Any]:
+    """A network, its SGD and its probe."""
+    model = mlp()
+    optimizer = sgd(model, lr, **options)
+    return model, optimizer, witness.watch(model, optimizer, attach)
 
 
 class PlainProbe:
