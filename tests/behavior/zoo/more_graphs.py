@@ -16,7 +16,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import mse_loss, sigmoid
 
-from behavior.zoo.witness import ALL_OF_LOSS, HG, Witness, batches, loop, mlp, sgd
+from behavior.zoo.witness import HG, Witness, batches, loop, mlp, sgd
 
 
 class Body(nn.Module):
@@ -218,18 +218,6 @@ class Recomputed(Function):
         return torch.autograd.grad(out, x, gradient)[0]
 
 
-class Reversed(Function):
-    """Gradient reversal (Ganin and Lempitsky, 2015)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return -0.5 * gradient
-
-
 class StraightThrough(Function):
     """Rounds, with the gradient of the identity."""
 
@@ -240,18 +228,6 @@ class StraightThrough(Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
-
-
-class Bounded(Function):
-    """The identity, with a backward that bounds the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.clamp(-0.05, 0.05)
 
 
 @loop("functions", "a function that saves its input for backward")
@@ -346,13 +322,8 @@ def _estimated(witness: Witness, between: Callable[[Tensor], Tensor], attach: bo
 
 
 @loop("estimators", "a straight-through estimator as a function", HG)
-def straight_through(witness: Witness) -> None:
+def rounding_function(witness: Witness) -> None:
     _estimated(witness, StraightThrough.apply)
-
-
-@loop("estimators", "a straight-through estimator by x + (q - x).detach(), no attach", HG)
-def straight_through_by_detach(witness: Witness) -> None:
-    _estimated(witness, lambda x: torch.tanh(x + ((4 * x).round() / 4 - x).detach()), attach=False)
 
 
 @loop("estimators", "quantized weights with straight-through gradients", HG)
@@ -372,61 +343,6 @@ def quantization_aware(witness: Witness) -> None:
         optimizer.step()
 
 
-@loop("estimators", "gradient reversal before the second layer", HG)
-def gradient_reversal(witness: Witness) -> None:
-    _estimated(witness, lambda x: torch.tanh(Reversed.apply(x)))
-
-
-@loop("estimators", "a function that bounds the gradient on its way", HG)
-def bounded_on_the_way(witness: Witness) -> None:
-    _estimated(witness, lambda x: Bounded.apply(torch.tanh(x)))
-
-
-@loop("estimators", "a hook on a hidden tensor that shrinks its gradient", HG)
-def hook_on_hidden_tensor(witness: Witness) -> None:
-    def between(x: Tensor) -> Tensor:
-        hidden = torch.tanh(x)
-        if hidden.requires_grad:
-            hidden.register_hook(lambda g: 0.1 * g)
-        return hidden
-
-    _estimated(witness, between)
-
-
-@loop("estimators", "a full backward hook of a module that shrinks the gradient", HG)
-def full_backward_hook(witness: Witness) -> None:
-    model = Body(torch.tanh)
-    model.second.register_full_backward_hook(lambda module, inputs, outputs: tuple(0.1 * g for g in inputs))
-    optimizer = sgd(model)
-    witness.watch(model, optimizer)
-    for x, y in batches():
-        optimizer.zero_grad()
-        mse_loss(model(x), y).backward()
-        witness.truth(lambda: mse_loss(model(x), y), hessian=False)
-        optimizer.step()
-
-
-@loop("estimators", "half of the path's gradient: x / 2 + x.detach() / 2", HG)
-def half_detached(witness: Witness) -> None:
-    _estimated(witness, lambda x: 0.5 * torch.tanh(x) + 0.5 * torch.tanh(x).detach())
-
-
-@loop("estimators", "temporal differences: the target is the model's own next value, detached", HG)
-def temporal_difference(witness: Witness) -> None:
-    model = mlp()
-    optimizer = sgd(model)
-    witness.watch(model, optimizer)
-
-    def loss(x: Tensor, y: Tensor) -> Tensor:
-        return mse_loss(model(x), y + 0.9 * model(x.roll(1, 0)).detach())
-
-    for x, y in batches():
-        optimizer.zero_grad()
-        loss(x, y).backward()
-        witness.truth(lambda: loss(x, y), hessian=False)
-        optimizer.step()
-
-
 @loop("estimators", "labels that the model itself gave before, under no_grad, are data")
 def pseudo_labels(witness: Witness) -> None:
     model = mlp()
@@ -438,23 +354,6 @@ def pseudo_labels(witness: Witness) -> None:
         optimizer.zero_grad()
         mse_loss(model(x), labels).backward()
         witness.truth(lambda: mse_loss(model(x), labels))
-        optimizer.step()
-
-
-@loop("estimators", "REINFORCE: the loss is a surrogate with a detached advantage", HG)
-def policy_gradient(witness: Witness) -> None:
-    model = mlp()
-    optimizer = sgd(model)
-    witness.watch(model, optimizer)
-
-    def loss(x: Tensor, y: Tensor) -> Tensor:
-        score = -((model(x) - y) ** 2)
-        return -(score * torch.tanh(model(x)).detach()).mean()
-
-    for x, y in batches():
-        optimizer.zero_grad()
-        loss(x, y).backward()
-        witness.truth(lambda: loss(x, y), hessian=False)
         optimizer.step()
 
 
@@ -592,41 +491,11 @@ def queue_of_keys(witness: Witness) -> None:
         optimizer.step()
 
 
-@loop("memory", "the loss is changed in place after its backward pass, for the log")
-def loss_scaled_for_the_log(witness: Witness) -> None:
-    model = mlp()
-    optimizer = sgd(model)
-    witness.watch(model, optimizer)
-    running = None
-    for x, y in batches():
-        optimizer.zero_grad()
-        loss = mse_loss(model(x), y)
-        loss.backward()
-        running = loss.detach() if running is None else running.add_(loss.detach())
-        witness.truth(lambda: mse_loss(model(x), y))
-        optimizer.step()
-        loss.detach().mul_(100.0)
-
-
-@loop("memory", "the loss is divided in place by the script between its backward pass and the step")
-def loss_averaged_in_place(witness: Witness) -> None:
-    model = mlp()
-    optimizer = sgd(model)
-    witness.watch(model, optimizer, attach=False)
-    for x, y in batches():
-        optimizer.zero_grad()
-        loss = mse_loss(model(x), y)
-        loss.backward()
-        loss.data /= len(x)
-        witness.truth(lambda: mse_loss(model(x), y))
-        optimizer.step()
-
-
 # Losses of higher order
 
 
 @loop("higher order", "a gradient penalty on the inputs, inside the loss")
-def gradient_penalty(witness: Witness) -> None:
+def input_gradient_penalty(witness: Witness) -> None:
     model = mlp()
     optimizer = sgd(model, lr=0.05)
     witness.watch(model, optimizer)
@@ -713,18 +582,4 @@ def adversarial_by_grad(witness: Witness) -> None:
         optimizer.zero_grad()
         mse_loss(model(bad), y).backward()
         witness.truth(lambda: mse_loss(model(bad), y))
-        optimizer.step()
-
-
-@loop("higher order", "the loss is wrapped in a hook: loss.register_hook doubles the gradient", ALL_OF_LOSS)
-def hook_on_the_loss(witness: Witness) -> None:
-    model = mlp()
-    optimizer = sgd(model)
-    witness.watch(model, optimizer)
-    for x, y in batches():
-        optimizer.zero_grad()
-        loss = mse_loss(model(x), y)
-        loss.register_hook(lambda g: 2.0 * g)
-        loss.backward()
-        witness.truth(lambda: 2.0 * mse_loss(model(x), y))
         optimizer.step()

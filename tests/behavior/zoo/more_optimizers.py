@@ -165,7 +165,7 @@ def lbfgs(witness: Witness) -> None:
 
 
 @loop("optimizers", "no optimizer: weights are moved by hand", refused="No optimizer stepped")
-def by_hand(witness: Witness) -> None:
+def weights_by_hand(witness: Witness) -> None:
     model = mlp()
     witness.watch(model, sgd(model), attach=False)
     for x, y in batches():
@@ -399,12 +399,12 @@ class Lookahead(Optimizer):
 
 
 @loop("optimizers", "Lookahead around Adam, attach on the wrapper")
-def lookahead(witness: Witness) -> None:
+def lookahead_attached(witness: Witness) -> None:
     model = mlp()
     train(witness, model, Lookahead(torch.optim.Adam(model.parameters(), lr=0.05), every=3))
 
 
-@loop("optimizers", "Lookahead whose last step goes back, no attach", refused="after (the last step|step 3)")
+@loop("optimizers", "Lookahead whose last step goes back, no attach", refused="the final iterate is lost")
 def lookahead_no_attach(witness: Witness) -> None:
     model = mlp()
     wrapper = Lookahead(sgd(model), every=2)
@@ -462,11 +462,6 @@ def _sam(witness: Witness, of_wrapper: bool) -> None:
         optimizer.second_step(lambda: witness.truth(lambda: shifted(model, up, x, y), hessian=False))
 
 
-@loop("optimizers", "SAM by p.data = old_p, attach on its base optimizer", ALL_OF_LOSS)
-def sam(witness: Witness) -> None:
-    _sam(witness, of_wrapper=False)
-
-
 @loop("optimizers", "SAM by p.data = old_p, attach on the wrapper", refused="Two optimizers step")
 def sam_wrapper(witness: Witness) -> None:
     _sam(witness, of_wrapper=True)
@@ -512,27 +507,3 @@ def closure_at_other_weights(witness: Witness) -> None:
 
         optimizer.about_to_step = about_to_step
         optimizer.step(closure)
-
-
-@loop(
-    "optimizers",
-    "an extragradient step: half a step by hand, the gradient there, the step from the old weights",
-    ALL_OF_LOSS,
-)
-def extragradient(witness: Witness) -> None:
-    model = mlp()
-    optimizer = sgd(model)
-    witness.watch(model, optimizer, attach=False)
-    for x, y in batches():
-        optimizer.zero_grad()
-        first = torch.autograd.grad(mse_loss(model(x), y), list(model.parameters()))
-        up = {name: -0.1 * g for (name, _), g in zip(model.named_parameters(), first, strict=True)}
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                p.add_(up[name])
-        mse_loss(model(x), y).backward()
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                p.sub_(up[name])
-        witness.truth(lambda: shifted(model, up, x, y), hessian=False)
-        optimizer.step()

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import linear, mse_loss
 from torch.nn.utils import parametrizations
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from behavior.zoo.more_parts import Opaque, copies, ends_here, put_back
+from behavior.zoo.more_parts import Opaque, copies, put_back
 from behavior.zoo.witness import ALL_OF_LOSS, HG, Witness, batches, loop, mlp, sgd
 
 
@@ -346,39 +345,39 @@ def assigned_in_both(witness: Witness) -> None:
         step_on(witness, model, optimizer, x, y)
 
 
+class Quantized(nn.Module):
+    """VQ-VAE as it is commonly written: averages of the codes are a new Parameter in each forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(3, 2).double(), nn.Linear(2, 1).double()
+        self.codebook = nn.Embedding(4, 2).double()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.encoder(x)
+        nearest = torch.cdist(z, self.codebook.weight).argmin(1)
+        code = self.codebook.weight[nearest].detach()
+        with torch.no_grad():
+            moved = self.codebook.weight.index_add(0, nearest, 0.01 * (z - code))
+        self.codebook.weight = nn.Parameter(moved)
+        return self.decoder(z + (code - z).detach()), mse_loss(code, z)
+
+
 @loop("replaced parameters", "VQ-VAE: the codebook is a new Parameter in each forward pass", HG)
 def codebook_replaced_in_forward(witness: Witness) -> None:
-    class Quantized(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.encoder, self.decoder = nn.Linear(3, 2).double(), nn.Linear(2, 1).double()
-            self.codebook = nn.Embedding(4, 2).double()
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            z = self.encoder(x)
-            nearest = torch.cdist(z, self.codebook.weight).argmin(1)
-            code = self.codebook.weight[nearest].detach()
-            with torch.no_grad():
-                moved = self.codebook.weight.index_add(0, nearest, 0.01 * (z - code))
-            self.codebook.weight = nn.Parameter(moved)
-            return self.decoder(z + (code - z).detach()), mse_loss(code, z)
-
     model = Quantized()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     witness.watch(model, optimizer)
     for x, y in batches():
+        with torch.no_grad():
+            z = model.encoder(x)
+            code = model.codebook.weight[torch.cdist(z, model.codebook.weight).argmin(1)]
         optimizer.zero_grad()
-        book = model.codebook.weight
-
-        def loss() -> Tensor:
-            model.codebook.weight = book
-            out, commitment = model(x)
-            return mse_loss(out, y) + 0.25 * commitment
-
-        loss().backward()
-        after = model.codebook.weight
-        witness.truth(loss)
-        model.codebook.weight = after
+        out, commitment = model(x)
+        (mse_loss(out, y) + 0.25 * commitment).backward()
+        # What is detached is a constant.
+        loss = lambda: mse_loss(model.decoder(model.encoder(x) + (code - z)), y)  # noqa: E731
+        witness.truth(lambda: loss() + 0.25 * mse_loss(code, model.encoder(x)))
         optimizer.step()
 
 
@@ -409,25 +408,6 @@ def data_exchanged_before_step(witness: Witness) -> None:
             p.data = 0.9 * p.data
         value = loss.detach()
         witness.truth(lambda: value + 0.0 * sum(p.sum() for p in model.parameters()), hessian=False, changed=True)
-        optimizer.step()
-
-
-@loop("moved parameters", "BinaryConnect: signs for the forward and the backward pass, through p.data", ALL_OF_LOSS)
-def binary_connect(witness: Witness) -> None:
-    model = mlp()
-    optimizer = sgd(model)
-    witness.watch(model, optimizer, attach=False)
-    for x, y in batches():
-        kept = copies(model.parameters())
-        for p in model.parameters():
-            p.data.sign_()
-        optimizer.zero_grad()
-        loss = mse_loss(model(x), y)
-        loss.backward()
-        for p, value in zip(model.parameters(), kept, strict=True):
-            p.data.copy_(value)
-        at_signs = loss.detach()
-        witness.truth(lambda: at_signs + 0.0 * sum(p.sum() for p in model.parameters()), hessian=False, changed=True)
         optimizer.step()
 
 
@@ -468,73 +448,6 @@ def average_copied_in(witness: Witness) -> None:
     train(witness, model, sgd(model), before=swap, attach=False)
 
 
-@loop("moved parameters", "AveragedModel after attach, evaluated between steps")
-def averaged_model(witness: Witness) -> None:
-    model = mlp()
-    optimizer = sgd(model)
-    witness.watch(model, optimizer)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-    for x, y in batches():
-        step_on(witness, model, optimizer, x, y)
-        average.update_parameters(model)
-        average(x)
-
-
-@loop("moved parameters", "evaluation with the averaged weights in the model's place, and back again")
-def average_swapped_in_and_out(witness: Witness) -> None:
-    model = mlp()
-    average = copies(model.parameters())
-    optimizer = sgd(model)
-    witness.watch(model, optimizer, attach=False)
-    for t, (x, y) in enumerate(batches()):
-        if t:
-            kept = copies(model.parameters())
-            put_back(model.parameters(), average)
-            with torch.no_grad():
-                model(x)
-            put_back(model.parameters(), kept)
-        step_on(witness, model, optimizer, x, y)
-        for mean, p in zip(average, model.parameters(), strict=True):
-            mean.lerp_(p.detach(), 0.5)
-
-
-def _average_at_the_end(witness: Witness, attach: bool, named: bool, load: Callable[[Tensor, Tensor], Any]) -> None:
-    model = mlp()
-    optimizer = sgd(model)
-    probe = witness.watch(model, optimizer, attach=attach)
-    average = copies(model.parameters())
-    for epoch in probe.epochs(2) if named else range(2):
-        for x, y in batches(2):
-            optimizer.zero_grad()
-            mse_loss(model(x), y).backward()
-            witness.truth(lambda: mse_loss(model(x), y), epoch=epoch if named else float("nan"))
-            optimizer.step()
-            for mean, p in zip(average, model.parameters(), strict=True):
-                mean.lerp_(p.detach(), 0.5)
-    ends_here(witness)
-    for p, mean in zip(model.parameters(), average, strict=True):
-        load(p, mean)
-
-
-@loop(
-    "moved parameters",
-    "averaged weights are loaded through p.data.copy_ when training is over, no attach",
-    refused="after (the last step|step 3)",
-)
-def average_loaded_at_the_end_by_data(witness: Witness) -> None:
-    _average_at_the_end(witness, attach=False, named=False, load=lambda p, mean: p.data.copy_(mean))
-
-
-@loop("moved parameters", "averaged weights are loaded through p.data.copy_ when training is over, epochs named")
-def average_loaded_at_the_end_named(witness: Witness) -> None:
-    _average_at_the_end(witness, attach=True, named=True, load=lambda p, mean: p.data.copy_(mean))
-
-
-@loop("moved parameters", "averaged weights are loaded by copy_ when training is over", refused="after the last step")
-def average_loaded_at_the_end(witness: Witness) -> None:
-    _average_at_the_end(witness, attach=True, named=False, load=lambda p, mean: p.detach().copy_(mean))
-
-
 @loop("moved parameters", "the model and all becomes float32 in the middle", HG, refused="w_T|float32")
 def precision_lowered(witness: Witness) -> None:
     model = mlp()
@@ -562,16 +475,14 @@ def parameter_resized(witness: Witness) -> None:
         step_on(witness, lambda x: model(x), optimizer, torch.arange(6) % (4 + t // 2), y)
 
 
-@loop("moved parameters", "a copy of the whole model is taken, and it is pickled, after attach")
-def copied_and_pickled(witness: Witness) -> None:
+@loop("moved parameters", "the whole model is saved by torch.save at each step")
+def whole_model_saved(witness: Witness) -> None:
     model = mlp()
     optimizer = sgd(model)
     witness.watch(model, optimizer)
     for x, y in batches():
         step_on(witness, model, optimizer, x, y)
-        torch.save(model.state_dict(), io.BytesIO())
-        best = copy.deepcopy(model)
-        best(x).sum().backward()
+        torch.save(model, io.BytesIO())
 
 
 # Unusual kinds
@@ -754,24 +665,3 @@ def new_leaf_each_step(witness: Witness) -> None:
             p.grad = leaf.grad
         witness.truth(lambda: run(master, x, y))
         optimizer.step()
-
-
-@loop(
-    "kinds of parameters",
-    "a model of copies is trained, its gradients go to master weights and those come back",
-    ALL_OF_LOSS,
-)
-def master_weights(witness: Witness) -> None:
-    model = mlp()
-    master = [nn.Parameter(p.detach().clone()) for p in model.parameters()]
-    optimizer = torch.optim.SGD(master, lr=0.1, momentum=0.5)
-    witness.watch(model, optimizer)
-    names = [name for name, _ in model.named_parameters()]
-    for x, y in batches():
-        model.zero_grad()
-        mse_loss(model(x), y).backward()
-        for p, q in zip(master, model.parameters(), strict=True):
-            p.grad = q.grad.clone()
-        witness.truth(lambda: mse_loss(functional_call(model, dict(zip(names, master, strict=True)), (x,)), y))
-        optimizer.step()
-        put_back(model.parameters(), master)

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn.functional import mse_loss
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
-from torch.utils.checkpoint import checkpoint
 
 from behavior.zoo.more_parts import Opaque
 from behavior.zoo.witness import ALL_OF_LOSS, HG, Witness, batches, loop, mlp, sgd
@@ -201,20 +199,6 @@ def scaler_accumulated_overflow(witness: Witness) -> None:
     _scaled(witness, attach=False, overflow_at=3, accumulate=True)
 
 
-@loop("precision", "a scale by hand: the loss times 128, the gradients over 128", ALL_OF_LOSS)
-def scaled_by_hand(witness: Witness) -> None:
-    model = mlp()
-    optimizer = sgd(model)
-    witness.watch(model, optimizer)
-    for x, y in batches():
-        optimizer.zero_grad()
-        (128.0 * mse_loss(model(x), y)).backward()
-        for p in model.parameters():
-            p.grad.div_(128.0)
-        witness.truth(lambda: mse_loss(model(x), y))
-        optimizer.step()
-
-
 @loop("precision", "a GradScaler's update is left out for a step, and the script skips a step by itself", ALL_OF_LOSS)
 def scaler_without_update(witness: Witness) -> None:
     model = mlp()
@@ -230,66 +214,6 @@ def scaler_without_update(witness: Witness) -> None:
         witness.truth(lambda: mse_loss(model(x), y))
         scaler.step(optimizer)
         scaler.update()
-
-
-# Checkpointing
-
-
-def _checkpointed(witness: Witness, reentrant: bool) -> None:
-    model = mlp(3, 3, 3, 1)
-
-    def run(x: Tensor) -> Tensor:
-        hidden = checkpoint(model[:3], x.requires_grad_(), use_reentrant=reentrant)
-        return model[3:](hidden)
-
-    witness.watch(model, optimizer := sgd(model))
-    for x, y in batches():
-        optimizer.zero_grad()
-        mse_loss(run(x), y).backward()
-        witness.truth(lambda: mse_loss(model(x), y))
-        optimizer.step()
-
-
-@loop("checkpointing", "checkpoint(use_reentrant=False)")
-def checkpoint_new(witness: Witness) -> None:
-    _checkpointed(witness, reentrant=False)
-
-
-@loop("checkpointing", "checkpoint(use_reentrant=True)", HG)
-def checkpoint_reentrant(witness: Witness) -> None:
-    _checkpointed(witness, reentrant=True)
-
-
-@loop("checkpointing", "activations are kept elsewhere by save_on_cpu")
-def saved_on_cpu(witness: Witness) -> None:
-    model = mlp()
-    optimizer = sgd(model)
-    witness.watch(model, optimizer)
-    for x, y in batches():
-        optimizer.zero_grad()
-        with torch.autograd.graph.save_on_cpu():
-            loss = mse_loss(model(x), y)
-        loss.backward()
-        witness.truth(lambda: mse_loss(model(x), y))
-        optimizer.step()
-
-
-@loop("checkpointing", "activations are kept in bfloat16 by saved_tensors_hooks: the gradient is a rounded one", HG)
-def compressed_activations(witness: Witness) -> None:
-    model = mlp()
-    optimizer = sgd(model)
-    witness.watch(model, optimizer)
-
-    def pack(kept: Tensor) -> Tensor:
-        return kept.bfloat16()
-
-    for x, y in batches():
-        optimizer.zero_grad()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.double()):
-            loss = mse_loss(model(x), y)
-        loss.backward()
-        witness.truth(lambda: mse_loss(model(x), y), hessian=False, changed=True)
-        optimizer.step()
 
 
 # Modes of layers
@@ -426,20 +350,6 @@ def retained_over_time(witness: Witness) -> None:
         optimizer.step()
 
 
-@loop("recurrence", "the same loss twice through retain_graph", ALL_OF_LOSS)
-def twice_through_one_graph(witness: Witness) -> None:
-    model = mlp()
-    optimizer = sgd(model)
-    witness.watch(model, optimizer, attach=False)
-    for x, y in batches():
-        optimizer.zero_grad()
-        loss = mse_loss(model(x), y)
-        loss.backward(retain_graph=True)
-        loss.backward()
-        witness.truth(lambda: 2.0 * mse_loss(model(x), y))
-        optimizer.step()
-
-
 @loop("recurrence", "the whole unrolled sequence in one backward pass")
 def unrolled_in_one(witness: Witness) -> None:
     model = Recurrent()
@@ -501,15 +411,16 @@ def _equilibrium(model: Recurrent, x: Tensor) -> Tensor:
     return h
 
 
-@loop("recurrence", "a deep equilibrium whose gradient takes one step from the fixed point", HG)
+@loop("recurrence", "a deep equilibrium whose gradient takes one step from the fixed point, which is a constant", HG)
 def equilibrium_one_step(witness: Witness) -> None:
     model = Recurrent()
     optimizer = sgd(model)
     witness.watch(model, optimizer)
     for x, y in batches():
         optimizer.zero_grad()
-        mse_loss(model(x, _equilibrium(model, x))[0], y).backward()
-        witness.truth(lambda: mse_loss(model(x, _equilibrium(model, x))[0], y))
+        at = _equilibrium(model, x)
+        mse_loss(model(x, at)[0], y).backward()
+        witness.truth(lambda: mse_loss(model(x, at)[0], y))
         optimizer.step()
 
 
@@ -539,20 +450,4 @@ def equilibrium_by_hook(witness: Witness) -> None:
         optimizer.zero_grad()
         mse_loss(run(x), y).backward()
         witness.truth(lambda: mse_loss(run(x), y))
-        optimizer.step()
-
-
-@loop("recurrence", "replay of an earlier model's outputs: a frozen deep copy from before attach teaches")
-def distilled(witness: Witness) -> None:
-    model = mlp()
-    teacher = copy.deepcopy(model).requires_grad_(False)
-    with torch.no_grad():
-        for p in teacher.parameters():
-            p.add_(0.3)
-    optimizer = sgd(model)
-    witness.watch(model, optimizer, attach=False)
-    for x, y in batches():
-        optimizer.zero_grad()
-        (mse_loss(model(x), teacher(x)) + mse_loss(model(x), y)).backward()
-        witness.truth(lambda: mse_loss(model(x), teacher(x)) + mse_loss(model(x), y))
         optimizer.step()
