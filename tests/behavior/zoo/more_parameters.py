@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import linear, mse_loss
-from torch.nn.utils import parametrizations
+from torch.nn.utils import (
+    parameters_to_vector,
+    parametrizations,
+    parametrize,
+    prune,
+    vector_to_parameters,
+)
 
 from behavior.zoo.more_parts import Opaque, copies, put_back
 from behavior.zoo.witness import ALL_OF_LOSS, HG, Witness, batches, loop, mlp, sgd
@@ -664,4 +671,200 @@ def new_leaf_each_step(witness: Witness) -> None:
         for p, leaf in zip(master, leaves, strict=True):
             p.grad = leaf.grad
         witness.truth(lambda: run(master, x, y))
+        optimizer.step()
+
+
+@loop("kinds of parameters", "a lazy layer, which the first forward pass after attach gives its shape")
+def lazy_layer(witness: Witness) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = nn.Sequential(nn.LazyLinear(4, dtype=torch.float64), nn.Tanh(), nn.LazyLinear(1, dtype=torch.float64))
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    model(batches()[0][0])
+    for x, y in batches():
+        step_on(witness, model, optimizer, x, y)
+
+
+@loop("kinds of parameters", "a lazy layer, no attach")
+def lazy_layer_no_attach(witness: Witness) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = nn.Sequential(nn.LazyLinear(4, dtype=torch.float64), nn.Tanh(), nn.LazyLinear(1, dtype=torch.float64))
+    train(witness, model, sgd(model), attach=False)
+
+
+@loop("kinds of parameters", "torch's pruning in the middle: the parameter has another name from then on")
+def pruned_by_torch(witness: Witness) -> None:
+    model = mlp()
+
+    def before(t: int) -> None:
+        if t == 2:
+            prune.l1_unstructured(model[0], "weight", amount=0.5)
+        if t == 4:
+            prune.remove(model[0], "weight")
+
+    optimizer = sgd(model, momentum=0.5)
+    witness.watch(model, optimizer)
+    for t in range(6):
+        x, y = batches()[t % 4]
+        before(t)
+        step_on(witness, model, optimizer, x, y)
+
+
+@loop("kinds of parameters", "a parametrization is put on between steps: the parameter moves elsewhere in the model")
+def parametrized_in_the_middle(witness: Witness) -> None:
+    class Doubled(nn.Module):
+        def forward(self, w: Tensor) -> Tensor:
+            return 2.0 * w
+
+        def right_inverse(self, w: Tensor) -> Tensor:
+            return 0.5 * w
+
+    model = mlp()
+
+    def before(t: int) -> None:
+        if t == 2:
+            parametrize.register_parametrization(model[0], "weight", Doubled())
+
+    train(witness, model, sgd(model), before=before)
+
+
+@loop("kinds of parameters", "weights of losses that are learned, outside the model")
+def learned_loss_weights(witness: Witness) -> None:
+    model = mlp()
+    logs = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    optimizer = torch.optim.Adam([{"params": model.parameters()}, {"params": [logs], "lr": 0.1}], lr=0.05)
+    witness.watch(model, optimizer)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        out = model(x)
+        first, second = mse_loss(out, y), mse_loss(out, y.roll(1, 0))
+        return (-logs).exp() @ torch.stack([first, second]) + logs.sum()
+
+    for x, y in batches():
+        optimizer.zero_grad()
+        loss(x, y).backward()
+        witness.truth(lambda: loss(x, y))
+        optimizer.step()
+
+
+@loop("kinds of parameters", "a learned prompt, put before the inputs of a frozen model")
+def learned_prompt(witness: Witness) -> None:
+    model = mlp().requires_grad_(False)
+    prompt = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.SGD([prompt], lr=0.5)
+    witness.watch(model, optimizer, attach=False)
+    for x, y in batches():
+        step_on(witness, lambda x: model(x + prompt), optimizer, x, y)
+
+
+@loop("moved parameters", "vector_to_parameters makes all parameters views of one vector, between steps")
+def views_of_a_vector(witness: Witness) -> None:
+    model = mlp()
+
+    def before(t: int) -> None:
+        vector_to_parameters(0.9 * parameters_to_vector(model.parameters()).detach(), model.parameters())
+
+    train(witness, model, sgd(model, momentum=0.9), before=before)
+
+
+@loop("moved parameters", "weights are initialized once more after attach, before the first step")
+def initialized_after_attach(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.5)
+    for x, y in batches():
+        step_on(witness, model, optimizer, x, y)
+
+
+@loop("moved parameters", "a forward pass that normalizes its weights through .data")
+def normalized_in_forward(witness: Witness) -> None:
+    class Normalized(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.weight.data = self.weight.data / self.weight.data.norm(dim=1, keepdim=True)
+            return super().forward(x)
+
+    model = nn.Sequential(Normalized(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for x, y in batches():
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        witness.truth(lambda: mse_loss(model[1:](linear(x, model[0].weight, model[0].bias)), y))
+        optimizer.step()
+
+
+@loop("moved parameters", "the model's memory format is changed in the middle")
+def memory_format_changed(witness: Witness) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(2, 1)).double()
+    planes = torch.linspace(0.5, 1.5, 4).double().reshape(1, 1, 2, 2)
+    optimizer = sgd(model, momentum=0.5)
+    witness.watch(model, optimizer)
+    for t, (x, y) in enumerate(batches()):
+        if t == 2:
+            model.to(memory_format=torch.channels_last)
+        step_on(witness, lambda x: model(x[:, :, None, None] * planes), optimizer, x, y)
+
+
+@loop("freezing", "backward(inputs=...) for the last layer only", ALL_OF_LOSS)
+def backward_into_some(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for x, y in batches():
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward(inputs=list(model[2].parameters()))
+        witness.truth(lambda: mse_loss(model[2](model[:2](x).detach()), y), hessian=False)
+        optimizer.step()
+
+
+@loop("freezing", "stochastic depth: a layer is left out at random, and has no gradient then")
+def stochastic_depth(witness: Witness) -> None:
+    model = mlp(3, 3, 3, 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    witness.watch(model, optimizer, attach=False)
+    for x, y in batches():
+        kept = bool(torch.rand(()) < 0.5)
+
+        def run(x: Tensor) -> Tensor:
+            h = torch.tanh(model[0](x))
+            return model[4](torch.tanh(model[2](h)) + h if kept else h)
+
+        step_on(witness, run, optimizer, x, y)
+
+
+@loop("freezing", "the whole model is frozen for a step, whose loss is of a free input")
+def frozen_for_an_attack(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for x, y in batches():
+        bad = x.clone().requires_grad_()
+        model.requires_grad_(False)
+        mse_loss(model(bad), y).backward()
+        model.requires_grad_(True)
+        bad = (bad + 0.1 * bad.grad.sign()).detach()
+        optimizer.zero_grad()
+        mse_loss(model(bad), y).backward()
+        witness.truth(lambda: mse_loss(model(bad), y))
+        optimizer.step()
+
+
+@loop("freezing", "the same, and zero_grad comes before the attack", ALL_OF_LOSS)
+def frozen_for_an_attack_after_zero_grad(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer, attach=False)
+    for x, y in batches():
+        optimizer.zero_grad()
+        bad = x.clone().requires_grad_()
+        model.requires_grad_(False)
+        mse_loss(model(bad), y).backward()
+        model.requires_grad_(True)
+        bad = (bad + 0.1 * bad.grad.sign()).detach()
+        mse_loss(model(bad), y).backward()
+        witness.truth(lambda: mse_loss(model(bad), y))
         optimizer.step()
