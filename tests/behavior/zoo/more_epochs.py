@@ -433,7 +433,7 @@ def _adapted(model: nn.Module, batch: Any) -> dict[str, Tensor]:
 
 
 @loop("inner loops", "MAML: the loss after an inner step, which is differentiated through", EPOCH)
-def maml(witness: Witness) -> None:
+def maml_two_loaders(witness: Witness) -> None:
     training, tasks, queries = Training(witness, attach=True), loader(count=2), loader(count=2, shuffle=True)
     model, optimizer = training.model, training.optimizer
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import functools
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -165,7 +166,7 @@ def lbfgs(witness: Witness) -> None:
 
 
 @loop("optimizers", "no optimizer: weights are moved by hand", refused="No optimizer stepped")
-def by_hand(witness: Witness) -> None:
+def weights_by_hand(witness: Witness) -> None:
     model = mlp()
     witness.watch(model, sgd(model), attach=False)
     for x, y in batches():
@@ -399,12 +400,12 @@ class Lookahead(Optimizer):
 
 
 @loop("optimizers", "Lookahead around Adam, attach on the wrapper")
-def lookahead(witness: Witness) -> None:
+def lookahead_attached(witness: Witness) -> None:
     model = mlp()
     train(witness, model, Lookahead(torch.optim.Adam(model.parameters(), lr=0.05), every=3))
 
 
-@loop("optimizers", "Lookahead whose last step goes back, no attach", refused="after (the last step|step 3)")
+@loop("optimizers", "Lookahead whose last step goes back, no attach", refused="the final iterate is lost")
 def lookahead_no_attach(witness: Witness) -> None:
     model = mlp()
     wrapper = Lookahead(sgd(model), every=2)
@@ -462,11 +463,6 @@ def _sam(witness: Witness, of_wrapper: bool) -> None:
         optimizer.second_step(lambda: witness.truth(lambda: shifted(model, up, x, y), hessian=False))
 
 
-@loop("optimizers", "SAM by p.data = old_p, attach on its base optimizer", ALL_OF_LOSS)
-def sam(witness: Witness) -> None:
-    _sam(witness, of_wrapper=False)
-
-
 @loop("optimizers", "SAM by p.data = old_p, attach on the wrapper", refused="Two optimizers step")
 def sam_wrapper(witness: Witness) -> None:
     _sam(witness, of_wrapper=True)
@@ -514,25 +510,193 @@ def closure_at_other_weights(witness: Witness) -> None:
         optimizer.step(closure)
 
 
-@loop(
-    "optimizers",
-    "an extragradient step: half a step by hand, the gradient there, the step from the old weights",
-    ALL_OF_LOSS,
-)
-def extragradient(witness: Witness) -> None:
+class ByData(Descent):
+    """Moves p.data, which the version of a parameter does not show."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.add_(p.grad.data, alpha=-group["lr"])
+
+
+class NewData(Descent):
+    """Gives each parameter new memory at each step."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data = p.data - group["lr"] * p.grad.data
+
+
+class UsesUpGradients(Descent):
+    """Writes its update into the gradients, and drops them."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.add_(p.grad.add_(p, alpha=0.1).mul_(-group["lr"]))
+                p.grad = None
+
+
+class Cautious(torch.optim.Adam):
+    """Looks at the new weights, and goes back by load_state_dict where they are worse."""
+
+    def step(self, closure: Any = None) -> Any:
+        kept = [p.detach().clone() for p in self.param_groups[0]["params"]]
+        found = super().step()
+        if any(bool((p.detach() - old).abs().max() > 0.05) for p, old in zip(self.members, kept, strict=True)):
+            for p, old in zip(self.members, kept, strict=True):
+                p.data.lerp_(old, 0.5)
+        return found
+
+    @property
+    def members(self) -> list[Tensor]:
+        return self.param_groups[0]["params"]
+
+
+@loop("optimizers", "an own optimizer that moves p.data")
+def own_by_data(witness: Witness) -> None:
+    model = mlp()
+    train(witness, model, ByData(model.parameters()), attach=False)
+
+
+@loop("optimizers", "an own optimizer that gives each parameter new memory")
+def own_new_data(witness: Witness) -> None:
+    model = mlp()
+    train(witness, model, NewData(model.parameters()))
+
+
+@loop("optimizers", "an own optimizer that writes into the gradients and drops them")
+def own_uses_up_gradients(witness: Witness) -> None:
+    model = mlp()
+    train(witness, model, UsesUpGradients(model.parameters()))
+
+
+@loop("optimizers", "a subclass that goes half way back where the step was long")
+def own_cautious(witness: Witness) -> None:
+    model = mlp()
+    train(witness, model, Cautious(model.parameters(), lr=0.1), attach=False)
+
+
+@loop("optimizers", "named parameters are given to the optimizer")
+def named_parameters(witness: Witness) -> None:
+    model = mlp()
+    train(witness, model, torch.optim.AdamW(model.named_parameters(), lr=0.05))
+
+
+@loop("optimizers", "a parameter twice in one group, which moves twice")
+def duplicate_parameter(witness: Witness) -> None:
+    model = mlp()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = torch.optim.SGD([*model.parameters(), model[0].weight], lr=0.1, foreach=False)
+    train(witness, model, optimizer)
+
+
+@loop("optimizers", "one optimizer a parameter, each steps in the backward pass", refused="Two optimizers step")
+def steps_in_backward(witness: Witness) -> None:
+    model = mlp()
+    optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
+    witness.watch(model, next(iter(optimizers.values())), attach=False)
+
+    def step(p: Tensor) -> None:
+        optimizers[p].step()
+        optimizers[p].zero_grad()
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(step)
+    for x, y in batches():
+        mse_loss(model(x), y).backward()
+
+
+@loop("optimizers", "attach after the first steps, which no epoch of a loader shows", refused="attach was called twice")
+def attached_late(witness: Witness) -> None:
     model = mlp()
     optimizer = sgd(model)
-    witness.watch(model, optimizer, attach=False)
+    for t, (x, y) in enumerate(batches()):
+        if t == 2:
+            witness.watch(model, optimizer)
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        optimizer.step()
+
+
+@loop("optimizers", "an optimizer of another model steps in between, attach on the one to measure")
+def another_models_optimizer(witness: Witness) -> None:
+    model, other = mlp(), mlp()
+    optimizer, second = sgd(model), torch.optim.Adam(other.parameters(), lr=0.3)
+    witness.watch(model, optimizer)
+    for x, y in batches():
+        second.zero_grad()
+        mse_loss(other(x), y).backward()
+        second.step()
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        witness.truth(lambda: mse_loss(model(x), y))
+        optimizer.step()
+
+
+@loop("optimizers", "both backward passes first, then both steps, attach on the one to measure", ALL_OF_LOSS)
+def another_models_backward_first(witness: Witness) -> None:
+    model, other = mlp(), mlp()
+    optimizer, second = sgd(model), torch.optim.Adam(other.parameters(), lr=0.3)
+    witness.watch(model, optimizer)
     for x, y in batches():
         optimizer.zero_grad()
-        first = torch.autograd.grad(mse_loss(model(x), y), list(model.parameters()))
-        up = {name: -0.1 * g for (name, _), g in zip(model.named_parameters(), first, strict=True)}
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                p.add_(up[name])
+        second.zero_grad()
         mse_loss(model(x), y).backward()
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                p.sub_(up[name])
-        witness.truth(lambda: shifted(model, up, x, y), hessian=False)
+        mse_loss(other(x), 2.0 * y).backward()
+        second.step()
+        witness.truth(lambda: mse_loss(model(x), y))
         optimizer.step()
+
+
+@loop("optimizers", "the step comes before the backward pass: each uses the gradient of the batch before", ALL_OF_LOSS)
+def step_before_backward(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for t, (x, y) in enumerate(batches()):
+        if t:
+            previous = batches()[t - 1]
+            witness.truth(lambda: mse_loss(model(previous[0]), previous[1]))
+            optimizer.step()
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+
+
+@loop("optimizers", "a closure that sets the rate as well, by the norm of its gradient")
+def closure_sets_rate(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for x, y in batches():
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = mse_loss(model(x), y)
+            loss.backward()
+            lr = 0.1 / (1.0 + sum(p.grad.square().sum().item() for p in model.parameters()))
+            optimizer.param_groups[0]["lr"] = lr
+            witness.truth(lambda: mse_loss(model(x), y), lr=lr)
+            return loss
+
+        optimizer.step(closure)
+
+
+@loop("optimizers", "a closure without zero_grad, which is called before step", ALL_OF_LOSS)
+def closure_zeroed_outside(witness: Witness) -> None:
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    witness.watch(model, optimizer, attach=False)
+    for x, y in batches():
+
+        def closure() -> Tensor:
+            loss = mse_loss(model(x), y)
+            loss.backward()
+            witness.truth(lambda: mse_loss(model(x), y))
+            return loss
+
+        model.zero_grad(set_to_none=False)
+        optimizer.step(closure)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import linear, mse_loss
-from torch.nn.utils import parametrizations
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.nn.utils import (
+    parameters_to_vector,
+    parametrizations,
+    parametrize,
+    prune,
+    vector_to_parameters,
+)
 
-from behavior.zoo.more_parts import Opaque, copies, ends_here, put_back
+from behavior.zoo.more_parts import Opaque, copies, put_back
 from behavior.zoo.witness import ALL_OF_LOSS, HG, Witness, batches, loop, mlp, sgd
 
 
@@ -346,39 +352,39 @@ def assigned_in_both(witness: Witness) -> None:
         step_on(witness, model, optimizer, x, y)
 
 
+class Quantized(nn.Module):
+    """VQ-VAE as it is commonly written: averages of the codes are a new Parameter in each forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(3, 2).double(), nn.Linear(2, 1).double()
+        self.codebook = nn.Embedding(4, 2).double()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.encoder(x)
+        nearest = torch.cdist(z, self.codebook.weight).argmin(1)
+        code = self.codebook.weight[nearest].detach()
+        with torch.no_grad():
+            moved = self.codebook.weight.index_add(0, nearest, 0.01 * (z - code))
+        self.codebook.weight = nn.Parameter(moved)
+        return self.decoder(z + (code - z).detach()), mse_loss(code, z)
+
+
 @loop("replaced parameters", "VQ-VAE: the codebook is a new Parameter in each forward pass", HG)
 def codebook_replaced_in_forward(witness: Witness) -> None:
-    class Quantized(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.encoder, self.decoder = nn.Linear(3, 2).double(), nn.Linear(2, 1).double()
-            self.codebook = nn.Embedding(4, 2).double()
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            z = self.encoder(x)
-            nearest = torch.cdist(z, self.codebook.weight).argmin(1)
-            code = self.codebook.weight[nearest].detach()
-            with torch.no_grad():
-                moved = self.codebook.weight.index_add(0, nearest, 0.01 * (z - code))
-            self.codebook.weight = nn.Parameter(moved)
-            return self.decoder(z + (code - z).detach()), mse_loss(code, z)
-
     model = Quantized()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     witness.watch(model, optimizer)
     for x, y in batches():
+        with torch.no_grad():
+            z = model.encoder(x)
+            code = model.codebook.weight[torch.cdist(z, model.codebook.weight).argmin(1)]
         optimizer.zero_grad()
-        book = model.codebook.weight
-
-        def loss() -> Tensor:
-            model.codebook.weight = book
-            out, commitment = model(x)
-            return mse_loss(out, y) + 0.25 * commitment
-
-        loss().backward()
-        after = model.codebook.weight
-        witness.truth(loss)
-        model.codebook.weight = after
+        out, commitment = model(x)
+        (mse_loss(out, y) + 0.25 * commitment).backward()
+        # What is detached is a constant.
+        loss = lambda: mse_loss(model.decoder(model.encoder(x) + (code - z)), y)  # noqa: E731
+        witness.truth(lambda: loss() + 0.25 * mse_loss(code, model.encoder(x)))
         optimizer.step()
 
 
@@ -409,25 +415,6 @@ def data_exchanged_before_step(witness: Witness) -> None:
             p.data = 0.9 * p.data
         value = loss.detach()
         witness.truth(lambda: value + 0.0 * sum(p.sum() for p in model.parameters()), hessian=False, changed=True)
-        optimizer.step()
-
-
-@loop("moved parameters", "BinaryConnect: signs for the forward and the backward pass, through p.data", ALL_OF_LOSS)
-def binary_connect(witness: Witness) -> None:
-    model = mlp()
-    optimizer = sgd(model)
-    witness.watch(model, optimizer, attach=False)
-    for x, y in batches():
-        kept = copies(model.parameters())
-        for p in model.parameters():
-            p.data.sign_()
-        optimizer.zero_grad()
-        loss = mse_loss(model(x), y)
-        loss.backward()
-        for p, value in zip(model.parameters(), kept, strict=True):
-            p.data.copy_(value)
-        at_signs = loss.detach()
-        witness.truth(lambda: at_signs + 0.0 * sum(p.sum() for p in model.parameters()), hessian=False, changed=True)
         optimizer.step()
 
 
@@ -468,73 +455,6 @@ def average_copied_in(witness: Witness) -> None:
     train(witness, model, sgd(model), before=swap, attach=False)
 
 
-@loop("moved parameters", "AveragedModel after attach, evaluated between steps")
-def averaged_model(witness: Witness) -> None:
-    model = mlp()
-    optimizer = sgd(model)
-    witness.watch(model, optimizer)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-    for x, y in batches():
-        step_on(witness, model, optimizer, x, y)
-        average.update_parameters(model)
-        average(x)
-
-
-@loop("moved parameters", "evaluation with the averaged weights in the model's place, and back again")
-def average_swapped_in_and_out(witness: Witness) -> None:
-    model = mlp()
-    average = copies(model.parameters())
-    optimizer = sgd(model)
-    witness.watch(model, optimizer, attach=False)
-    for t, (x, y) in enumerate(batches()):
-        if t:
-            kept = copies(model.parameters())
-            put_back(model.parameters(), average)
-            with torch.no_grad():
-                model(x)
-            put_back(model.parameters(), kept)
-        step_on(witness, model, optimizer, x, y)
-        for mean, p in zip(average, model.parameters(), strict=True):
-            mean.lerp_(p.detach(), 0.5)
-
-
-def _average_at_the_end(witness: Witness, attach: bool, named: bool, load: Callable[[Tensor, Tensor], Any]) -> None:
-    model = mlp()
-    optimizer = sgd(model)
-    probe = witness.watch(model, optimizer, attach=attach)
-    average = copies(model.parameters())
-    for epoch in probe.epochs(2) if named else range(2):
-        for x, y in batches(2):
-            optimizer.zero_grad()
-            mse_loss(model(x), y).backward()
-            witness.truth(lambda: mse_loss(model(x), y), epoch=epoch if named else float("nan"))
-            optimizer.step()
-            for mean, p in zip(average, model.parameters(), strict=True):
-                mean.lerp_(p.detach(), 0.5)
-    ends_here(witness)
-    for p, mean in zip(model.parameters(), average, strict=True):
-        load(p, mean)
-
-
-@loop(
-    "moved parameters",
-    "averaged weights are loaded through p.data.copy_ when training is over, no attach",
-    refused="after (the last step|step 3)",
-)
-def average_loaded_at_the_end_by_data(witness: Witness) -> None:
-    _average_at_the_end(witness, attach=False, named=False, load=lambda p, mean: p.data.copy_(mean))
-
-
-@loop("moved parameters", "averaged weights are loaded through p.data.copy_ when training is over, epochs named")
-def average_loaded_at_the_end_named(witness: Witness) -> None:
-    _average_at_the_end(witness, attach=True, named=True, load=lambda p, mean: p.data.copy_(mean))
-
-
-@loop("moved parameters", "averaged weights are loaded by copy_ when training is over", refused="after the last step")
-def average_loaded_at_the_end(witness: Witness) -> None:
-    _average_at_the_end(witness, attach=True, named=False, load=lambda p, mean: p.detach().copy_(mean))
-
-
 @loop("moved parameters", "the model and all becomes float32 in the middle", HG, refused="w_T|float32")
 def precision_lowered(witness: Witness) -> None:
     model = mlp()
@@ -562,16 +482,14 @@ def parameter_resized(witness: Witness) -> None:
         step_on(witness, lambda x: model(x), optimizer, torch.arange(6) % (4 + t // 2), y)
 
 
-@loop("moved parameters", "a copy of the whole model is taken, and it is pickled, after attach")
-def copied_and_pickled(witness: Witness) -> None:
+@loop("moved parameters", "the whole model is saved by torch.save at each step")
+def whole_model_saved(witness: Witness) -> None:
     model = mlp()
     optimizer = sgd(model)
     witness.watch(model, optimizer)
     for x, y in batches():
         step_on(witness, model, optimizer, x, y)
-        torch.save(model.state_dict(), io.BytesIO())
-        best = copy.deepcopy(model)
-        best(x).sum().backward()
+        torch.save(model, io.BytesIO())
 
 
 # Unusual kinds
@@ -756,22 +674,197 @@ def new_leaf_each_step(witness: Witness) -> None:
         optimizer.step()
 
 
-@loop(
-    "kinds of parameters",
-    "a model of copies is trained, its gradients go to master weights and those come back",
-    ALL_OF_LOSS,
-)
-def master_weights(witness: Witness) -> None:
-    model = mlp()
-    master = [nn.Parameter(p.detach().clone()) for p in model.parameters()]
-    optimizer = torch.optim.SGD(master, lr=0.1, momentum=0.5)
+@loop("kinds of parameters", "a lazy layer, which the first forward pass after attach gives its shape")
+def lazy_layer(witness: Witness) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = nn.Sequential(nn.LazyLinear(4, dtype=torch.float64), nn.Tanh(), nn.LazyLinear(1, dtype=torch.float64))
+    optimizer = sgd(model)
     witness.watch(model, optimizer)
-    names = [name for name, _ in model.named_parameters()]
+    model(batches()[0][0])
     for x, y in batches():
-        model.zero_grad()
-        mse_loss(model(x), y).backward()
-        for p, q in zip(master, model.parameters(), strict=True):
-            p.grad = q.grad.clone()
-        witness.truth(lambda: mse_loss(functional_call(model, dict(zip(names, master, strict=True)), (x,)), y))
+        step_on(witness, model, optimizer, x, y)
+
+
+@loop("kinds of parameters", "a lazy layer, no attach")
+def lazy_layer_no_attach(witness: Witness) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = nn.Sequential(nn.LazyLinear(4, dtype=torch.float64), nn.Tanh(), nn.LazyLinear(1, dtype=torch.float64))
+    train(witness, model, sgd(model), attach=False)
+
+
+@loop("kinds of parameters", "torch's pruning in the middle: the parameter has another name from then on")
+def pruned_by_torch(witness: Witness) -> None:
+    model = mlp()
+
+    def before(t: int) -> None:
+        if t == 2:
+            prune.l1_unstructured(model[0], "weight", amount=0.5)
+        if t == 4:
+            prune.remove(model[0], "weight")
+
+    optimizer = sgd(model, momentum=0.5)
+    witness.watch(model, optimizer)
+    for t in range(6):
+        x, y = batches()[t % 4]
+        before(t)
+        step_on(witness, model, optimizer, x, y)
+
+
+@loop("kinds of parameters", "a parametrization is put on between steps: the parameter moves elsewhere in the model")
+def parametrized_in_the_middle(witness: Witness) -> None:
+    class Doubled(nn.Module):
+        def forward(self, w: Tensor) -> Tensor:
+            return 2.0 * w
+
+        def right_inverse(self, w: Tensor) -> Tensor:
+            return 0.5 * w
+
+    model = mlp()
+
+    def before(t: int) -> None:
+        if t == 2:
+            parametrize.register_parametrization(model[0], "weight", Doubled())
+
+    train(witness, model, sgd(model), before=before)
+
+
+@loop("kinds of parameters", "weights of losses that are learned, outside the model")
+def learned_loss_weights(witness: Witness) -> None:
+    model = mlp()
+    logs = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    optimizer = torch.optim.Adam([{"params": model.parameters()}, {"params": [logs], "lr": 0.1}], lr=0.05)
+    witness.watch(model, optimizer)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        out = model(x)
+        first, second = mse_loss(out, y), mse_loss(out, y.roll(1, 0))
+        return (-logs).exp() @ torch.stack([first, second]) + logs.sum()
+
+    for x, y in batches():
+        optimizer.zero_grad()
+        loss(x, y).backward()
+        witness.truth(lambda: loss(x, y))
         optimizer.step()
-        put_back(model.parameters(), master)
+
+
+@loop("kinds of parameters", "a learned prompt, put before the inputs of a frozen model")
+def learned_prompt(witness: Witness) -> None:
+    model = mlp().requires_grad_(False)
+    prompt = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.SGD([prompt], lr=0.5)
+    witness.watch(model, optimizer, attach=False)
+    for x, y in batches():
+        step_on(witness, lambda x: model(x + prompt), optimizer, x, y)
+
+
+@loop("moved parameters", "vector_to_parameters makes all parameters views of one vector, between steps")
+def views_of_a_vector(witness: Witness) -> None:
+    model = mlp()
+
+    def before(t: int) -> None:
+        vector_to_parameters(0.9 * parameters_to_vector(model.parameters()).detach(), model.parameters())
+
+    train(witness, model, sgd(model, momentum=0.9), before=before)
+
+
+@loop("moved parameters", "weights are initialized once more after attach, before the first step")
+def initialized_after_attach(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.5)
+    for x, y in batches():
+        step_on(witness, model, optimizer, x, y)
+
+
+@loop("moved parameters", "a forward pass that normalizes its weights through .data")
+def normalized_in_forward(witness: Witness) -> None:
+    class Normalized(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.weight.data = self.weight.data / self.weight.data.norm(dim=1, keepdim=True)
+            return super().forward(x)
+
+    model = nn.Sequential(Normalized(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for x, y in batches():
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        witness.truth(lambda: mse_loss(model[1:](linear(x, model[0].weight, model[0].bias)), y))
+        optimizer.step()
+
+
+@loop("moved parameters", "the model's memory format is changed in the middle")
+def memory_format_changed(witness: Witness) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(2, 1)).double()
+    planes = torch.linspace(0.5, 1.5, 4).double().reshape(1, 1, 2, 2)
+    optimizer = sgd(model, momentum=0.5)
+    witness.watch(model, optimizer)
+    for t, (x, y) in enumerate(batches()):
+        if t == 2:
+            model.to(memory_format=torch.channels_last)
+        step_on(witness, lambda x: model(x[:, :, None, None] * planes), optimizer, x, y)
+
+
+@loop("freezing", "backward(inputs=...) for the last layer only", ALL_OF_LOSS)
+def backward_into_some(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for x, y in batches():
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward(inputs=list(model[2].parameters()))
+        witness.truth(lambda: mse_loss(model[2](model[:2](x).detach()), y), hessian=False)
+        optimizer.step()
+
+
+@loop("freezing", "stochastic depth: a layer is left out at random, and has no gradient then")
+def stochastic_depth(witness: Witness) -> None:
+    model = mlp(3, 3, 3, 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    witness.watch(model, optimizer, attach=False)
+    for x, y in batches():
+        kept = bool(torch.rand(()) < 0.5)
+
+        def run(x: Tensor) -> Tensor:
+            h = torch.tanh(model[0](x))
+            return model[4](torch.tanh(model[2](h)) + h if kept else h)
+
+        step_on(witness, run, optimizer, x, y)
+
+
+@loop("freezing", "the whole model is frozen for a step, whose loss is of a free input")
+def frozen_for_an_attack(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for x, y in batches():
+        bad = x.clone().requires_grad_()
+        model.requires_grad_(False)
+        mse_loss(model(bad), y).backward()
+        model.requires_grad_(True)
+        bad = (bad + 0.1 * bad.grad.sign()).detach()
+        optimizer.zero_grad()
+        mse_loss(model(bad), y).backward()
+        witness.truth(lambda: mse_loss(model(bad), y))
+        optimizer.step()
+
+
+@loop("freezing", "the same, and zero_grad comes before the attack", ALL_OF_LOSS)
+def frozen_for_an_attack_after_zero_grad(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer, attach=False)
+    for x, y in batches():
+        optimizer.zero_grad()
+        bad = x.clone().requires_grad_()
+        model.requires_grad_(False)
+        mse_loss(model(bad), y).backward()
+        model.requires_grad_(True)
+        bad = (bad + 0.1 * bad.grad.sign()).detach()
+        mse_loss(model(bad), y).backward()
+        witness.truth(lambda: mse_loss(model(bad), y))
+        optimizer.step()

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from behavior.zoo.witness import Witness
-
 
 class Opaque(torch.autograd.Function):
     """The identity, with a backward that has no derivative: Hg is left out, where finite differences are too rough."""
@@ -23,12 +21,6 @@ class Opaque(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
-
-
-def ends_here(witness: Witness) -> None:
-    """The last step is taken; what the script does to the weights from here on is no part of the path."""
-    kept = [p.detach().clone() for p in witness.parameters]
-    witness.optimizers = [torch.optim.SGD(kept, lr=0.0)]
 
 
 def copies(parameters: Iterable[nn.Parameter]) -> list[Tensor]:

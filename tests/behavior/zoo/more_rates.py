@@ -493,20 +493,6 @@ def clamp_post_hook_last(witness: Witness) -> None:
     _clamped(witness, lambda p: p.detach().clamp_(-0.3, 0.3), first=False)
 
 
-@loop("hooks", "WGAN's clamp by p.data after each step", refused="after (the last step|step 3)")
-def clamped_by_data(witness: Witness) -> None:
-    model = mlp()
-    optimizer = torch.optim.RMSprop(model.parameters(), lr=0.05)
-    witness.watch(model, optimizer, attach=False)
-    for x, y in batches():
-        optimizer.zero_grad()
-        mse_loss(model(x), y).backward()
-        witness.truth(lambda: mse_loss(model(x), y))
-        optimizer.step()
-        for p in model.parameters():
-            p.data.clamp_(-0.3, 0.3)
-
-
 @loop("hooks", "weights are clamped before each step's forward pass")
 def clamped_before_forward(witness: Witness) -> None:
     model = mlp()

@@ -1,0 +1,585 @@
+"""Graphs that hide something: custom functions, estimators, hooks, memory that is used again, losses of higher order.
+
+Hg is of the loss as the script evaluates it. Where the second derivative of the graph is another, it must be absent.
+"""
+
+# ruff: noqa: B023  (the witness evaluates a loss at once)
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import mse_loss, sigmoid
+
+from behavior.zoo.witness import HG, Witness, batches, loop, mlp, sgd
+
+
+class Body(nn.Module):
+    """Two linear layers with any function in between."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.between = nn.Linear(3, 4).double(), nn.Linear(4, 1).double(), between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.between(self.first(x)))
+
+
+def train(witness: Witness, between: Callable[[Tensor], Tensor], attach: bool = True, hessian: bool = True) -> None:
+    """Plain steps of such a model."""
+    model = Body(between)
+    optimizer = sgd(model)
+    witness.watch(model, optimizer, attach=attach)
+    for x, y in batches():
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        witness.truth(lambda: mse_loss(model(x), y), hessian=hessian)
+        optimizer.step()
+
+
+# Custom functions
+
+
+class SavedInput(Function):
+    """SiLU as torch's notes would write it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * sigmoid(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        s = sigmoid(x)
+        return gradient * s * (1 + x * (1 - s))
+
+
+class InputOnContext(Function):
+    """The same, with the input on ctx."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.x = x
+        return x * sigmoid(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        s = sigmoid(ctx.x)
+        return gradient * s * (1 + ctx.x * (1 - s))
+
+
+class DetachedInputOnContext(Function):
+    """The same, with a detached input on ctx."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.x = x.detach()
+        return x * sigmoid(x)
+
+    backward = InputOnContext.backward
+
+
+class SavedIntermediate(Function):
+    """The same, with the slope kept that the forward pass has found already."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        s = sigmoid(x)
+        ctx.save_for_backward(s * (1 + x * (1 - s)))
+        return x * s
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (slope,) = ctx.saved_tensors
+        return gradient * slope
+
+
+class IntermediateOnContext(Function):
+    """The same, with the sigmoid on ctx, and the input saved as it should be."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.s = sigmoid(x)
+        return x * ctx.s
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradient * ctx.s * (1 + x * (1 - ctx.s))
+
+
+class SavedOutput(Function):
+    """A sigmoid from its saved output."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = sigmoid(x)
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (out,) = ctx.saved_tensors
+        return gradient * out * (1 - out)
+
+
+class OutputOnContext(Function):
+    """A sigmoid from its output on ctx."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.out = sigmoid(x)
+        return ctx.out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * ctx.out * (1 - ctx.out)
+
+
+class ConstantOnContext(Function):
+    """A mask on ctx, as a constant should be."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mask = torch.linspace(0.5, 1.5, x.shape[1], dtype=x.dtype)
+        return x * ctx.mask
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * ctx.mask
+
+
+class Once(Function):
+    """A tanh without a second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = torch.tanh(x)
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (out,) = ctx.saved_tensors
+        return gradient * (1 - out**2)
+
+
+class WithoutGradients(Function):
+    """A tanh whose backward turns gradients off."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.tanh(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        with torch.no_grad():
+            slope = 1 - torch.tanh(x) ** 2
+        return gradient * slope
+
+
+class InNumPy(Function):
+    """A tanh by NumPy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.from_numpy(x.detach().numpy()).tanh()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.from_numpy(gradient.detach().numpy() * (1 - x.detach().tanh() ** 2).numpy())
+
+
+class Recomputed(Function):
+    """Checkpointing as it was written before torch had it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.sin(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            out = torch.sin(x)
+        return torch.autograd.grad(out, x, gradient)[0]
+
+
+class StraightThrough(Function):
+    """Rounds, with the gradient of the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return (4 * x).round() / 4
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+@loop("functions", "a function that saves its input for backward")
+def function_saves_input(witness: Witness) -> None:
+    train(witness, SavedInput.apply)
+
+
+@loop("functions", "a function with its input on ctx", HG)
+def function_input_on_ctx(witness: Witness) -> None:
+    train(witness, InputOnContext.apply)
+
+
+@loop("functions", "a function with its detached input on ctx", HG)
+def function_detached_input_on_ctx(witness: Witness) -> None:
+    train(witness, DetachedInputOnContext.apply)
+
+
+@loop("functions", "a function that saves its slope for backward", HG)
+def function_saves_slope(witness: Witness) -> None:
+    train(witness, SavedIntermediate.apply)
+
+
+@loop("functions", "a function with an intermediate on ctx", HG)
+def function_intermediate_on_ctx(witness: Witness) -> None:
+    train(witness, IntermediateOnContext.apply)
+
+
+@loop("functions", "the same without attach", HG)
+def function_intermediate_no_attach(witness: Witness) -> None:
+    train(witness, IntermediateOnContext.apply, attach=False)
+
+
+@loop("functions", "a function that saves its output for backward")
+def function_saves_output(witness: Witness) -> None:
+    train(witness, SavedOutput.apply)
+
+
+@loop("functions", "a function with its output on ctx", HG)
+def function_output_on_ctx(witness: Witness) -> None:
+    train(witness, OutputOnContext.apply)
+
+
+@loop("functions", "a function with a constant on ctx")
+def function_constant_on_ctx(witness: Witness) -> None:
+    train(witness, lambda x: torch.tanh(ConstantOnContext.apply(x)))
+
+
+@loop("functions", "a once_differentiable function", HG)
+def function_once(witness: Witness) -> None:
+    train(witness, Once.apply)
+
+
+@loop("functions", "a function whose backward is under no_grad", HG)
+def function_without_gradients(witness: Witness) -> None:
+    train(witness, WithoutGradients.apply)
+
+
+@loop("functions", "a function by NumPy", HG)
+def function_in_numpy(witness: Witness) -> None:
+    train(witness, InNumPy.apply)
+
+
+@loop("functions", "a function that runs forward again in its backward", HG)
+def function_recomputed(witness: Witness) -> None:
+    train(witness, Recomputed.apply)
+
+
+@loop("functions", "a function with a hidden intermediate is used in the second step only", HG)
+def function_used_late(witness: Witness) -> None:
+    calls = []
+
+    def between(x: Tensor) -> Tensor:
+        return SavedIntermediate.apply(x) if len(calls) else torch.tanh(x)
+
+    model = Body(between)
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for x, y in batches():
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        witness.truth(lambda: mse_loss(model(x), y))
+        optimizer.step()
+        calls.append(1)
+
+
+# Estimators: the gradient is not that of the value
+
+
+def _estimated(witness: Witness, between: Callable[[Tensor], Tensor], attach: bool = True) -> None:
+    """There is no loss whose gradient this is, so none whose Hessian could be meant."""
+    train(witness, between, attach, hessian=False)
+
+
+@loop("estimators", "a straight-through estimator as a function", HG)
+def rounding_function(witness: Witness) -> None:
+    _estimated(witness, StraightThrough.apply)
+
+
+@loop("estimators", "quantized weights with straight-through gradients", HG)
+def quantization_aware(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        weights = {k: StraightThrough.apply(p) for k, p in model.named_parameters()}
+        return mse_loss(torch.func.functional_call(model, weights, (x,)), y)
+
+    for x, y in batches():
+        optimizer.zero_grad()
+        loss(x, y).backward()
+        witness.truth(lambda: loss(x, y), hessian=False)
+        optimizer.step()
+
+
+@loop("estimators", "labels that the model itself gave before, under no_grad, are data")
+def pseudo_labels(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for x, y in batches():
+        with torch.no_grad():
+            labels = 0.5 * model(x + 0.1) + 0.5 * y
+        optimizer.zero_grad()
+        mse_loss(model(x), labels).backward()
+        witness.truth(lambda: mse_loss(model(x), labels))
+        optimizer.step()
+
+
+# Hooks that change what the model gives
+
+
+@loop("model hooks", "a forward hook that changes a layer's output")
+def forward_hook(witness: Witness) -> None:
+    model = mlp()
+    model[0].register_forward_hook(lambda module, args, out: 0.5 * out + 0.1 * out**2)
+    optimizer = sgd(model)
+    witness.watch(model, optimizer, attach=False)
+    for x, y in batches():
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        witness.truth(lambda: mse_loss(model(x), y))
+        optimizer.step()
+
+
+@loop("model hooks", "a forward pre-hook that changes the model's input, put on after attach")
+def forward_pre_hook(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    model.register_forward_pre_hook(lambda module, args: (args[0] + 0.3,))
+    for x, y in batches():
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        witness.truth(lambda: mse_loss(model(x), y))
+        optimizer.step()
+
+
+# Memory that is used again
+
+
+@loop("memory", "activations in place")
+def inplace_activation(witness: Witness) -> None:
+    train(witness, lambda x: torch.sin_(x.clone().mul_(1.5)))
+
+
+@loop("memory", "ReLU in place, no attach")
+def inplace_relu(witness: Witness) -> None:
+    train(witness, nn.ReLU(inplace=True), attach=False)
+
+
+Fill = Callable[[Tensor, Tensor], Any]
+
+
+def _one_buffer(witness: Witness, fill: Fill, before_step: bool, attach: bool = True) -> None:
+    """Each batch is written into the same memory, either before its step or right after its backward pass."""
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer, attach=attach)
+    parts = batches()
+    inputs = parts[0][0].clone()
+    for t, (x, y) in enumerate(parts):
+        if not before_step:
+            fill(inputs, x)
+        optimizer.zero_grad()
+        mse_loss(model(inputs), y).backward()
+        if before_step:
+            fill(inputs, parts[(t + 1) % len(parts)][0])
+        witness.truth(lambda: mse_loss(model(x), y))
+        optimizer.step()
+
+
+@loop("memory", "each batch is copied into one buffer")
+def one_input_buffer(witness: Witness) -> None:
+    _one_buffer(witness, lambda to, x: to.copy_(x), before_step=False)
+
+
+@loop("memory", "the next batch is copied into the buffer before the step", HG)
+def next_batch_before_step(witness: Witness) -> None:
+    _one_buffer(witness, lambda to, x: to.copy_(x), before_step=True)
+
+
+@loop("memory", "the next batch is copied into the buffer's .data before the step", HG)
+def next_batch_by_data(witness: Witness) -> None:
+    _one_buffer(witness, lambda to, x: to.data.copy_(x), before_step=True)
+
+
+def _through_numpy(to: Tensor, x: Tensor) -> None:
+    to.numpy()[:] = x.numpy()
+
+
+@loop("memory", "the next batch is written into the buffer by NumPy before the step, no attach", HG)
+def next_batch_by_numpy(witness: Witness) -> None:
+    _one_buffer(witness, _through_numpy, before_step=True, attach=False)
+
+
+@loop("memory", "the inputs are zeroed through .data before the step", HG)
+def inputs_zeroed_by_data(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for x, y in batches():
+        inputs = x.clone()
+        optimizer.zero_grad()
+        mse_loss(model(inputs), y).backward()
+        inputs.data.zero_()
+        witness.truth(lambda: mse_loss(model(x), y))
+        optimizer.step()
+
+
+@loop("memory", "targets are written over between backward pass and step", HG)
+def targets_written_over(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for x, y in batches():
+        optimizer.zero_grad()
+        labels = y.clone()
+        mse_loss(model(x) ** 2, labels).backward()
+        labels.data.fill_(5.0)
+        witness.truth(lambda: mse_loss(model(x) ** 2, y))
+        optimizer.step()
+
+
+@loop("memory", "MoCo: a queue of keys is a buffer, and is written through .data in the forward pass", HG)
+def queue_of_keys(witness: Witness) -> None:
+    model = mlp(3, 4, 2)
+    model.register_buffer("queue", torch.randn(8, 2, dtype=torch.float64))
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+
+    def logits(x: Tensor, queue: Tensor) -> Tensor:
+        return torch.tanh(model(x) @ queue.T)
+
+    for t, (x, y) in enumerate(batches()):
+        optimizer.zero_grad()
+        queue = model.queue.clone()
+        mse_loss(logits(x, model.queue), y.expand(-1, 8)).backward()
+        model.queue.data[2 * t % 8 : 2 * t % 8 + 2] = model(x)[:2].detach()
+        witness.truth(lambda: mse_loss(logits(x, queue), y.expand(-1, 8)))
+        optimizer.step()
+
+
+# Losses of higher order
+
+
+@loop("higher order", "a gradient penalty on the inputs, inside the loss")
+def input_gradient_penalty(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model, lr=0.05)
+    witness.watch(model, optimizer)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        out = model(x)
+        slope = torch.autograd.grad(out.sum(), x, create_graph=True)[0]
+        return mse_loss(out, y) + 0.1 * (slope.norm(dim=1) - 1).square().mean()
+
+    for x, y in batches():
+        optimizer.zero_grad()
+        loss(x, y).backward()
+        witness.truth(lambda: loss(x, y))
+        optimizer.step()
+
+
+@loop("higher order", "a penalty on the gradient by the weights, inside the loss, no attach")
+def weight_gradient_penalty(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model, lr=0.05)
+    witness.watch(model, optimizer, attach=False)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        value = mse_loss(model(x), y)
+        slopes = torch.autograd.grad(value, list(model.parameters()), create_graph=True)
+        return value + 0.05 * sum(slope.square().sum() for slope in slopes)
+
+    for x, y in batches():
+        optimizer.zero_grad()
+        loss(x, y).backward()
+        witness.truth(lambda: loss(x, y))
+        optimizer.step()
+
+
+@loop("higher order", "a physical model: the loss is of derivatives of the output")
+def physics_informed(witness: Witness) -> None:
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    witness.watch(model, optimizer)
+
+    def loss(x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        u = model(x)
+        first = torch.autograd.grad(u.sum(), x, create_graph=True)[0]
+        second = torch.autograd.grad(first[:, 0].sum(), x, create_graph=True)[0][:, 0]
+        return (second + u[:, 0]).square().mean() + u.square().mean()
+
+    for x, _ in batches():
+        optimizer.zero_grad()
+        loss(x).backward()
+        witness.truth(lambda: loss(x))
+        optimizer.step()
+
+
+@loop("higher order", "the gradient of a learned rate through an inner step")
+def learned_inner_rate(witness: Witness) -> None:
+    model = mlp()
+    rate = nn.Parameter(torch.tensor(0.1, dtype=torch.float64))
+    optimizer = torch.optim.SGD([*model.parameters(), rate], lr=0.05)
+    witness.watch(model, optimizer)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        weights = dict(model.named_parameters())
+        slopes = torch.autograd.grad(mse_loss(model(x), y), list(weights.values()), create_graph=True)
+        after = {k: p - rate * g for (k, p), g in zip(weights.items(), slopes, strict=True)}
+        return mse_loss(torch.func.functional_call(model, after, (x.flip(0),)), y.flip(0))
+
+    for x, y in batches():
+        optimizer.zero_grad()
+        loss(x, y).backward()
+        witness.truth(lambda: loss(x, y))
+        optimizer.step()
+
+
+@loop("higher order", "an adversarial example inside the step, found by autograd.grad")
+def adversarial_by_grad(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer, attach=False)
+    for x, y in batches():
+        seen = x.clone().requires_grad_()
+        bad = x + 0.1 * torch.autograd.grad(mse_loss(model(seen), y), seen)[0].sign()
+        optimizer.zero_grad()
+        mse_loss(model(bad), y).backward()
+        witness.truth(lambda: mse_loss(model(bad), y))
+        optimizer.step()
