@@ -31,6 +31,7 @@ class BackwardPass:
     Attributes:
         loss: the scalar that it differentiates, unscaled, float64, copied; None where that is not known.
         unknown: why it is not.
+        hooked: whether a hook on something between loss and parameters changed gradients.
         reaches: for each parameter, whether the pass added to its gradient.
         share: with what factor its gradient is part of the gradients at the update: 1, or 0 where these were zeroed
             since, or NaN where something else was done to them; known once the update is due.
@@ -39,6 +40,7 @@ class BackwardPass:
     loss: Tensor | None
     unknown: Absence | None = None
     reaches: list[bool] = field(default_factory=list)
+    hooked: bool = False
     share: Tensor | None = None
 
 
@@ -64,6 +66,7 @@ class GradientSources(Events):
         self._none_left = none_left
         self._parameters: list[Tensor] = []
         self._attached = self._unfollowed = False
+        self._roots: set[int] = set()  # ids of the losses whose backward pass is running
         self._passes: list[BackwardPass] = []
         # After each of these passes, what is left of each gradient before the next one: 1, 0 or NaN. [parameters]
         self._left: list[Tensor] = []
@@ -92,6 +95,12 @@ class GradientSources(Events):
     def gradients_dropped(self) -> None:
         if self._unfollowed:
             self._passes.clear()
+
+    def gradient_changed(self, tensor: int | None) -> None:
+        if self.running is not None and self._roots:
+            if tensor in self._roots:
+                self.running.loss, self.running.unknown = None, WRITTEN
+            self.running.hooked = True
 
     def rescaling(self) -> None:
         if self._passes:
@@ -125,13 +134,15 @@ class GradientSources(Events):
         if not self._attached:
             self._add_leaves(losses)
         self._begin()
+        self._roots = {id(loss) for loss in losses}
         try:
-            with watching_hooks([*losses, *self._parameters]) as changed:
+            with watching_hooks(self._parameters) as changed:
                 yield
         except BaseException:
             running.loss, running.unknown = None, WRITTEN
             raise
         finally:
+            self._roots = set()
             before, self._marks = self._marks, [mark(p.grad) for p in self._parameters]
             running.reaches = [a != b for a, b in zip(before, self._marks, strict=True)]
             if self._unfollowed:
@@ -214,7 +225,7 @@ class GradientSources(Events):
         else:  # gradients that no pass has made
             self._passes = [BackwardPass(None, CARRIED, [p.grad is not None for p in self._parameters])]
             self._look()
-            self._left = [self._evidence.new_ones(len(self._parameters))]
+            self._left = [torch.where(self._evidence[0] == 0, 0.0, 1.0)]  # the script may have made them, of zeros
 
     def _note_what_is_left(self) -> None:
         if self._unfollowed:

@@ -20,7 +20,7 @@ from geomprobe.measure.side_gradient import FullGradient, HeldOutGradient
 from geomprobe.probe.events import Closure, Events
 from geomprobe.probe.hooks.global_hooks import muted
 from geomprobe.probe.probe import Probe
-from geomprobe.trace.absence import Absence
+from geomprobe.trace.absence import UNPROVEN, Absence
 from geomprobe.trace.record import Record
 
 QUANTITIES: tuple[type[Quantity], ...] = (
@@ -178,13 +178,17 @@ class Measurement(Events):
                 parts[name] = {name: Part(values, Combine.MEAN)}
             whole = self._combined(parts)
         row = {name: whole[name][name] for name in means or ()}
-        found = whole["absent"]["absent"] > 0
-        row["absent"] = torch.where(found, numbers, 0.0).sum().reshape(1)
-        unknown = found.any()
         for name, quantity in self._quantities.items():
             row[name] = quantity.finish(whole[name]) if name in whole else self._unmeasured[name]
-            if quantity.of_step_loss and name in whole:
-                row[name] = torch.where(unknown, torch.nan, row[name])
+        found = whole["absent"]["absent"] > 0
+        row["absent"] = torch.where(found, numbers, 0.0).sum().reshape(1)
+        unknown, unproven = found.any(), self._curvature.unproven
+        of_loss = [q.name for q in self._quantities.values() if q.of_step_loss and q.name in whole]
+        if unproven is not None and of_loss:
+            row["absent"] += UNPROVEN.number * unproven
+            unknown = unknown | unproven
+        for name in of_loss:
+            row[name] = torch.where(unknown, torch.nan, row[name])
         return row
 
     def _absent(self, of_sources: Tensor | None) -> tuple[Tensor, Tensor]:

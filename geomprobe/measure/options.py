@@ -28,6 +28,13 @@ class MeasureOptions(Options):
         parse=whole(0),
         constants={"--no-curvature": (0, "leave Hg out")},
     )
+    check_curvature_every: int | None = option(
+        None,
+        "check at each N-th step, if Hg is taken there, that the gradients have a Hessian at all: one more product; 0 "
+        "for never (default: five times in a run)",
+        metavar="N",
+        parse=whole(0),
+    )
     finite_step: bool = option(
         False,
         "where Hg is taken, also measure the loss and the gradient of the same minibatch after a whole step (needs "

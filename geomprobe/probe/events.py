@@ -108,6 +108,12 @@ class Events:
         """
         run()
 
+    def saved_otherwise(self) -> None:
+        """The script has put hooks of its own on the tensors that autograd saves for the backward pass."""
+
+    def gradient_changed(self, tensor: int | None) -> None:
+        """A hook has changed a gradient within a backward pass: that of the tensor of this id, if it is one's own."""
+
     def gradients_dropped(self) -> None:
         """The gradients so far are thrown away: the script calls ``zero_grad``, or has set them to None."""
 

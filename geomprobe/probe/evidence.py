@@ -41,7 +41,8 @@ def evidence(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
     present = [t for t in values if t is not None and t.numel()]
     if not present:
         return torch.zeros(2, len(tensors), device=device)
-    dtype = torch.float32 if any(t.dtype in _HALF for t in present) else None
+    types = {t.dtype for t in present}
+    dtype = None if types.isdisjoint(_HALF) else torch.float64 if torch.float64 in types else torch.float32
     norms = iter(torch._foreach_norm(present, 2, dtype=dtype))
     zero = torch.zeros((), device=device)
     rows: list[Tensor] = []

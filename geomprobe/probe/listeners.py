@@ -74,6 +74,8 @@ class LoaderPasses(Events):
         self._given: dict[int, int] = {}  # how many, in all
         self._ended: set[int] = set()
         self._data: Any = None  # the data set whose passes are counted
+        self._came = 0  # batches since the last update
+        self._batches: list[int] = []  # in the first two steps
         self._unclear = False
         self._probe: Probe | None = None
         self._begun = False
@@ -109,6 +111,7 @@ class LoaderPasses(Events):
             if self._number is not None and self.loader is not None:
                 self._recent[self._number] = self.loader
                 self._given[self._number] = 1 + self._given.get(self._number, 0)
+                self._came += 1
 
     def loader_ended(self, iterator: Iterator[Any]) -> None:
         number, _ = self._passes.get(iterator, (None, None))
@@ -117,7 +120,10 @@ class LoaderPasses(Events):
 
     def before_update(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
         self._unclear = self._unclear or self._is_unclear()
-        self._recent = {}
+        recent, self._recent, self._came = self._recent, {}, 0
+        active = [number for number in recent if number not in self._ended]
+        if active:  # not an evaluation that came after the batch
+            self._number, self.loader = active[0], recent[active[0]]
         if self._number is None or self.loader is None:
             return
         epoch = None if self._probe is None else self._probe.epoch
@@ -135,11 +141,19 @@ class LoaderPasses(Events):
             return False
         if not self._recent:
             return self._number in self._ended  # steps are taken, and no loader gives batches any more
-        # A pass that has ended was an evaluation, or the last batches of an epoch.
-        active = [number for number in self._recent if number not in self._ended] or [self._number]
-        self._data = self._recent[active[0]].dataset if self._data is None else self._data
-        if len(active) > 1 or self._recent.get(active[0], self.loader).dataset is not self._data:
+        # A pass that has ended was an evaluation, or ends an epoch.
+        first, *_ = self._recent
+        active = [number for number in self._recent if number not in self._ended] or [first]
+        data = self._recent[active[0]].dataset
+        self._data = data if self._data is None else self._data
+        if len(active) > 1 or data is not self._data:
             return True
+        if first != active[0] and self._recent[first].dataset is data and first not in self._trained_on:
+            return True  # gradients of a whole pass go into a step of the next one
+        if len(self._batches) < 2:
+            self._batches.append(self._came)
+        if len(self._batches) == 2 and self._batches[0] > self._batches[1]:
+            return True  # the loop is a batch ahead of its steps, so the last step of a pass looks like the next one's
         if active[0] in self._trained_on or not self._trained_on:
             return False
         before = next(reversed(self._trained_on))

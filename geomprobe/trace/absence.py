@@ -37,7 +37,7 @@ class Absence:
 
 _GRADIENT = ("loss", "Hg")
 
-WRITTEN, CARRIED, UNSEEN, NO_SCALAR, ELSEWHERE, NOT_CAUGHT, UNPROVEN, RATE, EPOCH, LATE = ABSENCES = (
+WRITTEN, CARRIED, UNSEEN, NO_SCALAR, ELSEWHERE, NOT_CAUGHT, UNPROVEN, RATE, EPOCH, LATE, HOOKED = ABSENCES = (
     Absence(
         1,
         _GRADIENT,
@@ -100,6 +100,12 @@ WRITTEN, CARRIED, UNSEEN, NO_SCALAR, ELSEWHERE, NOT_CAUGHT, UNPROVEN, RATE, EPOC
         "the script does not call geomprobe.attach, so the first update's backward pass was over before it was known "
         "what is trained",
         "Call geomprobe.attach(model, optimizer) before the first step.",
+    ),
+    Absence(
+        1024,
+        ("Hg",),
+        "a hook changed gradients within the backward pass, or what autograd saves for it",
+        "Change the loss instead of its gradients.",
     ),
 )
 

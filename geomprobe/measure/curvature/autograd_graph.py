@@ -96,6 +96,13 @@ _SEVERED = Blocker(
     "returns gradients that autograd cannot follow, so terms of the Hessian would be missing",
     f"Write its backward with differentiable torch operations, or {_CLOSURE} without this function.",
 )
+_UNPROVEN = Blocker(
+    "",
+    "is a torch.autograd.Function of its own, whose backward need not be the derivative of its forward, or leave all "
+    "that it depends on to autograd",
+    f"Either {_CLOSURE}, so that Hg is compared with finite differences, or take Hg unchecked "
+    "(--check-curvature-every 0).",
+)
 _OTHER = Blocker(
     "",
     "has a backward without a derivative",
@@ -183,6 +190,17 @@ def explained(error: RuntimeError) -> CurvatureUnavailable:
         kind = _known_of(named[1].removeprefix("aten::"))[0] or _OTHER
         return CurvatureUnavailable(replace(kind, operation=named[1]))
     return CurvatureUnavailable(Blocker("the double backward", f'failed with "{text}"', _OTHER.remedy))
+
+
+def own_functions(graph: GraphInfo) -> list[str]:
+    """The operations in a graph that are Python functions of the script's, or of a library other than torch."""
+    nodes = (node for node in graph.functions if not type(node)._forward_cls.__module__.startswith("torch."))
+    return [node.name() for node in nodes]
+
+
+def unproven_function(operation: str) -> Blocker:
+    """Why a loss with such an operation has no Hg that can be trusted."""
+    return replace(_UNPROVEN, operation=operation)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,10 +15,17 @@ from torch import Tensor
 from geomprobe.distributed.dtensor import local
 from geomprobe.distributed.layout import Layout
 from geomprobe.errors import GeomprobeError
-from geomprobe.measure.curvature.autograd_graph import CurvatureUnavailable, inspect_graph
+from geomprobe.measure.curvature.autograd_graph import (
+    CurvatureUnavailable,
+    coarsest_epsilon,
+    inspect_graph,
+    own_functions,
+    unproven_function,
+)
 from geomprobe.measure.curvature.global_loss import fail_together
 from geomprobe.measure.curvature.hessian_gradient import Curvature
 from geomprobe.measure.curvature.lanczos import top_eigenvalue
+from geomprobe.measure.curvature.symmetry import apart, asymmetric, default_interval, direction
 from geomprobe.measure.gradient_sources import BackwardPass, GradientSources
 from geomprobe.measure.inner_products import dots
 from geomprobe.measure.options import MeasureOptions
@@ -27,7 +35,7 @@ from geomprobe.probe.evidence import Mark, evidence, mark
 from geomprobe.probe.hooks.global_hooks import unscaled
 from geomprobe.probe.probe import Probe
 from geomprobe.reproducibility.isolation import RNGState, capture_rng
-from geomprobe.trace.absence import ELSEWHERE, LATE, NOT_CAUGHT
+from geomprobe.trace.absence import ELSEWHERE, HOOKED, LATE, NOT_CAUGHT
 from geomprobe.trace.schema import parameter_column, product_column
 
 
@@ -65,9 +73,12 @@ class StepCurvature(Events):
         ready: the same at a step that was settled with all of its losses caught, on every process; else None.
         fixed_loss: the script's own choice of the loss whose sharpness is wanted.
         missing: why Hg is left out, None where it is not.
+        unproven: whether the last check found gradients that are those of no function, on their device.
+        has_own_functions: whether the last loss has torch.autograd.Functions of the script in it.
+        epsilon: machine epsilon of the coarsest type that the first of the losses passes through.
     """
 
-    ABSENT = (ELSEWHERE, NOT_CAUGHT, LATE)
+    ABSENT = (ELSEWHERE, NOT_CAUGHT, LATE, HOOKED)
 
     def __init__(
         self, probe: Probe, options: MeasureOptions, layout: Layout, sources: GradientSources | None = None
@@ -79,17 +90,24 @@ class StepCurvature(Events):
         self.ready: Curvature | None = None
         self.fixed_loss: Closure | None = None
         self.missing: str | None = None
+        self.unproven: Tensor | None = None
+        self.epsilon = 0.0
+        self.has_own_functions = False
         self._complete = True  # no backward pass of the step went another way
         self._caught = 0
         self._same_use_checked = layout.world_size == 1
         self._blocked: CurvatureUnavailable | None = None
         self._rng: RNGState | None = None
+        self._saved_otherwise = False
         self._seen: list[_Weights] = []  # since the last backward pass, when the model was called
         self._evaluated: list[tuple[BackwardPass | None, list[_Weights]]] = []  # of each backward pass of the step
 
     def fetch_ended(self, came: bool) -> None:
         if came and torch.is_grad_enabled():  # a forward pass before it that led to no backward pass does not count
             self._rng = None
+
+    def saved_otherwise(self) -> None:
+        self._saved_otherwise = True
 
     def entered(self, inputs: Any) -> None:
         if not self._wanted():
@@ -113,8 +131,15 @@ class StepCurvature(Events):
             return
         if not self._seen:
             self._see_weights()
+        if closure is None and (own := own_functions(graph)) and self._options.check_curvature_every != 0:
+            self._block(CurvatureUnavailable(unproven_function(own[0])))
+            run()
+            return
+        self.has_own_functions = bool(own_functions(graph))
         rng, self._rng, seen, self._seen = self._rng, None, self._seen, []
         self._caught += 1
+        if not self.epsilon:
+            self.epsilon = coarsest_epsilon(loss)
         source = None if self._sources is None else self._sources.running
         self._evaluated.append((source, seen))
         try:
@@ -164,8 +189,9 @@ class StepCurvature(Events):
         lost = self.ready is None
         seen_some = self._caught > 0 or not self._complete
         late = lost and not seen_some and self._sources is not None and self._sources.found
-        host = torch.tensor([float(lost and seen_some), float(late)], dtype=torch.float64, device=device)
-        return torch.cat([elsewhere.reshape(1), host])
+        hooked = self._saved_otherwise or any(source.hooked for source, _ in self._evaluated if source is not None)
+        host = [float(each) for each in (lost and seen_some, late, hooked)]
+        return torch.cat([elsewhere.reshape(1), elsewhere.new_tensor(host)])
 
     def _see_weights(self) -> None:
         """Note the weights that a loss is evaluated at: at the model's first call, and at others where they changed."""
@@ -178,7 +204,7 @@ class StepCurvature(Events):
     def gradients_dropped(self) -> None:
         """Free the losses' graphs: the gradients so far were thrown away, or their step is measured."""
         self._complete, self._caught, self.ready = True, 0, None
-        self._seen, self._evaluated = [], []
+        self._seen, self._evaluated, self._saved_otherwise = [], [], False
         if self.curvature is not None:
             self.curvature.discard()
 
@@ -284,7 +310,10 @@ class Sharpness(Quantity):
 
 
 class HessianGradient(Quantity):
-    """``g.Hg`` and ``Hg.Hg``; of each parameter tensor too, if asked for. It frees the graphs of the step's losses."""
+    """``g.Hg`` and ``Hg.Hg``; of each parameter tensor too, if asked for. It frees the graphs of the step's losses.
+
+    Now and then it checks that there is a Hessian at all; see `geomprobe.measure.curvature.symmetry`.
+    """
 
     PRODUCTS = ("g.Hg", "Hg.Hg")
     name = "hg"
@@ -297,14 +326,55 @@ class HessianGradient(Quantity):
             names = self.training.probe.parameters
             columns += [parameter_column(name, product) for name in names for product in self.PRODUCTS]
         self.columns = tuple(columns)
+        every = self.training.options.check_curvature_every
+        steps = None if recorded.record is None else recorded.record.num_steps
+        self._check_every = default_interval(steps) if every is None else every
+        layout = self.training.layout
+        self._seed = recorded.seed + (layout.rank if layout.sharded else 0)
+        self._next_check = 0
 
     def local(self, step: Step) -> dict[str, Part] | None:
         if (curvature := self.training.curvature.ready) is None:
             return None
-        g, hg = step.vectors, curvature.product(step.vectors)
-        owned, per_parameter = self.training.layout.owned, self.training.options.per_parameter
-        return {"products": Part(dots([(g, hg), (hg, hg)], owned, per_parameter=per_parameter), Combine.SUM)}
+        layout, g = self.training.layout, step.vectors
+        parts = {}
+        if checked := bool(self._check_every) and step.number >= self._next_check:
+            self._next_check = step.number - step.number % self._check_every + self._check_every
+            u = direction([local(p) for p in self.training.parameters], self._seed + step.number)
+            hu = curvature.product(u, keep=True)
+        differences = self._differences(curvature, g) if checked and self.training.curvature.has_own_functions else None
+        hg = curvature.product(g)
+        products = dots([(g, hg), (hg, hg)], layout.owned, per_parameter=self.training.options.per_parameter)
+        parts["products"] = Part(products, Combine.SUM)
+        if checked:
+            parts["check"] = Part(dots([(u, hg), (g, hu), (hg, hg), (g, g), (hu, hu)], layout.owned), Combine.SUM)
+        if differences is not None:
+            far, near = differences
+            better = [2 * b - a for a, b in zip(far, near, strict=True)]
+            off, moved = ([a - b for a, b in zip(*pair, strict=True)] for pair in ((better, hg), (far, near)))
+            squares = dots([(off, off), (moved, moved), (hg, hg)], layout.owned)
+            parts["differences"] = Part(squares, Combine.SUM)
+        return parts
+
+    def _differences(self, curvature: Curvature, g: list[Tensor | None]) -> tuple[list[Tensor], list[Tensor]] | None:
+        """Two finite differences of the gradient along ``g``, over a step and over half of it."""
+        weights = [local(p).detach() for p in self.training.parameters]
+        layout = self.training.layout
+        of_w, of_g = (
+            layout.sum(dots([(weights, weights), (g, g), (weights, weights)], layout.owned))[:2].sqrt().tolist()
+        )
+        if not of_g or not math.isfinite(of_g):
+            return None
+        step = torch.finfo(weights[0].dtype).eps ** (1 / 3) * (of_w or 1.0) / of_g
+        changes = [curvature.over_step(g, length) for length in (step, step / 2)]
+        return None if changes[0] is None or changes[1] is None else (changes[0].turned, changes[1].turned)
 
     def finish(self, whole: Mapping[str, Tensor]) -> Tensor:
+        if "check" in whole:
+            of_loss = self.training.curvature
+            count = sum(p.numel() for p in self.training.parameters)
+            of_loss.unproven = asymmetric(whole["check"], count, of_loss.epsilon)
+            if "differences" in whole:
+                of_loss.unproven = of_loss.unproven | apart(whole["differences"], of_loss.epsilon)
         products = whole["products"]
         return torch.cat([products[0], products[1:].reshape(-1)]) if products.dim() > 1 else products

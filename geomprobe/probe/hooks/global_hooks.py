@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils import clip_grad
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
-from torch.utils.hooks import RemovableHandle
+from torch.utils.hooks import BackwardHook, RemovableHandle
 
 from geomprobe.probe.events import Observer, observe
 from geomprobe.probe.inert import LocalHook
@@ -58,6 +59,9 @@ def listening(observer: Observer) -> Iterator[None]:
             (Optimizer, "zero_grad", _zero_grad),
             (Optimizer, "register_step_pre_hook", _register_step_hook),
             (Optimizer, "register_step_post_hook", _register_step_hook),
+            (Tensor, "register_hook", _register_hook),
+            (BackwardHook, "__init__", _follow_module),
+            (saved_tensors_hooks, "__enter__", _save_otherwise),
             (DataLoader, "__init__", _make),
             (DataLoader, "__iter__", _iterate),
             (_BaseDataLoaderIter, "__next__", _next),
@@ -158,6 +162,46 @@ def _register_step_hook(
     handle = original(optimizer, *args, **kwargs)
     observer.step_hook_registered(optimizer)
     return handle
+
+
+def _register_hook(
+    original: Callable[..., Any], observer: Observer, tensor: Tensor, /, hook: Callable[[Tensor], Tensor | None]
+) -> Any:
+    if tensor.is_leaf:  # see `watching_hooks`
+        return original(tensor, hook)
+    owner = id(tensor)
+
+    def reported(gradient: Tensor) -> Tensor | None:
+        version = gradient._version
+        result = hook(gradient)
+        if (result is not None and result is not gradient) or gradient._version != version:
+            observer.gradient_changed(owner)
+        return result
+
+    return original(tensor, reported)
+
+
+def _save_otherwise(original: Callable[..., None], observer: Observer, hooks: Any) -> None:
+    original(hooks)
+    if not getattr(hooks.pack_hook, "__module__", "").startswith("torch."):  # those of torch give back what they got
+        observer.saved_otherwise()
+
+
+def _follow_module(
+    original: Callable[..., None], observer: Observer, called: Any, module: Any, hooks: Any, pre_hooks: Any
+) -> None:
+    """The hooks of one call of a module on the gradients of its outputs and inputs."""
+
+    def reporting(hook: Callable[..., Any]) -> Callable[..., Any]:
+        def reported(*args: Any) -> Any:
+            result = hook(*args)
+            if result is not None:
+                observer.gradient_changed(None)
+            return result
+
+        return reported
+
+    original(called, module, [reporting(hook) for hook in hooks], [reporting(hook) for hook in pre_hooks])
 
 
 def _make(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -75,6 +74,8 @@ class StepHook:
         self._measured = self._skipped = False
         self._marks: list[Mark] = []  # of the weights where a step began, or of these and the gradients as measured
         optimizer = probe.optimizer
+        if _calls_parent(type(optimizer)):
+            _show_parents_steps(type(optimizer))
         with muted():
             self._handles: list[RemovableHandle] = [
                 optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),
@@ -121,8 +122,9 @@ class StepHook:
     def _before_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         if nested_step(optimizer):
             # A subclass's step calls its parent's: what it has changed by now is what the update uses.
-            if self._measured and self._marks != self._now(gradients=True):
+            if self._measured and self._marks and self._marks != self._now(gradients=True):
                 self._measure()
+            self._marks = []  # a second call of it begins where the first has moved the weights
             return None
         self._begin()
         self._measured = False
@@ -146,12 +148,14 @@ class StepHook:
         # A fused optimizer under a GradScaler is called on overflow too, and skips on its own. Asking costs
         # one synchronization, the same that the scaler itself pays with every other optimizer.
         overflow = getattr(optimizer, "found_inf", None)
-        again, self._measured = self._measured, True
+        if self._measured:  # for the second time
+            self.begun = self._probe.step
+        self._measured = True
         self._skipped = overflow is not None and bool(overflow.item())
         if not self._skipped:
             gradients = [parameter.grad for parameter in self._probe.parameters.values()]
             self._observer.before_update(gradients, getattr(optimizer, "grad_scale", None))
-            self.begun += not again
+            self.begun += 1
         if _calls_parent(type(optimizer)):
             self._marks = self._now(gradients=True)
 
@@ -170,7 +174,15 @@ class StepHook:
             self._observer.after_update()
 
 
-@functools.cache
 def _calls_parent(optimizer: type[Any]) -> bool:
     """Whether a class of optimizers has a ``step`` of its own over one that torch's hooks know too."""
     return sum("step" in vars(each) for each in optimizer.__mro__ if each is not Optimizer) > 1
+
+
+def _show_parents_steps(optimizer: type[Any]) -> None:
+    """Let the steps of the parent classes call hooks too, as torch does where an object of such a class is made."""
+    classes: tuple[Any, ...] = optimizer.__mro__
+    for each in classes:
+        if "step" in vars(each) and each is not Optimizer and not getattr(each.step, "hooked", False):
+            each.step = Optimizer.profile_hook_step(each.step)
+            each.step.hooked = True

@@ -72,6 +72,8 @@ def loop(family: str, what: str, absent: Collection[str] = (), refused: str | No
 
     def register(run: Callable[[Witness], None]) -> Callable[[Witness], None]:
         name = run.__name__
+        if name in LOOPS and LOOPS[name].run.__module__ != run.__module__:  # two files have a loop of that name
+            name += f"_{family}"
         assert name not in LOOPS, name
         LOOPS[name] = Loop(family, name, what, run, frozenset(absent), refused)
         return run
