@@ -365,8 +365,8 @@ class ModelCalls:
         return module.register_forward_pre_hook(LocalHook(self._entered), with_kwargs=True)
 
     def _entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
-            return
+        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+            return  # torch.func calls the model with tensors of its own in the parameters' place
         self._seen = True
         if torch.is_grad_enabled() and not _entered:  # evaluation is not part of the step
             self._report((args, kwargs) if kwargs else args)
