@@ -8,11 +8,13 @@ of that step then has no loss.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from geomprobe.distributed.dtensor import is_dtensor
 from geomprobe.probe.events import Events, Weight
@@ -20,8 +22,9 @@ from geomprobe.probe.evidence import Mark, evidence, mark
 from geomprobe.probe.graph import leaves_of
 from geomprobe.probe.hooks.gradient_hooks import watching_hooks
 from geomprobe.probe.listeners import LossTracker
+from geomprobe.probe.parameters import holds
 from geomprobe.probe.probe import Probe
-from geomprobe.trace.absence import CARRIED, NO_SCALAR, UNSEEN, WRITTEN, Absence
+from geomprobe.trace.absence import ABSENCES, CARRIED, NO_SCALAR, UNSEEN, WRITTEN, Absence
 
 
 @dataclass(eq=False)
@@ -35,6 +38,7 @@ class BackwardPass:
         reaches: for each parameter, whether the pass added to its gradient.
         share: with what factor its gradient is part of the gradients at the update: 1, or 0 where these were zeroed
             since, or NaN where something else was done to them; known once the update is due.
+        earlier: whether another optimizer has moved the weights since.
     """
 
     loss: Tensor | None
@@ -42,12 +46,16 @@ class BackwardPass:
     reaches: list[bool] = field(default_factory=list)
     hooked: bool = False
     share: Tensor | None = None
+    earlier: bool = False
 
 
 class GradientSources(Events):
     """Follows the gradients of the measured parameters from each backward pass to the update.
 
     A listener of the pass, from before the probe is attached: until then it follows every leaf of the losses.
+
+    Where several optimizers step the model, an update uses up the gradients of the parameters that it moves. Those of
+    the others stay, with the backward passes that made them, until their own optimizer steps.
 
     Args:
         losses: the losses of the backward passes, as they were before scaling; it sees them first.
@@ -59,12 +67,16 @@ class GradientSources(Events):
     """
 
     REASONS = (WRITTEN, CARRIED, UNSEEN, NO_SCALAR)
+    LONGEST = 64  # how many backward passes may wait for an update by another optimizer
+    name = "sources"
 
     def __init__(self, losses: LossTracker, none_left: Callable[[], bool] = lambda: True) -> None:
         self._losses = losses
         self.running: BackwardPass | None = None
         self._none_left = none_left
         self._parameters: list[Tensor] = []
+        self._probe: Probe | None = None
+        self._kept: Mapping[str, Any] = {}  # of a checkpoint
         self._attached = self._unfollowed = False
         self._roots: set[int] = set()  # ids of the losses whose backward pass is running
         self._passes: list[BackwardPass] = []
@@ -78,6 +90,7 @@ class GradientSources(Events):
     def attached(self, probe: Probe) -> None:
         if not self._attached and self._passes:
             self._note_what_is_left()
+        self._probe = probe
         measured: list[Tensor] = list(probe.parameters.values())
         places = {id(p): i for i, p in enumerate(self._parameters)}
         order = [places.get(id(p), -1) for p in measured]
@@ -110,17 +123,65 @@ class GradientSources(Events):
         self._look()
 
     def restored(self) -> None:
-        self._passes, self._left = [], []
+        known = {absence.number: absence for absence in ABSENCES}
+        device = self._parameters[0].device
+        self._passes = [
+            BackwardPass(
+                None if each["loss"] is None else each["loss"].to(device),
+                known.get(each["unknown"]),
+                list(each["reaches"]),
+                earlier=True,
+            )
+            for each in self._kept.get("passes", ())
+        ]
+        self._left = [left.to(device) for left in self._kept.get("left", ())]
+        self._kept = {}
+        if self._passes:
+            self._look()
+
+    def state_dict(self) -> dict[str, Any]:
+        if not self._several:
+            return {}
+        passes = [
+            {
+                "loss": each.loss,
+                "unknown": None if each.unknown is None else each.unknown.number,
+                "reaches": list(each.reaches),
+            }
+            for each in self._passes
+        ]
+        return {"passes": passes, "left": list(self._left)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._kept = state
 
     def after_update(self) -> None:
-        # What is in the gradients now belongs to no later step.
-        reaches = [p.grad is not None for p in self._parameters]
-        self._passes, self._left = ([BackwardPass(None, CARRIED, reaches)] if any(reaches) else []), []
+        # What is in the gradients that the update used belongs to no later step.
+        moves = self._moves
+        reaches = [moved and p.grad is not None for moved, p in zip(moves, self._parameters, strict=True)]
+        used = [BackwardPass(None, CARRIED, reaches)] if any(reaches) else []
+        passes, left = self._waiting(moves) if self._several else ([], [])
+        self._passes = used + passes
+        self._left = [torch.ones_like(left[0])] * len(used) + left if left else []
 
     @property
     def found(self) -> bool:
-        """Whether a backward pass has left gradients for the update that is due."""
-        return bool(self._passes)
+        """Whether a backward pass since the last update has left gradients for the one that is due."""
+        return any(not each.earlier and self._reached(each) for each in self._passes)
+
+    @property
+    def earlier(self) -> list[Tensor]:
+        """The shares, in the gradients of the update that is due, of backward passes from before the last update."""
+        passes = (each for each in self._passes if each.earlier and self._reached(each))
+        return [each.share for each in passes if each.share is not None]
+
+    def none_beside(self, optimizer: Optimizer) -> bool:
+        """Whether no backward pass has left gradients for the parameters that an optimizer does not hold."""
+        if not self._several:
+            return True
+        left = [p.grad is not None for p in self._parameters]
+        beside = [there and not own for there, own in zip(left, holds(optimizer, self._parameters), strict=True)]
+        return not any(a and b for each in self._passes for a, b in zip(each.reaches, beside, strict=True))
 
     # Called by the pass around each backward pass of the script, and at the update
 
@@ -165,7 +226,8 @@ class GradientSources(Events):
         """
         device = self._parameters[0].device
         no, yes = torch.tensor([0.0, 1.0], dtype=torch.float64, device=device)
-        if not self._passes or (all(p.grad is None for p in self._parameters) and not self._unfollowed):
+        own = [p for p, moved in zip(self._parameters, self._moves, strict=True) if moved]
+        if not self._passes or (all(p.grad is None for p in own) and not self._unfollowed):
             for each in self._passes:
                 each.share = no
             return no.reshape(1) + torch.nan, torch.stack([yes if of is UNSEEN else no for of in self.REASONS])
@@ -179,9 +241,47 @@ class GradientSources(Events):
                 assert each.unknown is not None
                 total = total + torch.where(share == 0, 0.0, torch.nan)
                 holds[each.unknown] = torch.maximum(holds[each.unknown], (share != 0).double())
+        total = torch.where(written > 0, torch.nan, total)
         return total.reshape(1), torch.stack([holds[of] for of in self.REASONS])
 
     # Parts of the above
+
+    @property
+    def _several(self) -> bool:
+        return self._probe is not None and len(self._probe.optimizers) > 1
+
+    @property
+    def _moves(self) -> list[bool]:
+        """For each parameter, whether the present update moves it."""
+        return self._probe.moves if self._probe is not None else [True] * len(self._parameters)
+
+    def _reached(self, each: BackwardPass) -> bool:
+        """Whether a backward pass has added to a gradient that the present update uses."""
+        return any(reached and moved for reached, moved in zip(each.reaches, self._moves, strict=True))
+
+    def _waiting(self, moves: Sequence[bool]) -> tuple[list[BackwardPass], list[Tensor]]:
+        """The backward passes whose gradients wait for another optimizer's update, and what is left after each."""
+        if len(self._left) < len(self._passes):
+            self._note_what_is_left()
+        there = [not moved and p.grad is not None for moved, p in zip(moves, self._parameters, strict=True)]
+        moved = torch.tensor(list(moves), device=self._parameters[0].device)
+        passes: list[BackwardPass] = []
+        lefts: list[Tensor] = []
+        for each, left in zip(self._passes, self._left, strict=True):
+            each.reaches = [a and b for a, b in zip(each.reaches, there, strict=True)]
+            each.earlier, each.share = True, None
+            left = torch.where(moved, 1.0, left)
+            if any(each.reaches):
+                passes.append(each)
+                lefts.append(left)
+            elif passes:  # what came after it holds for those before it, too
+                lefts[-1] = torch.where(left == 0, 0.0, lefts[-1] * left)
+        over = len(passes) - self.LONGEST
+        if over > 0:
+            reaches = [any(each) for each in zip(*(p.reaches for p in passes[: over + 1]), strict=True)]
+            passes = [BackwardPass(None, CARRIED, reaches, earlier=True), *passes[over + 1 :]]
+            lefts = lefts[over:]
+        return passes, lefts
 
     def _pass_of(self, losses: Sequence[Tensor], weights: Sequence[Weight]) -> BackwardPass:
         reach = [True]
@@ -245,21 +345,24 @@ class GradientSources(Events):
     def _shares(self, device: torch.device) -> tuple[list[Tensor], Tensor]:
         """Of each pass, its share of the present gradients; and whether something else is part of them."""
         if self._unfollowed:
-            one = torch.ones((), dtype=torch.float64, device=device)
+            one = torch.ones((), dtype=torch.float64, device=device)  # of one optimizer: see `Session.attached`
             return [one] * len(self._passes), 0 * one
         self._note_what_is_left()
+        moves = self._moves
         shares: list[Tensor] = []
         after, zeroed = torch.ones_like(self._left[-1]), torch.zeros_like(self._left[-1], dtype=torch.bool)
         for each, left in zip(reversed(self._passes), reversed(self._left), strict=True):
             after = torch.where(zeroed, after, left * after)
             zeroed = zeroed | (left == 0)
-            reached = after if all(each.reaches) else after[each.reaches]
+            reaches = [reached and moved for reached, moved in zip(each.reaches, moves, strict=True)]
+            reached = after if all(reaches) else after[reaches]
             if not len(reached):
                 shares.append(after.new_zeros(()))
                 continue
             whole, none = (reached == 1).all(), (reached == 0).all()
             shares.append(torch.where(whole, 1.0, torch.where(none, 0.0, torch.nan)))
-        written = after.isnan().any() | torch.stack(shares).isnan().any()
+        own = after if all(moves) else after[moves]
+        written = own.isnan().any() | torch.stack(shares).isnan().any()
         return shares[::-1], written.double()
 
     def _look(self) -> None:

@@ -1,7 +1,8 @@
-"""The hyperparameters of the optimizer's groups that a row holds, as the update used them."""
+"""The hyperparameters of the optimizers' groups that a row holds, as the update used them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,39 +10,52 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from geomprobe.reproducibility.columns import Columns
-from geomprobe.trace.schema import GROUP_COLUMNS, VALUES, group_column
+from geomprobe.trace.schema import GROUP_COLUMNS, MOVING_LR, VALUES, group_column
 
 
 class GroupValues:
-    """A row's lr, weight decay and momentum of the optimizer's groups: numbers on the host, tensors on their device.
+    """A row's lr, weight decay and momentum of the optimizers' groups: numbers on the host, tensors on their device.
 
     Most optimizers use the rate that stands in their group before the step. Some find their rate in the step, and
     leave it there: these have a true attribute ``finds_rate``, as `geomprobe.corridor.clr.CLR` does. Where the rate of
     another one changes within the step, it is not known which one was used.
 
+    The groups of several optimizers are numbered one optimizer after another. Those that the update does not use have
+    their present values.
+
     >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
-    >>> groups = GroupValues(optimizer); groups.before_update(); groups.after_update()
-    >>> groups.rate(), groups.values()["groups"]
+    >>> groups = GroupValues([optimizer]); groups.before_update(); groups.after_update()
+    >>> groups.rate, groups.values()["groups"]
     (0.5, [0.5, 0.0, 0.0])
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
-        self._finds_rate = getattr(optimizer, "finds_rate", False) or _relative_step(optimizer)
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        self._optimizers, self._moving = optimizers, 0
+        self._finds_rate = [getattr(each, "finds_rate", False) or _relative_step(each) for each in optimizers]
         numbered = enumerate(self._groups)
         members = [(i, c.name) for i, group in numbered for c in GROUP_COLUMNS if c.name in group]
         self._host = [(i, name) for i, name in members if not _on_device(self._groups[i][name])]
         self._device = [(i, name) for i, name in members if _on_device(self._groups[i][name])]
+        several = len(optimizers) > 1 and any("lr" in group for group in self._groups)
+        self._moving_on_device = several and any(_on_device(group.get("lr")) for group in self._groups)
+        self._moving_on_host = several and not self._moving_on_device
         self._before: list[Any] = []
         self._used: list[Any] = []
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
-        return self._optimizer.param_groups  # load_state_dict makes new ones
+        return [group for each in self._optimizers for group in each.param_groups]  # load_state_dict makes new ones
+
+    @property
+    def _used_now(self) -> range:
+        """The numbers of the groups of the optimizer that moves."""
+        first = sum(len(each.param_groups) for each in self._optimizers[: self._moving])
+        return range(first, first + len(self._optimizers[self._moving].param_groups))
 
     @property
     def columns(self) -> list[Columns]:
         host, device = (tuple(group_column(*each) for each in own) for own in (self._host, self._device))
+        host, device = host + (MOVING_LR,) * self._moving_on_host, device + (MOVING_LR,) * self._moving_on_device
         return [
             Columns("groups", VALUES, host, "float64", False),
             Columns("device groups", VALUES, device, "float64", True),
@@ -49,25 +63,30 @@ class GroupValues:
 
     def before_update(self) -> None:
         """Note the rates that stand in the groups."""
-        if not self._finds_rate:
-            self._before = [_copied(group.get("lr")) for group in self._groups]
+        self._before = [_copied(group.get("lr")) for group in self._groups]
 
-    def after_update(self) -> None:
-        """Find the rates that the update used, before the script's own hooks on the step may set the next ones."""
-        now = [group.get("lr", float("nan")) for group in self._groups]
-        if self._finds_rate:
-            self._used = now
-        else:
-            self._used = [_unchanged(*pair) for pair in zip(self._before, now, strict=True)]
+    def after_update(self, moving: int = 0) -> None:
+        """Find the rates that the update used, before the script's own hooks on the step may set the next ones.
 
-    def rate(self, index: int = 0) -> Any:
-        """The rate that the update used for a group, a number or a tensor; NaN where that is not known."""
-        return self._used[index]
+        Args:
+            moving: the number of the optimizer whose update it is.
+        """
+        self._moving = moving
+        self._used = [group.get("lr", float("nan")) for group in self._groups]
+        if not self._finds_rate[moving]:
+            for i in self._used_now:
+                self._used[i] = _unchanged(self._before[i], self._used[i])
+
+    @property
+    def rate(self) -> Any:
+        """The rate that the update used for its first group, a number or a tensor; NaN where that is not known."""
+        return self._used[self._used_now[0]]
 
     @property
     def unknown_rates(self) -> float | Tensor:
         """How many groups' rates of the last update are not known."""
-        rates = [self.rate(i) for i, group in enumerate(self._groups) if "lr" in group]
+        groups = self._groups
+        rates = [self._used[i] for i in self._used_now if "lr" in groups[i]]
         unknown: float | Tensor = 0.0
         for rate in rates:
             unknown = unknown + (rate.isnan().double().reshape(1) if _on_device(rate) else float(rate != rate))
@@ -76,13 +95,16 @@ class GroupValues:
     def values(self) -> dict[str, Any]:
         """Those of the last update."""
         host, on_device = ([self._value(*each) for each in own] for own in (self._host, self._device))
+        host, on_device = host + [self.rate] * self._moving_on_host, on_device + [self.rate] * self._moving_on_device
         found: dict[str, Any] = {"groups": [float(value) for value in host]}
         if on_device:
-            found["device groups"] = torch.cat([torch.as_tensor(v).detach().double().reshape(1) for v in on_device])
+            device = next(value.device for value in on_device if _on_device(value))
+            values = [torch.as_tensor(v, device=device).detach().double().reshape(1) for v in on_device]
+            found["device groups"] = torch.cat(values)
         return found
 
     def _value(self, index: int, name: str) -> Any:
-        return self.rate(index) if name == "lr" else self._groups[index][name]
+        return self._used[index] if name == "lr" else self._groups[index][name]
 
 
 def _unchanged(before: Any, now: Any) -> Any:

@@ -177,7 +177,15 @@ def run_replay(train: Train, run: RunPath, options: ReplayOptions, script: Mappi
     return open_trace(target.path)
 
 
-def two_pass(train: Train, run: RunPath, *, seed: int | None = None, force: bool = False, **options: Any) -> Trace:
+def two_pass(
+    train: Train,
+    run: RunPath,
+    *,
+    seed: int | None = None,
+    force: bool = False,
+    optimizer: str | None = None,
+    **options: Any,
+) -> Trace:
     """Record ``train()`` and replay it, in one process: for notebooks and tests.
 
     Args:
@@ -185,6 +193,7 @@ def two_pass(train: Train, run: RunPath, *, seed: int | None = None, force: bool
         run: the run folder.
         seed: of the generators of Python, NumPy and torch; drawn and stored when None.
         force: replace what is in ``run``.
+        optimizer: as for `record`.
         **options: those of `replay`.
 
     Returns:
@@ -206,7 +215,7 @@ def two_pass(train: Train, run: RunPath, *, seed: int | None = None, force: bool
     np.float64(1.0)
     """
     asked = ReplayOptions.of(**options)  # before the recording, which may take long
-    record(train, run, seed=seed, force=force)
+    record(train, run, seed=seed, force=force, optimizer=optimizer)
     return run_replay(train, run, asked, function_script(train))
 
 

@@ -72,6 +72,13 @@ class RecordOptions(Options):
         lasting=False,
     )
     strict: bool = option(True, "use deterministic algorithms only")
+    optimizer: str | None = option(
+        None,
+        "of a script without attach whose optimizers train different models, as a GAN's do: measure the one of this "
+        "class, of the model of this class, or of this number, counted from 0 in the order in which they are made",
+        metavar="NAME|INDEX",
+        parse=parser(str, bool, "is no class and no number"),
+    )
     checkpoint_every: str = option(
         "epoch",
         "write a checkpoint at each epoch, after so many steps or minutes (500steps, 30min; these need "

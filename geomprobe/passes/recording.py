@@ -71,7 +71,7 @@ def recording(
             RecordSealer(session, own, rows, references),
         ]
 
-    return Session(manifest, ranks, point, listeners, _no_steps)
+    return Session(manifest, ranks, point, listeners, _no_steps, options.optimizer)
 
 
 def _no_steps() -> UnsupportedTraining:
@@ -215,7 +215,7 @@ class RecordWriter(Events):
         columns += [each._replace(table=f"{FINGERPRINTS}/{each.table}") for each in fingerprint.columns]
         self._rows = RowBuffer(fingerprint.device, columns, self._write)
         self._row: dict[str, Any] = {}
-        self._groups = GroupValues(probe.optimizer)
+        self._groups = GroupValues(probe.optimizers)
         self.opened = False
 
     def first_update(self) -> None:
@@ -229,10 +229,10 @@ class RecordWriter(Events):
         self._row = {"epoch": [self._session.passes.epoch], "loss": loss, **self._fingerprint.take()}
 
     def updated(self) -> None:
-        self._groups.after_update()
+        self._groups.after_update(self._probe.moving)
 
     def after_update(self) -> None:
-        rate = torch.as_tensor(self._groups.rate(), dtype=torch.float64).reshape(1)
+        rate = torch.as_tensor(self._groups.rate, dtype=torch.float64).reshape(1)
         self._rows.append(self._row | {"lr": rate.to(self._fingerprint.device, non_blocking=True)})
 
     def flush(self) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from geomprobe.distributed.dtensor import local
 from geomprobe.distributed.ranks import Ranks
-from geomprobe.errors import EnvironmentMismatch, ReplayDiverged, RunError, Stopped
+from geomprobe.errors import EnvironmentMismatch, ReplayDiverged, RunError, Stopped, UsageError
 from geomprobe.measure.group_values import GroupValues
 from geomprobe.measure.measurement import Measurement
 from geomprobe.passes import finalize
@@ -75,6 +75,11 @@ def replaying(
     comparison = Comparison(record, run.path, start, None if ranks.alone else ranks.rank)
 
     def listeners(session: Session, probe: Probe, fingerprint: StepFingerprint, resumer: Resumer) -> list[Events]:
+        if len(probe.optimizers) > 1 and (options.before_clipping or options.per_rank):
+            raise UsageError(
+                "Several optimizers step this model: the gradient before clipping, and that of each rank, is only "
+                "measured where there is one. Leave --before-clipping and --per-rank out."
+            )
         measurement = Measurement(probe, options, session.layout, session.sources)
         if session.updates.clipped_by:  # by now, in the first step of a script without `attach`
             measurement.clipping_missed()
@@ -88,7 +93,8 @@ def replaying(
         comparison.differs(0, "length", "steps")
         return comparison.error()
 
-    return Session(manifest, ranks, point, listeners, without_steps)
+    chosen = record.manifest.get("recording", {}).get("optimizer")
+    return Session(manifest, ranks, point, listeners, without_steps, chosen)
 
 
 @dataclass(eq=False)
@@ -123,7 +129,7 @@ class RowChecker(Events):
         references = self.references.beside(self.probe.parameters)
         self._final = references[FINAL]
         self.measurement.open(references, record=self.record, seed=session.manifest["seed"])
-        self._groups = GroupValues(self.probe.optimizer)
+        self._groups = GroupValues(self.probe.optimizers)
         columns = self._columns()
         self._rows = RowBuffer(self.fingerprint.device, columns, self._compare_and_commit)
         log = None
@@ -150,9 +156,11 @@ class RowChecker(Events):
         self._groups.before_update()
         if "attempt" in self._counted:
             self._row["attempt"] = [step + self.session.updates.skipped]
+        if "moving" in self._counted:
+            self._row["moving"] = [self.probe.moving]
 
     def updated(self) -> None:
-        self._groups.after_update()
+        self._groups.after_update(self.probe.moving)
 
     def after_update(self) -> None:
         if isinstance(unknown := self._groups.unknown_rates, Tensor) or unknown:
@@ -222,13 +230,18 @@ class RowChecker(Events):
                 self._commit.close()
 
     @property
-    def _counted(self) -> tuple[str, ...]:
-        """What of a row is counted here: a GradScaler's skipped attempts too, if the recording had one."""
-        return ("epoch", "attempt") if self.record.manifest.get("updates", {}).get("scaled") else ("epoch",)
+    def _counted(self) -> dict[str, str]:
+        """What of a row is counted here, by its name in the row: the column of ``/steps``."""
+        counted = {"epoch": "epoch"}
+        if self.record.manifest.get("updates", {}).get("scaled"):
+            counted["attempt"] = "attempt"  # of a GradScaler, which skips some
+        if len(self.probe.optimizers) > 1:
+            counted["moving"] = "optimizer"
+        return counted
 
     def _columns(self) -> list[Columns]:
         """Of a row, in the order of the trace's table and of the fingerprint."""
-        on_host = {name: (f"steps/{name}",) for name in self._counted}
+        on_host = {name: (f"steps/{column}",) for name, column in self._counted.items()}
         on_device = {"loss": ("steps/loss",), "absent": (ABSENT,), **self.measurement.columns}
         return [
             *(Columns(name, VALUES, columns, "float64", False) for name, columns in on_host.items()),

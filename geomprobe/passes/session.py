@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from geomprobe.distributed.dtensor import is_dtensor
 from geomprobe.distributed.layout import Layout
 from geomprobe.distributed.ranks import Ranks
 from geomprobe.distributed.step_barrier import StopRequest
@@ -27,6 +28,7 @@ from geomprobe.probe.hooks.step_calls import Args, Kwargs, given_closure, nested
 from geomprobe.probe.listeners import LoaderPasses, LossTracker, StepAttempts, StepProgress, UpdateChecks
 from geomprobe.probe.loops import Position
 from geomprobe.probe.parameters import ModelDiscovery, described, refuse_another
+from geomprobe.probe.paths import OptimizerPaths
 from geomprobe.probe.probe import Probe
 from geomprobe.reproducibility.fingerprint import StepFingerprint, StepInputs
 
@@ -46,6 +48,7 @@ class Session(Observer):
         point: where to continue a pass; None for the start of the run.
         make: gives the pass's own listeners, once the probe is attached.
         without_steps: gives what to raise where the script ends without a probe.
+        chosen: which optimizer of a script without `attach` to measure; see `RecordOptions.optimizer`.
 
     Attributes:
         listeners: all of them; those that come before the pass's own see the events before the probe is attached, too.
@@ -63,6 +66,7 @@ class Session(Observer):
         point: ResumePoint | None,
         make: Callable[[Session, Probe, StepFingerprint, Resumer], list[Events]],
         without_steps: Callable[[], Exception],
+        chosen: str | None = None,
     ) -> None:
         self.manifest, self.ranks, self.layout = manifest, ranks, Layout()
         self.point = point
@@ -78,7 +82,8 @@ class Session(Observer):
             self.listeners.insert(0, StepProgress(ranks.progress))
         self._make, self._without_steps = make, without_steps
         self._resumer: Resumer | None = None
-        self._models = ModelDiscovery()
+        self._models, self._chosen, self._listed = ModelDiscovery(), chosen, ""
+        self._paths = OptimizerPaths(self._models, chosen)
         self._in_backward = False
         self._methods: dict[str, list[Callable[..., None]]] = {}
         self._call: dict[str, Callable[..., None]] = {}
@@ -96,6 +101,15 @@ class Session(Observer):
             raise UsageError(
                 f"attach was called twice in one run: first on {described(self.probe.optimizer)}, then on "
                 f"{described(probe.optimizer)}. One run measures one optimizer; record them as two runs."
+            )
+        if probe.explicit and self._chosen is not None:
+            raise UsageError(
+                f"--optimizer {self._chosen} was given, and the script says by attach what is measured. Leave one out."
+            )
+        if len(probe.optimizers) > 1 and any(map(is_dtensor, probe.parameters.values())):
+            raise UnsupportedTraining(
+                "Several optimizers step a model whose parameters FSDP2 spreads over the processes: which loss each of "
+                "them follows is not known there. Use one optimizer, or a model that is whole on each process."
             )
         self.probe, self.layout = probe, Layout.of(probe.model, probe.parameters)
         self.ranks.require_all(self.layout.world_size)
@@ -139,16 +153,27 @@ class Session(Observer):
         finally:
             self._in_backward = False
 
+    def optimizer_made(self, optimizer: Optimizer) -> None:
+        self._paths.add(optimizer)
+
     def zeroed(self, optimizer: Optimizer) -> None:
-        if self.probe is None or optimizer is self.probe.optimizer:
+        probe = self.probe
+        if probe is None or (self._is_measured(optimizer) and self.sources.none_beside(optimizer)):
             self.gradients_dropped()
 
     def optimizer_stepping(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-        if (self.probe is not None and optimizer is self.probe.optimizer) or nested_step(optimizer):
+        measured = self._is_measured(optimizer)
+        if (measured and not self._in_backward) or nested_step(optimizer):
             return None
         with self._errors_end_the_pass():
+            if measured:
+                self._refuse_within_backward()
+                return None
             if self.probe is not None:
-                refuse_another(self.probe, optimizer)
+                chosen = self.probe.explicit or self._chosen is not None
+                refuse_another(self.probe, optimizer, chosen, self._listed)
+                return None
+            if not self._paths.is_chosen(optimizer):
                 return None
             closure = given_closure(args, kwargs)
             if closure is not None and not self._models.of(optimizer):
@@ -166,7 +191,7 @@ class Session(Observer):
         return True
 
     def step_hook_registered(self, optimizer: Optimizer) -> None:
-        if self.probe is not None and optimizer is self.probe.optimizer:
+        if self.probe is not None and self._is_measured(optimizer):
             self.probe.hook.keep_order()
 
     # What a checkpoint holds
@@ -223,6 +248,10 @@ class Session(Observer):
             Exception: what ended the pass earlier, where the script caught it and continued.
         """
         with self._errors_end_the_pass():
+            if self.probe is None and self._chosen is not None and self._paths.listed():
+                raise UsageError(
+                    f"--optimizer {self._chosen} is true of no optimizer that stepped.{self._paths.listed()}"
+                )
             if self.probe is None:
                 raise self._without_steps()
             self._call["complete"]()
@@ -239,6 +268,22 @@ class Session(Observer):
             self.ranks.stop_if_another_failed()
         if self.failure is not None:
             raise self.failure
+
+    def _is_measured(self, optimizer: Optimizer) -> bool:
+        return self.probe is not None and any(optimizer is each for each in self.probe.optimizers)
+
+    def _refuse_within_backward(self) -> None:
+        """An optimizer steps while a backward pass runs: of one optimizer all gradients may be there, of several not.
+
+        Raises:
+            UnsupportedTraining: there are several.
+        """
+        if self.probe is not None and len(self.probe.optimizers) > 1:
+            raise UnsupportedTraining(
+                f"Two optimizers step in this run, and one of them within a backward pass (at step {self.probe.step}), "
+                "so the weights move while gradients are taken at them. Call the optimizers' steps after backward, or "
+                "put all parameters into one optimizer's groups."
+            )
 
     def _without_gradients(self) -> bool:
         probe = self.probe
@@ -296,7 +341,12 @@ class Session(Observer):
     # A script without `attach`
 
     def _attach(self, optimizer: Optimizer) -> Probe:
-        return Probe(self._models.trained_by(optimizer), optimizer, {}, self)
+        self._listed = self._paths.listed()
+        optimizers = self._paths.of(optimizer)
+        probe = Probe(self._models.trained_by(optimizers), optimizers, {}, self)
+        if self._in_backward:
+            self._refuse_within_backward()
+        return probe
 
     def _attaching(self, optimizer: Optimizer, closure: Closure) -> Closure:
         """The first closure, for a script that calls its model in there: only then is the model known."""

@@ -206,6 +206,9 @@ class Observer(Events):
         """
         run()
 
+    def optimizer_made(self, optimizer: Optimizer) -> None:
+        """The script has made an optimizer."""
+
     def zeroed(self, optimizer: Optimizer) -> None:
         """The script has called ``zero_grad`` of an optimizer."""
 

@@ -20,6 +20,7 @@ from geomprobe.distributed.progress import ProgressMarker
 from geomprobe.errors import UnsupportedTraining
 from geomprobe.probe.events import Events
 from geomprobe.probe.hooks.global_hooks import tag_scaled, unscaled
+from geomprobe.probe.parameters import raw
 
 if TYPE_CHECKING:
     from geomprobe.probe.loops import Position
@@ -189,8 +190,8 @@ class StepAttempts(Events):
         self._attempting = False
 
     def attached(self, probe: Probe) -> None:
-        self._probe = probe  # only its optimizer and parameters count, of what was seen before it too
-        self.skipped = self._early_skips.pop(probe.optimizer, 0)
+        self._probe = probe  # only its optimizers and parameters count, of what was seen before it too
+        self.skipped = sum(self._early_skips.get(each, 0) for each in probe.optimizers)
         self.scaled = self.skipped > 0
         own = {id(parameter) for parameter in probe.parameters.values()}
         self.clipped_by = [name for name, ids in self._early_clips.items() if ids & own]
@@ -236,7 +237,7 @@ class StepAttempts(Events):
             self._attempting = False
         self._factor = None
         if self._probe is None:
-            self._early_skips[_raw(optimizer)] = 1 + self._early_skips.get(_raw(optimizer), 0)
+            self._early_skips[raw(optimizer)] = 1 + self._early_skips.get(raw(optimizer), 0)
         elif self._is_measured(optimizer):
             self.scaled = True
             if self._applied == before:
@@ -260,20 +261,14 @@ class StepAttempts(Events):
         return 0 if self._probe is None else self._probe.step
 
     def _is_measured(self, optimizer: Any) -> bool:
-        return self._probe is not None and _raw(optimizer) is self._probe.optimizer
-
-
-def _raw(optimizer: Any) -> Any:
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
-    return optimizer
+        return self._probe is not None and any(raw(optimizer) is each for each in self._probe.optimizers)
 
 
 class UpdateChecks(Events):
     """Refuses an update of which no row could be right, whose parameters or the update before it are not known.
 
     Args:
-        probe: just attached: its optimizer's parameters, and their shapes, are fixed for the time of the pass.
+        probe: just attached: its optimizers' parameters, and their shapes, are fixed for the time of the pass.
 
     Raises:
         UnsupportedTraining: parameters were added, removed, replaced or resized, or the optimizer's ``step`` raised,
@@ -283,12 +278,13 @@ class UpdateChecks(Events):
     def __init__(self, probe: Probe) -> None:
         self._probe = probe
         self._held = self._holding()
+        self._stepped = probe.optimizer
         self._shapes = [p.shape for p in probe.parameters.values()]
         self._places = self._in_model()
 
     def before_update(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
         self.complete()
-        parameters = self._probe.parameters
+        self._stepped, parameters = self._probe.optimizer, self._probe.parameters
         if any(owner.get(key) is not parameters[name] for name, (owner, key) in self._places.items()):
             self._require_in_model()
         held = self._holding()
@@ -308,14 +304,15 @@ class UpdateChecks(Events):
     def complete(self) -> None:
         probe = self._probe
         if probe.hook.begun != probe.step:
-            name = type(probe.optimizer).__name__
+            name = type(self._stepped).__name__
             raise UnsupportedTraining(
                 f"{name}.step raised in step {probe.step}, and the script went on. What that step did to the "
                 "weights is not known, so no later one can be measured. Mend what raised, or let it end the script."
             )
 
     def _holding(self) -> list[list[int]]:
-        return [[id(p) for p in group["params"]] for group in self._probe.optimizer.param_groups]
+        groups = (group for optimizer in self._probe.optimizers for group in optimizer.param_groups)
+        return [[id(p) for p in group["params"]] for group in groups]
 
     def _in_model(self) -> dict[str, tuple[dict[str, Any], str]]:
         """Where the model has each of the optimizer's parameters; FSDP2 exchanges its own at each step."""

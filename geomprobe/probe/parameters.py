@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from geomprobe.distributed.layout import fsdp_modules
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
     from geomprobe.probe.probe import Probe
 
 
-def measured_parameters(model: nn.Module | None, optimizer: Optimizer) -> dict[str, nn.Parameter]:
-    """The optimizer's parameters by their names in the model, each tensor once however often it is tied.
+def measured_parameters(model: nn.Module | None, *optimizers: Optimizer) -> dict[str, nn.Parameter]:
+    """The optimizers' parameters by their names in the model, each tensor once however often it is tied.
 
     Modules that `fully_shard` manages are resharded: gathered weights are not what the optimizer holds.
 
@@ -27,7 +28,7 @@ def measured_parameters(model: nn.Module | None, optimizer: Optimizer) -> dict[s
     >>> list(measured_parameters(model, torch.optim.SGD(model.parameters(), lr=0.1)))
     ['weight', 'bias']
     """
-    if isinstance(optimizer, LBFGS):
+    if any(isinstance(each, LBFGS) for each in optimizers):
         raise UnsupportedTraining(
             "LBFGS evaluates its closure several times a step, so a step has no one gradient to measure. "
             "Use an optimizer that takes one gradient a step."
@@ -38,7 +39,7 @@ def measured_parameters(model: nn.Module | None, optimizer: Optimizer) -> dict[s
     taken = set(names.values())
     found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
-    for index, group in enumerate(optimizer.param_groups):
+    for index, group in enumerate(group for each in optimizers for group in each.param_groups):
         for position, parameter in enumerate(group["params"]):
             if id(parameter) in seen:
                 continue
@@ -53,8 +54,28 @@ def measured_parameters(model: nn.Module | None, optimizer: Optimizer) -> dict[s
                 )
             found[name] = parameter
     if not found:
-        raise UnsupportedTraining(f"{type(optimizer).__name__} holds no parameters: there is nothing to measure.")
+        names_of = ", ".join(type(each).__name__ for each in optimizers) or "An empty list of optimizers"
+        raise UnsupportedTraining(f"{names_of} holds no parameters: there is nothing to measure.")
     return found
+
+
+def raw(optimizer: Any) -> Any:
+    """The optimizer in a wrapper that holds it as ``.optimizer``."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer
+
+
+def holds(optimizer: Optimizer, parameters: Iterable[Tensor]) -> list[bool]:
+    """For each of some parameters, whether an optimizer holds it.
+
+    >>> import torch
+    >>> a, b = torch.zeros(1), torch.zeros(1)
+    >>> holds(torch.optim.SGD([b], lr=0.1), [a, b])
+    [False, True]
+    """
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [id(p) in own for p in parameters]
 
 
 def described(optimizer: Optimizer) -> str:
@@ -90,12 +111,11 @@ class ModelDiscovery:
 
     def of(self, optimizer: Optimizer) -> list[nn.Module]:
         """Those that hold any of an optimizer's parameters."""
-        wanted = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return [m for m in self._called.values() if any(id(p) in wanted for p in m.parameters())]
+        return [module for module in self._called.values() if any(holds(optimizer, module.parameters()))]
 
-    def trained_by(self, optimizer: Optimizer) -> nn.Module | None:
-        """The model that an optimizer trains, or None where no module was called; all others are forgotten."""
-        found = self.of(optimizer)
+    def trained_by(self, optimizers: Iterable[Optimizer]) -> nn.Module | None:
+        """The model that optimizers train, or None where no module was called; all others are forgotten."""
+        found = list({id(module): module for each in optimizers for module in self.of(each)}.values())
         self._called.clear()
         if len(found) < 2:
             return found[0] if found else None
@@ -103,20 +123,32 @@ class ModelDiscovery:
         return nn.ModuleList(found)
 
 
-def refuse_another(probe: Probe, optimizer: Optimizer) -> None:
-    """Hold a run to one optimizer, but for those that train something else beside what the script asked to measure.
+def refuse_another(probe: Probe, optimizer: Optimizer, chosen: bool, listed: str) -> None:
+    """Hold a run to the optimizers that are measured, but for those that train something else.
+
+    Args:
+        probe: has the optimizers that are measured.
+        optimizer: another one, which steps too.
+        chosen: whether the user has said which ones to measure, by `attach` or by ``--optimizer``.
+        listed: the optimizers that the script has made, for the message.
 
     Raises:
-        UnsupportedTraining: ``optimizer``, which is not the probe's, steps too.
+        UnsupportedTraining: its update would be part of no row, or it is not clear what to measure.
     """
-    own = {id(p) for p in probe.parameters.values()}
-    if probe.model is not None:
-        own |= {id(p) for p in probe.model.parameters()}
-    if probe.explicit and not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+    model = () if probe.model is None else probe.model.parameters()
+    shared = any(holds(optimizer, [*probe.parameters.values(), *model]))
+    if chosen and not shared:
         return
+    measured = " and ".join(map(described, probe.optimizers))
+    both = f"Two optimizers step in this run: {measured} and {described(optimizer)} (at step {probe.step})."
+    if shared:
+        raise UnsupportedTraining(
+            f"{both} They train the same model, and the rows were laid out without the second. Make all optimizers "
+            "before the first step and call geomprobe.attach(model, [first, second]), put all parameters into one "
+            "optimizer's groups, or record the stages as separate runs."
+        )
     raise UnsupportedTraining(
-        f"Two optimizers step in this run: {described(probe.optimizer)} and {described(optimizer)} "
-        f"(at step {probe.step}). A trace is of one optimizer's path. Put all parameters into one "
-        "optimizer's groups, or, where the second trains another model, call geomprobe.attach(model, "
-        "optimizer) on the one to measure."
+        f"{both} They train different models, and a trace is of one path. Call geomprobe.attach(model, optimizer) on "
+        f"the one to measure, or name it: geomprobe record --optimizer NAME, by its class, its model's class or its "
+        f"number.{listed} Where they train parts of one model, call geomprobe.attach(model, [first, second])."
     )

@@ -7,7 +7,7 @@ the running pass; where no pass is running, `attach` returns a probe that only d
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from geomprobe.probe.hooks.global_hooks import ModelCalls
 from geomprobe.probe.hooks.step_calls import StepHook
 from geomprobe.probe.inert import InertProbe, LocalHook
 from geomprobe.probe.loops import Loops
-from geomprobe.probe.parameters import measured_parameters
+from geomprobe.probe.parameters import holds, measured_parameters, raw
 
 Item = TypeVar("Item")
 
@@ -32,7 +32,7 @@ class Oracle(NamedTuple):
     loader: DataLoader[Any] | None
 
 
-def attach(model: nn.Module | None, optimizer: Optimizer, **stateful: Any) -> Probe | InertProbe:
+def attach(model: nn.Module | None, optimizer: Optimizer | Sequence[Optimizer], **stateful: Any) -> Probe | InertProbe:
     """Put a probe on a training loop.
 
     Under ``geomprobe record`` and ``replay`` (or `geomprobe.two_pass`) the probe reports to the running
@@ -40,7 +40,10 @@ def attach(model: nn.Module | None, optimizer: Optimizer, **stateful: Any) -> Pr
 
     Args:
         model: the module that is trained; its parameters' names and its buffers are what a trace shows.
-        optimizer: the raw optimizer. A wrapper that holds it as ``.optimizer`` (accelerate) is unwrapped.
+        optimizer: the raw optimizer. A wrapper that holds it as ``.optimizer`` (accelerate) is unwrapped. Several that
+            step the model in turn, as ``[muon, adamw]``, make one path: a row is one update by any of them, G is the
+            gradient that it takes on its own parameters and 0 for all others, and the column ``steps/optimizer`` says
+            which one moves, by its place in the list.
         **stateful: further objects with ``state_dict`` and ``load_state_dict``, such as
             ``scheduler=scheduler, scaler=scaler``. ``None`` values are ignored.
 
@@ -48,7 +51,8 @@ def attach(model: nn.Module | None, optimizer: Optimizer, **stateful: Any) -> Pr
         A handle: ``.remove()`` takes it off, and it is a context manager.
 
     Raises:
-        UsageError: for an object without ``state_dict``, or a second probe in one run.
+        UsageError: for an object without ``state_dict``, an optimizer that is in the list twice, or a second probe in
+            one run.
         UnsupportedTraining: for LBFGS, complex parameters, or an optimizer with nothing to train.
 
     >>> import torch
@@ -66,21 +70,23 @@ def attach(model: nn.Module | None, optimizer: Optimizer, **stateful: Any) -> Pr
     observer = observing()
     if observer is None:
         return InertProbe()
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
+    optimizers = [raw(each) for each in ([optimizer] if isinstance(optimizer, Optimizer) else optimizer)]
+    if len(set(optimizers)) < len(optimizers):
+        raise UsageError("attach(model, [...]): an optimizer is in the list twice. Name each of them once.")
     given = {name: thing for name, thing in stateful.items() if thing is not None}
-    return Probe(model, optimizer, given, observer, explicit=True)
+    return Probe(model, optimizers, given, observer, explicit=True)
 
 
 class Probe:
-    """A probe on one model and one optimizer, reporting to a pass. Made by `attach`.
+    """A probe on one model and its optimizers, reporting to a pass. Made by `attach`.
 
     Attributes:
         model: the trained module, or None where a script without `attach` never called one.
-        optimizer: the raw optimizer.
-        parameters: the measured parameters by name: those of the optimizer, each once.
+        optimizers: the raw optimizers; nearly always one.
+        moving: which of them moves the weights now, or did so last; the first one before any step.
+        parameters: the measured parameters by name: those of all optimizers, each once.
         calls: those of the model.
-        hook: on the optimizer's steps.
+        hook: on the optimizers' steps.
         step: number of updates so far.
         loops: the script's loops over epochs and batches.
         oracles: the gradients that the script names beside the step's own.
@@ -92,16 +98,17 @@ class Probe:
     def __init__(
         self,
         model: nn.Module | None,
-        optimizer: Optimizer,
+        optimizers: Sequence[Optimizer],
         stateful: Mapping[str, Any],
         observer: Observer,
         explicit: bool = False,
     ) -> None:
         self.explicit = explicit
         self.model = model
-        self.optimizer = optimizer
+        self.optimizers, self.moving = list(optimizers), 0
         self.stateful = dict(stateful)
-        self.parameters = measured_parameters(model, optimizer)
+        self.parameters = measured_parameters(model, *optimizers)
+        self._moves = [holds(each, self.parameters.values()) for each in optimizers]
         self.oracles: dict[str, Oracle] = {}
         self.step = 0
         self.loops = Loops(observer)
@@ -111,6 +118,16 @@ class Probe:
         self.hook = StepHook(self, observer, self._begin)
         self._loads = None if model is None else model.register_load_state_dict_pre_hook(LocalHook(self._loading))
         self.calls = ModelCalls(model, self._entered)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The one of the optimizers that moves the weights now, or did so last."""
+        return self.optimizers[self.moving]
+
+    @property
+    def moves(self) -> list[bool]:
+        """For each of the parameters, whether `optimizer` holds it."""
+        return self._moves[self.moving]
 
     @property
     def epoch(self) -> int | None:

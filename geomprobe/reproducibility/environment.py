@@ -8,7 +8,7 @@ import os
 import platform
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,7 @@ def flags() -> dict[str, Any]:
 
 def training_manifest(
     model: nn.Module | None,
-    optimizer: Optimizer,
+    optimizers: Sequence[Optimizer],
     parameters: Mapping[str, Tensor],
     loader: DataLoader[Any] | None,
 ) -> dict[str, Any]:
@@ -166,19 +166,24 @@ def training_manifest(
 
     Args:
         model: the trained module, if it is known.
-        optimizer: the optimizer.
+        optimizers: those that train it.
         parameters: the measured ones by name.
         loader: the one that gave the first step's batch, if one did.
     """
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters.values()})
-    groups = optimizer.param_groups
+    several = len(optimizers) > 1
+    groups = [(i, group) for i, optimizer in enumerate(optimizers) for group in optimizer.param_groups]
     found = {
         "flags": flags(),
         "optimizer": {
-            "class": type(optimizer).__name__,
+            "class": " + ".join(type(optimizer).__name__ for optimizer in optimizers),
             "groups": [
-                {**{k: _plain(v) for k, v in g.items() if k != "params"}, "num_parameters": len(g["params"])}
-                for g in groups
+                {
+                    **{k: _plain(v) for k, v in group.items() if k != "params"},
+                    "num_parameters": len(group["params"]),
+                    **({"optimizer": i} if several else {}),
+                }
+                for i, group in groups
             ],
         },
         "model": {
@@ -270,9 +275,11 @@ def require_same_kind(recorded: Mapping[str, Any], present: Mapping[str, Any], w
         EnvironmentMismatch: its class or the sizes of its groups differ.
     """
     before, now = (
-        (section["class"], [group["num_parameters"] for group in section["groups"]]) for section in (recorded, present)
+        (section["class"], [(group["num_parameters"], group.get("optimizer", 0)) for group in section["groups"]])
+        for section in (recorded, present)
     )
     if before != now:
+        before, now = ((name, [count for count, _ in groups]) for name, groups in (before, now))
         raise EnvironmentMismatch(
             f"{what} is of {before[0]} with groups of {before[1]} tensors, and here is {now[0]} with {now[1]}: nothing "
             "was done. Build the same optimizer, or record again."

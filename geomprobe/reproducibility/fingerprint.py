@@ -174,15 +174,18 @@ def _optimizer_state(probe: Probe) -> tuple[list[list[Tensor]], list[Tensor], li
     state: list[list[Tensor]] = []
     for parameter in probe.parameters.values():
         tensors, others = [], []
-        for name, value in sorted(probe.optimizer.state.get(parameter, {}).items()):
-            if isinstance(value, Tensor):
-                tensors.append(local(value))
-            else:
-                others.append((name, value))
+        for optimizer in probe.optimizers:
+            for name, value in sorted(optimizer.state.get(parameter, {}).items()):
+                if isinstance(value, Tensor):
+                    tensors.append(local(value))
+                else:
+                    others.append((name, value))
         state.append(tensors)
         plain.append(others)
     of_groups: list[Tensor] = []
-    for group in probe.optimizer.param_groups:
+    if len(probe.optimizers) > 1:
+        plain.append(("moves", probe.moving))
+    for group in (group for optimizer in probe.optimizers for group in optimizer.param_groups):
         for name, value in sorted(group.items()):
             if isinstance(value, Tensor):
                 of_groups.append(value)

@@ -77,6 +77,6 @@ class Derived(Mapping[str, Array]):
         column = schema.describe(path)
         if column.compute is None:
             return self._measured(path)
-        inputs = (self._measured(schema.input_path(path, name)) for name in column.inputs.split())
+        inputs = (self._measured(schema.input_path(path, name, self._raw)) for name in column.inputs.split())
         values: Array = column.compute(*inputs)
         return values

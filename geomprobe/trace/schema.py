@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 from urllib.parse import quote, unquote
@@ -117,10 +117,12 @@ flow_drift(lr, Hg.Hg)
 """)
 
 # `attempt` only where a GradScaler was at work; `same` only in an uncertified replay: 0 from the first difference on.
-ATTEMPT, SAME, ABSENT = _columns("""
+# `optimizer` only where several step the model.
+ATTEMPT, SAME, ABSENT, OPTIMIZER = _columns("""
 attempt | attempt at a step, of which some overflow and are skipped | 1 | t + skipped | counted
 same    | 1 while the replay equalled the recording | 1 | same | replay
 absent  | reasons for which numbers are left out, added up | 1 | see geomprobe.trace.absence | replay
+optimizer | number of the optimizer that moves, of several | 1 | i | counted
 """)
 
 # Only where they were asked for; they are measured as they are, not derived from inner products.
@@ -131,7 +133,7 @@ CG theorem 3.1, without its limit
 linear_decrease_gap | loss after the step above its linear decrease | loss | E(w - lr G) - (E(w) - lr g(w).G) | \
 CG proposition 2.10
 """)
-OPTIONAL_STEP_COLUMNS = (ATTEMPT, SAME, ABSENT, *ASKED_FOR)
+OPTIONAL_STEP_COLUMNS = (ATTEMPT, SAME, ABSENT, OPTIMIZER, *ASKED_FOR)
 
 INNER_PRODUCTS = _columns("""
 g.g   | gradient with itself | loss^2/weight^2 | G.G | measured
@@ -148,6 +150,13 @@ GROUP_COLUMNS = _columns("""
 lr           | learning rate of the parameter group | lr | lr | optimizer
 weight_decay | weight decay of the parameter group | 1/lr | lambda | optimizer
 momentum     | momentum of the parameter group | 1 | beta | optimizer
+""")
+
+
+MOVING_LR = "groups/moving/lr"
+"""Path of the rate of the first group of the optimizer that moves, where there are several."""
+_OF_MOVING = _columns("""
+lr | learning rate of the first parameter group of the optimizer that moves | lr | lr | optimizer
 """)
 
 
@@ -265,10 +274,11 @@ def canonical(path: str) -> str:
     return rest if rest.startswith("inner_products/") else f"steps/{rest}"
 
 
-def input_path(path: str, name: str) -> str:
+def input_path(path: str, name: str, known: Container[str] = ()) -> str:
     """Where the input ``name`` of the derived column at ``path`` is.
 
-    The loss, the learning rate and the gradient of a reference's columns are the step's own.
+    The loss, the learning rate and the gradient of a reference's columns are the step's own. ``known`` are the columns
+    that the trace has.
 
     >>> input_path("references/best/cosine", "g.d"), input_path("references/best/cosine", "g.g")
     ('references/best/inner_products/g.d', 'inner_products/g.g')
@@ -279,7 +289,7 @@ def input_path(path: str, name: str) -> str:
     if name == "loss":
         return "steps/loss"
     if name == "lr":
-        return group_column(0, "lr")
+        return MOVING_LR if MOVING_LR in known else group_column(0, "lr")
     own = group in ORACLES or (group != STEPS and "d" in name.split("."))
     return f"{group}/inner_products/{name}" if own else f"inner_products/{name}"
 
@@ -334,6 +344,8 @@ def _columns_at(path: str) -> tuple[Column, ...]:
             return (*STEP_COLUMNS, *OPTIONAL_STEP_COLUMNS)
         case ["groups", index, _] if index.isdecimal():
             return GROUP_COLUMNS
+        case ["groups", "moving", _]:
+            return _OF_MOVING
         case [group, *products, _] if group in ORACLES and products in ([], ["inner_products"]):
             return ORACLE_PRODUCTS if products else ORACLES[group]
         case ["inner_products", _] | ["parameters", _, _]:

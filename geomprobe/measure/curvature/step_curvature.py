@@ -186,6 +186,8 @@ class StepCurvature(Events):
             share = elsewhere + 1 if source is None or source.share is None else source.share
             for weights in seen:
                 elsewhere = torch.maximum(elsewhere, (now.differ_from(weights) & (share != 0)).double())
+        for share in [] if self._sources is None else self._sources.earlier:  # another optimizer has stepped since
+            elsewhere = torch.maximum(elsewhere, (share != 0).double())
         lost = self.ready is None
         seen_some = self._caught > 0 or not self._complete
         late = lost and not seen_some and self._sources is not None and self._sources.found

@@ -105,7 +105,7 @@ class Resumer(Events):
         self._first = False
         session, probe, point = self._session, self._probe, self._point
         across = across_ranks(probe.model, probe.parameters, session.layout, session.ranks)
-        found = training_manifest(probe.model, probe.optimizer, probe.parameters, session.passes.loader) | across
+        found = training_manifest(probe.model, probe.optimizers, probe.parameters, session.passes.loader) | across
         if point.checkpoint is not None:
             # The learning rate changes over time, and the loader that gives the first batch may be another one.
             require_same(point.manifest, found, ("flags", "model", "ranks"), point.checkpoint, "go on")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from geomprobe.distributed.dtensor import is_dtensor, placed, to_local
 from geomprobe.errors import RunError
@@ -22,28 +23,29 @@ def capture(probe: Probe, loaders: Sequence[Any]) -> dict[str, Any]:
     same on every process of a run under DDP. ``loaders`` are those whose random generators count, in an order that a
     second process shares.
     """
-    weights, optimizer = probe.weights, probe.optimizer
-    state = {name: optimizer.state.get(parameter, {}) for name, parameter in probe.parameters.items()}
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    plain = {
-        name: {key: value for key, value in entries.items() if not isinstance(value, Tensor)}
-        for name, entries in state.items()
-    }
+    weights = probe.weights
+    states = [{name: each.state.get(p, {}) for name, p in probe.parameters.items()} for each in probe.optimizers]
+    groups = [
+        [{k: v for k, v in group.items() if k != "params"} for group in each.param_groups] for each in probe.optimizers
+    ]
+    plain = [
+        {name: {k: v for k, v in entries.items() if not isinstance(v, Tensor)} for name, entries in state.items()}
+        for state in states
+    ]
     extra = {name: m.get_extra_state() for name, m in _modules(probe.model) if _has_extra_state(m)}
     return {
         "replicated": {
             "weights": {name: HostTensor(to_local(weight)) for name, weight in weights.items()},
             "gradients": {name: _kept(w.grad, w) for name, w in weights.items() if w.grad is not None},
-            "optimizer": {
-                name: {
-                    key: _kept(value, probe.parameters[name])
-                    for key, value in entries.items()
-                    if isinstance(value, Tensor)
+            "optimizers": [
+                {
+                    name: {k: _kept(v, probe.parameters[name]) for k, v in entries.items() if isinstance(v, Tensor)}
+                    for name, entries in state.items()
                 }
-                for name, entries in state.items()
-            },
+                for state in states
+            ],
         },
-        "optimizer": StateOf("the optimizer", {"groups": groups, "state": plain}),
+        "optimizers": StateOf("the optimizer", {"groups": groups, "state": plain, "moving": probe.moving}),
         "buffers": {name: _kept(buffer, buffer) for name, buffer in probe.buffers.items()},
         "requires_grad": {name: weight.requires_grad for name, weight in weights.items()},
         "training": {name: module.training for name, module in _modules(probe.model)},
@@ -82,7 +84,15 @@ def restore(probe: Probe, loaders: Sequence[Any], state: Mapping[str, Any]) -> N
             weight.grad = None if gradient is None else _rebuilt(gradient, weight)
         for name, buffer in probe.buffers.items():
             _restore_buffer(probe.model, name, buffer, state["buffers"].get(name))
-    _restore_optimizer(probe, stored["optimizer"], state["optimizer"])
+    rest = state["optimizers"]
+    if len(probe.optimizers) != len(rest["groups"]):
+        raise RunError(
+            f"the checkpoint holds the state of {len(rest['groups'])} optimizers, and there are {len(probe.optimizers)}"
+        )
+    each = zip(probe.optimizers, stored["optimizers"], rest["groups"], rest["state"], strict=True)
+    for optimizer, tensors, groups, plain in each:
+        _restore_optimizer(probe, optimizer, tensors, groups, plain)
+    probe.moving = rest["moving"]
     for name, module in _modules(probe.model):
         module.training = state["training"][name]
         if name in state["extra"]:
@@ -121,13 +131,18 @@ def restore_streams(loaders: Sequence[Any], states: Mapping[str, Any]) -> None:
     restore_rng(RNGState(states["python"], states["numpy"], states["torch"], tuple(states["cuda"])))
 
 
-def _restore_optimizer(probe: Probe, tensors: Mapping[str, Mapping[str, Any]], rest: Mapping[str, Any]) -> None:
+def _restore_optimizer(
+    probe: Probe,
+    optimizer: Optimizer,
+    tensors: Mapping[str, Mapping[str, Any]],
+    groups: Sequence[Mapping[str, Any]],
+    plain: Mapping[str, Mapping[str, Any]],
+) -> None:
     # By hand: load_state_dict would cast float32 state of a bfloat16 parameter down, and alias what it is given.
-    optimizer = probe.optimizer
-    then, now = len(rest["groups"]), len(optimizer.param_groups)
+    then, now = len(groups), len(optimizer.param_groups)
     if then != now:
         raise RunError(f"the optimizer had {then} parameter groups when the checkpoint was written, and has {now}")
-    for group, kept in zip(optimizer.param_groups, rest["groups"], strict=True):
+    for group, kept in zip(optimizer.param_groups, groups, strict=True):
         for key in [key for key in group if key != "params" and key not in kept]:
             del group[key]
         group.update(kept)
@@ -135,7 +150,7 @@ def _restore_optimizer(probe: Probe, tensors: Mapping[str, Mapping[str, Any]], r
     optimizer.state.clear()
     for name, parameter in probe.parameters.items():
         entries = {key: _rebuilt(kept, parameter) for key, kept in tensors[name].items()}
-        if entries := entries | rest["state"][name]:
+        if entries := {**entries, **plain[name]}:
             optimizer.state[parameter] = entries
 
 

@@ -56,6 +56,7 @@ def listening(observer: Observer) -> Iterator[None]:
         stack.callback(observe, observe(observer))
         for owner, name, report in (
             (torch.autograd, "backward", _backward),
+            (Optimizer, "__init__", _make_optimizer),
             (Optimizer, "zero_grad", _zero_grad),
             (Optimizer, "register_step_pre_hook", _register_step_hook),
             (Optimizer, "register_step_post_hook", _register_step_hook),
@@ -147,6 +148,13 @@ def _backward(original: Callable[..., None], observer: Observer, /, tensors: Any
     if weights is not None:
         weights = [weights] if isinstance(weights, Tensor) else list(weights)
     observer.backward(losses, functools.partial(original, tensors, *args, **kwargs), plain, weights=weights)
+
+
+def _make_optimizer(
+    original: Callable[..., None], observer: Observer, optimizer: Optimizer, /, *args: Any, **kwargs: Any
+) -> None:
+    original(optimizer, *args, **kwargs)
+    observer.optimizer_made(optimizer)
 
 
 def _zero_grad(

@@ -32,12 +32,17 @@ def nested_step(optimizer: Optimizer) -> bool:
     >>> nested_step(torch.optim.SGD([torch.zeros(1)], lr=0.1))
     False
     """
+    return _running_steps(optimizer) > 1
+
+
+def _running_steps(optimizer: Optimizer) -> int:
+    """How many calls of an optimizer's ``step`` are running, one in another."""
     calls = 0
     frame = inspect.currentframe()
     while frame is not None:
         calls += frame.f_code is _STEP and frame.f_locals.get("self") is optimizer
         frame = frame.f_back
-    return calls > 1
+    return calls
 
 
 def given_closure(args: Args, kwargs: Kwargs) -> Callable[[], Any] | None:
@@ -54,18 +59,18 @@ def replace_closure(args: Args, kwargs: Kwargs, closure: Callable[[], Any]) -> t
 
 
 class StepHook:
-    """The hooks on the optimizer's ``step``: they show a pass each gradient before it is used, and count the steps.
+    """The hooks on the optimizers' ``step``: they show a pass each gradient before it is used, and count the steps.
 
     The script's own hooks on the step may change anything. So these run after the script's before a step; after it,
     one runs before the script's, when the rates are those of the step, and one after them, when the weights are final.
 
     Args:
-        probe: whose optimizer.
+        probe: whose optimizers.
         observer: the pass.
         begin: called before anything else.
 
     Attributes:
-        begun: updates that were begun, whether or not the optimizer has finished them.
+        begun: updates that were begun, whether or not their optimizer has finished them.
     """
 
     def __init__(self, probe: Probe, observer: Observer, begin: Callable[[], None]) -> None:
@@ -73,22 +78,23 @@ class StepHook:
         self.begun = 0
         self._measured = self._skipped = False
         self._marks: list[Mark] = []  # of the weights where a step began, or of these and the gradients as measured
-        optimizer = probe.optimizer
-        if _calls_parent(type(optimizer)):
-            _show_parents_steps(type(optimizer))
-        with muted():
-            self._handles: list[RemovableHandle] = [
-                optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),
-                optimizer.register_step_post_hook(torch.compiler.disable(self._stepped)),
-                optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),
-            ]
+        self._handles: dict[Optimizer, list[RemovableHandle]] = {}
+        for optimizer in probe.optimizers:
+            if _calls_parent(type(optimizer)):
+                _show_parents_steps(type(optimizer))
+            with muted():
+                self._handles[optimizer] = [
+                    optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),
+                    optimizer.register_step_post_hook(torch.compiler.disable(self._stepped)),
+                    optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),
+                ]
         self.keep_order()
 
     def keep_order(self) -> None:
         """Put the hooks where they belong; the script has put one of its own beside them."""
-        if self._handles:
-            optimizer: Any = self._probe.optimizer  # torch declares these ordered dictionaries as plain ones
-            before, first, last = (handle.id for handle in self._handles)
+        optimizer: Any  # torch declares these ordered dictionaries as plain ones
+        for optimizer, handles in self._handles.items():
+            before, first, last = (handle.id for handle in handles)
             optimizer._optimizer_step_pre_hooks.move_to_end(before)
             optimizer._optimizer_step_post_hooks.move_to_end(first, last=False)
             optimizer._optimizer_step_post_hooks.move_to_end(last)
@@ -96,7 +102,8 @@ class StepHook:
     def remove(self) -> None:
         """Take the hooks off."""
         while self._handles:
-            self._handles.pop().remove()
+            for handle in self._handles.popitem()[1]:
+                handle.remove()
 
     def update_due(self) -> None:
         """A closure was evaluated: the present gradients are the step's.
@@ -126,6 +133,7 @@ class StepHook:
                 self._measure()
             self._marks = []  # a second call of it begins where the first has moved the weights
             return None
+        self._moves(optimizer)
         self._begin()
         self._measured = False
         closure = given_closure(args, kwargs)
@@ -142,6 +150,24 @@ class StepHook:
 
         return replace_closure(args, kwargs, measured_closure)
 
+    def _moves(self, optimizer: Optimizer) -> None:
+        """An optimizer's step has begun.
+
+        Raises:
+            UnsupportedTraining: it is a part of another one's step.
+        """
+        probe = self._probe
+        if len(probe.optimizers) == 1:
+            return
+        for other in probe.optimizers:
+            if other is not optimizer and _running_steps(other):
+                raise UnsupportedTraining(
+                    f"{type(optimizer).__name__}.step was called within {type(other).__name__}.step (at step "
+                    f"{probe.step}), so the two are one update, and have no rows of their own. Call geomprobe.attach "
+                    f"without the outer one."
+                )
+        probe.moving = next(i for i, each in enumerate(probe.optimizers) if each is optimizer)
+
     @torch.no_grad()
     def _measure(self) -> None:
         optimizer = self._probe.optimizer
@@ -153,7 +179,10 @@ class StepHook:
         self._measured = True
         self._skipped = overflow is not None and bool(overflow.item())
         if not self._skipped:
-            gradients = [parameter.grad for parameter in self._probe.parameters.values()]
+            probe = self._probe
+            gradients = [
+                p.grad if moves else None for p, moves in zip(probe.parameters.values(), probe.moves, strict=True)
+            ]
             self._observer.before_update(gradients, getattr(optimizer, "grad_scale", None))
             self.begun += 1
         if _calls_parent(type(optimizer)):

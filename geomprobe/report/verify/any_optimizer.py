@@ -227,7 +227,7 @@ def _check_derived(c: Columns, name: str, group: str, columns: Sequence[Column])
 def _derived(c: Columns, path: str) -> Check:
     identity = IDENTITIES[path.rpartition("/")[2]]
     stored = c[path]
-    inputs = {name: c[input_path(path, name)] for name in identity.inputs.split()}
+    inputs = {name: c[input_path(path, name, c.trace)] for name in identity.inputs.split()}
     divisors = [inputs[name] for name in identity.divisors.split()]
     values = np.array(list(inputs.values()))
     defined = np.isfinite(values).all(axis=0) & np.all([each != 0 for each in divisors], axis=0)
