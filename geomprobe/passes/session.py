@@ -174,6 +174,7 @@ class Session(Observer):
                 refuse_another(self.probe, optimizer, chosen, self._listed)
                 return None
             if not self._paths.is_chosen(optimizer):
+                self._listed = self._listed or self._paths.listed()
                 return None
             closure = given_closure(args, kwargs)
             if closure is not None and not self._models.of(optimizer):
@@ -248,10 +249,8 @@ class Session(Observer):
             Exception: what ended the pass earlier, where the script caught it and continued.
         """
         with self._errors_end_the_pass():
-            if self.probe is None and self._chosen is not None and self._paths.listed():
-                raise UsageError(
-                    f"--optimizer {self._chosen} is true of no optimizer that stepped.{self._paths.listed()}"
-                )
+            if self.probe is None and self._listed:
+                raise UsageError(f"--optimizer {self._chosen} is true of no optimizer that stepped.{self._listed}")
             if self.probe is None:
                 raise self._without_steps()
             self._call["complete"]()

@@ -51,6 +51,7 @@ class Loop:
         run: the loop.
         absent: the columns that may be NaN where the truth is a number.
         refused: a pattern of the message of the pass that refuses it, or None.
+        options: of `geomprobe.two_pass`.
     """
 
     family: str
@@ -59,6 +60,7 @@ class Loop:
     run: Callable[[Witness], None]
     absent: frozenset[str] = frozenset()
     refused: str | None = None
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
         return self.name
@@ -67,7 +69,9 @@ class Loop:
 LOOPS: dict[str, Loop] = {}
 
 
-def loop(family: str, what: str, absent: Collection[str] = (), refused: str | None = None) -> Callable[..., Any]:
+def loop(
+    family: str, what: str, absent: Collection[str] = (), refused: str | None = None, **options: Any
+) -> Callable[..., Any]:
     """Put a function into `LOOPS`."""
 
     def register(run: Callable[[Witness], None]) -> Callable[[Witness], None]:
@@ -75,7 +79,7 @@ def loop(family: str, what: str, absent: Collection[str] = (), refused: str | No
         if name in LOOPS and LOOPS[name].run.__module__ != run.__module__:  # two files have a loop of that name
             name += f"_{family}"
         assert name not in LOOPS, name
-        LOOPS[name] = Loop(family, name, what, run, frozenset(absent), refused)
+        LOOPS[name] = Loop(family, name, what, run, frozenset(absent), refused, options)
         return run
 
     return register
@@ -196,6 +200,7 @@ class Witness:
         hessian: bool = True,
         changed: bool = False,
         scale: float = 1.0,
+        moving: Optimizer | None = None,
     ) -> None:
         """Called where the optimizer is about to take the gradient; the next update takes just this one.
 
@@ -208,6 +213,7 @@ class Witness:
             hessian: False where there is no such Hessian, and its columns must be absent.
             changed: whether the script changed the gradient after its backward passes, or in them.
             scale: what the gradient still has on it, under a GradScaler.
+            moving: which of several optimizers takes it; that of all other parameters counts as 0.
         """
 
     @property
@@ -231,6 +237,7 @@ class Row:
     loss: float
     lr: float
     epoch: float
+    optimizer: int | None = None  # which of several moves
 
 
 class PlainWitness(Witness):
@@ -252,8 +259,10 @@ class PlainWitness(Witness):
         hessian: bool = True,
         changed: bool = False,
         scale: float = 1.0,
+        moving: Optimizer | None = None,
     ) -> None:
-        w, g = self.weights, np.concatenate([gradient(p) for p in self.parameters]) / scale
+        taken = np.concatenate([np.full(p.numel(), self._is_moved(p, moving)) for p in self.parameters])
+        w, g = self.weights, np.where(taken, np.concatenate([gradient(p) for p in self.parameters]), 0.0) / scale
         if not np.isfinite(g).all():
             return  # a GradScaler skips this update
         value, hg = np.nan, np.full_like(g, np.nan)
@@ -261,11 +270,16 @@ class PlainWitness(Witness):
             if loss is not None:
                 value, found = self._gradient(loss)
                 if not changed:  # else what the loop says of its loss is wrong
-                    np.testing.assert_allclose(g, found, rtol=1e-9, atol=1e-12)
+                    np.testing.assert_allclose(g, np.where(taken, found, 0.0), rtol=1e-9, atol=1e-12)
             if loss is not None and hessian:
                 hg = self._hessian_gradient(hessian_of or loss, g)
-        rate = self.optimizers[0].param_groups[0]["lr"] if lr is None else lr
-        self.rows.append(Row(w, g, hg, value, float(rate), epoch))
+        moves = self.optimizers[0] if moving is None else moving
+        rate = moves.param_groups[0]["lr"] if lr is None else lr
+        number = next(i for i, each in enumerate(self.optimizers) if each is moves)
+        self.rows.append(Row(w, g, hg, value, float(rate), epoch, number if len(self.optimizers) > 1 else None))
+
+    def _is_moved(self, p: Tensor, moving: Optimizer | None) -> bool:
+        return moving is None or any(p is own for group in moving.param_groups for own in group["params"])
 
     def _gradient(self, loss: Loss) -> tuple[float, np.ndarray]:
         value = loss()
@@ -357,8 +371,10 @@ def examine(loop: Loop, folder: Path) -> Verdict:
         loop.run(witness)
         ends.append(witness.weights)
 
-    trace = geomprobe.two_pass(train, folder, seed=SEED)
+    trace = geomprobe.two_pass(train, folder, seed=SEED, **loop.options)
     verdict = Verdict()
+    if ("optimizer" in trace) != (plain.rows[0].optimizer is not None if plain.rows else False):
+        verdict.wrong.append("optimizer: a column where one steps, or none where several do")
     for end in ends:
         if not np.array_equal(end, plain.weights, equal_nan=True):
             verdict.wrong.append("weights: a pass ends with others than the plain run")
@@ -421,13 +437,19 @@ def columns(rows: Sequence[Row], final: np.ndarray) -> dict[str, tuple[np.ndarra
             "clr": (loss / norm**2, 1e-10 * np.abs(loss) / norm**2),
         }
     undefined = {"rsi": distance, "eb": distance, "cosine": norm * distance, "lolr": norm, "clr": norm}
-    return {
-        "loss": (loss, 1e-10 * np.abs(loss)),
-        "lr": (lr, 1e-10 * np.abs(lr)),
-        "epoch": (epoch, np.zeros_like(epoch)),
-        "grad_norm": (norm, 1e-10 * norm),
-        "distance": (distance, 1e-10 * distance),
-        "grad_dot_offset": (gd, 1e-10 * norm * distance),
-        "hg_norm": (hg_norm, gap),
-        "g_hg": (g_hg, gap * norm),
-    } | {name: (np.where(undefined[name] == 0, np.nan, of), by) for name, (of, by) in ratio.items()}
+    which = np.array([row.optimizer for row in rows], float)
+    several = {} if np.isnan(which).all() else {"optimizer": (which, np.zeros_like(which))}
+    return (
+        several
+        | {
+            "loss": (loss, 1e-10 * np.abs(loss)),
+            "lr": (lr, 1e-10 * np.abs(lr)),
+            "epoch": (epoch, np.zeros_like(epoch)),
+            "grad_norm": (norm, 1e-10 * norm),
+            "distance": (distance, 1e-10 * distance),
+            "grad_dot_offset": (gd, 1e-10 * norm * distance),
+            "hg_norm": (hg_norm, gap),
+            "g_hg": (g_hg, gap * norm),
+        }
+        | {name: (np.where(undefined[name] == 0, np.nan, of), by) for name, (of, by) in ratio.items()}
+    )
