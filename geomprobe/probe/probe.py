@@ -70,7 +70,7 @@ def attach(model: nn.Module | None, optimizer: Optimizer | Sequence[Optimizer], 
     observer = observing()
     if observer is None:
         return InertProbe()
-    optimizers = [raw(each) for each in ([optimizer] if isinstance(optimizer, Optimizer) else optimizer)]
+    optimizers = [raw(each) for each in (optimizer if isinstance(optimizer, Sequence) else [optimizer])]
     if len(set(optimizers)) < len(optimizers):
         raise UsageError("attach(model, [...]): an optimizer is in the list twice. Name each of them once.")
     given = {name: thing for name, thing in stateful.items() if thing is not None}

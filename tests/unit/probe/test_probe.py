@@ -477,7 +477,7 @@ def test_the_inert_probe_does_all_that_the_probe_does() -> None:
     def public(kind: type) -> set[str]:
         return {name for name in vars(kind) if not name.startswith("_")}
 
-    of_passes = {"resume_from", "weights", "buffers"}
+    of_passes = {"resume_from", "weights", "buffers", "optimizer", "moves"}
     assert public(Probe) - of_passes == public(InertProbe)
     assert public(PlainProbe) <= public(InertProbe)
 

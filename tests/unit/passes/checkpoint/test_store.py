@@ -39,7 +39,7 @@ def trained(make: Callable[[], nn.Module], optimizer: Any, steps: int) -> Probe:
     scheduler = torch.optim.lr_scheduler.StepLR(stepping, 2, 0.5)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**7, growth_interval=2)
     observer: Observer = Nobody()  # type: ignore[assignment]
-    probe = Probe(model, stepping, {"scheduler": scheduler, "scaler": scaler}, observer)
+    probe = Probe(model, [stepping], {"scheduler": scheduler, "scaler": scaler}, observer)
     for _ in range(steps):
         train_on(probe)
     return probe
@@ -257,7 +257,7 @@ def test_what_a_killed_save_left_behind_is_no_obstacle(tmp_path: Path) -> None:
 def test_a_probe_without_a_model_keeps_its_parameters(tmp_path: Path) -> None:
     weight = nn.Parameter(torch.randn(3))
     observer: Observer = Nobody()  # type: ignore[assignment]
-    probe = Probe(None, torch.optim.SGD([weight], lr=0.1), {}, observer)
+    probe = Probe(None, [torch.optim.SGD([weight], lr=0.1)], {}, observer)
     path, before = save(tmp_path, probe), weight.detach().clone()
     with torch.no_grad():
         weight.zero_()
@@ -269,7 +269,7 @@ def test_every_case_of_the_two_passes_can_be_saved(tmp_path: Path) -> None:
     class Saving(Watch):
         def attach(self, model: Any, optimizer: Any, **stateful: Any) -> Any:
             observer: Observer = Nobody()  # type: ignore[assignment]
-            probe = Probe(model, optimizer, {k: v for k, v in stateful.items() if v is not None}, observer)
+            probe = Probe(model, [optimizer], {k: v for k, v in stateful.items() if v is not None}, observer)
             save(tmp_path / str(len(list(tmp_path.iterdir()))), probe)
             return super().attach(model, optimizer)
 
