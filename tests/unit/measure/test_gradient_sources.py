@@ -1,0 +1,160 @@
+"""The loss of a step is that of the backward passes which its gradients are made of, or it is not known, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from geomprobe.measure.gradient_sources import GradientSources
+from geomprobe.probe.events import Weight
+from geomprobe.probe.listeners import LossTracker
+from geomprobe.trace.absence import CARRIED, NO_SCALAR, UNSEEN, WRITTEN, Absence
+
+
+class Training:
+    """Two parameters, and backward passes that the sources follow."""
+
+    def __init__(self, attach: bool = True) -> None:
+        self.parameters = [torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([3.0], requires_grad=True)]
+        self.losses = LossTracker()
+        self.sources = GradientSources(self.losses)
+        if attach:
+            self.attach()
+
+    def attach(self) -> None:
+        probe: Any = SimpleNamespace(parameters=dict(zip("ab", self.parameters, strict=True)))
+        self.sources.attached(probe)
+
+    def backward(self, *losses: Tensor, weights: list[Weight] | None = None) -> None:
+        self.losses.losses_seen(losses)
+        with self.sources.backward_pass(losses, weights or [None] * len(losses)):
+            torch.autograd.backward(losses, None if weights is None else [torch.as_tensor(w) for w in weights])
+
+    def loss(self, factor: float = 1.0) -> Tensor:
+        """14 times the factor."""
+        a, b = self.parameters
+        return factor * ((a**2).sum() + (b**2).sum())
+
+    def settled(self) -> tuple[float, set[Absence]]:
+        loss, holds = self.sources.settle()
+        found = {reason for reason, holding in zip(GradientSources.REASONS, holds, strict=True) if holding}
+        return (loss.item(), found) if not loss.isnan() else (-1.0, found)
+
+
+@pytest.fixture
+def training() -> Training:
+    return Training()
+
+
+def test_passes_add_up(training: Training) -> None:
+    training.backward(training.loss())
+    training.backward(training.loss(2.0))
+    assert training.settled() == (42.0, set())
+
+
+@pytest.mark.parametrize("how", ["none", "in place", "data", "assigned"])
+def test_a_pass_whose_gradients_are_zeroed_is_no_part(training: Training, how: str) -> None:
+    training.backward(training.loss(5.0))
+    for p in training.parameters:
+        assert p.grad is not None
+        if how == "none":
+            p.grad = None
+        elif how == "in place":
+            p.grad.zero_()
+        elif how == "data":
+            p.grad.data.zero_()
+        else:
+            p.grad = torch.zeros_like(p)
+    training.backward(training.loss())
+    assert training.settled() == (14.0, set())
+
+
+WRITES: dict[str, Callable[[list[Tensor]], Any]] = {
+    "one of them zeroed": lambda p: p[0].grad.zero_(),
+    "clamped": lambda p: [t.grad.data.clamp_(-1, 1) for t in p],
+    "halved": lambda p: [t.grad.div_(2) for t in p],
+    "one set to None": lambda p: setattr(p[1], "grad", None),
+    "exchanged": lambda p: setattr(p[0], "grad", p[0].grad.clone() + 1),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_another_writer_leaves_the_loss_unknown(training: Training, write: Callable[[list[Tensor]], Any]) -> None:
+    training.backward(training.loss())
+    write(training.parameters)
+    assert training.settled() == (-1.0, {WRITTEN})
+
+
+def test_a_known_writer_leaves_the_loss(training: Training) -> None:
+    training.backward(training.loss())
+    training.sources.rescaling()
+    torch.nn.utils.clip_grad_norm_(training.parameters, 0.1)
+    training.sources.rescaled()
+    assert training.settled() == (14.0, set())
+
+
+def test_gradients_of_the_step_before_are_no_part_unless_they_stay(training: Training) -> None:
+    training.backward(training.loss())
+    training.settled()
+    training.sources.after_update()
+    training.backward(training.loss())
+    assert training.settled() == (-1.0, {CARRIED})
+    training.sources.after_update()
+    for p in training.parameters:
+        p.grad = None
+    training.backward(training.loss())
+    assert training.settled() == (14.0, set())
+
+
+def test_gradients_that_no_pass_has_made(training: Training) -> None:
+    for p, g in zip(training.parameters, torch.autograd.grad(training.loss(), training.parameters), strict=True):
+        p.grad = g
+    assert training.settled() == (-1.0, {UNSEEN})
+
+
+def test_a_vector_is_no_loss(training: Training) -> None:
+    vector = training.parameters[0] ** 2
+    training.losses.losses_seen([vector])
+    with training.sources.backward_pass([vector], [torch.ones(2)]):
+        vector.backward(torch.ones(2))
+    assert training.settled() == (-1.0, {NO_SCALAR})
+
+
+def test_weights_of_losses_count(training: Training) -> None:
+    training.backward(training.loss(), training.loss(2.0), weights=[3.0, 0.5])
+    assert training.settled() == (56.0, set())
+
+
+def test_a_loss_of_something_else_does_not_count(training: Training) -> None:
+    other = torch.ones(1, requires_grad=True)
+    training.backward(training.loss(), (other**2).sum())
+    training.backward((other**2).sum())
+    assert training.settled() == (14.0, set())
+
+
+def test_a_pass_that_raises_leaves_the_loss_unknown(training: Training) -> None:
+    training.parameters[0].register_post_accumulate_grad_hook(_interrupt)
+    with pytest.raises(ZeroDivisionError):
+        training.backward(training.loss())
+    assert training.settled() == (-1.0, {WRITTEN})
+
+
+def _interrupt(_: Tensor) -> None:
+    raise ZeroDivisionError
+
+
+def test_leaves_of_the_losses_are_followed_before_it_is_known_what_is_trained() -> None:
+    training, other = Training(attach=False), torch.ones(1, requires_grad=True)
+    training.backward((other**2).sum())
+    training.backward(training.loss(5.0))
+    for p in training.parameters:
+        p.grad = torch.zeros_like(p)
+    other.grad = torch.tensor([7.0])  # nobody measures it
+    training.backward(training.loss())
+    training.attach()
+    assert training.settled() == (14.0, set())
