@@ -56,6 +56,7 @@ class GradientSources(Events):
 
     Attributes:
         running: the backward pass that is running, or the last one.
+        bent: whether a known writer has changed the direction of the present gradients.
     """
 
     REASONS = (WRITTEN, CARRIED, UNSEEN, NO_SCALAR)
@@ -63,6 +64,7 @@ class GradientSources(Events):
     def __init__(self, losses: LossTracker, none_left: Callable[[], bool] = lambda: True) -> None:
         self._losses = losses
         self.running: BackwardPass | None = None
+        self.bent = False
         self._none_left = none_left
         self._parameters: list[Tensor] = []
         self._attached = self._unfollowed = False
@@ -102,7 +104,9 @@ class GradientSources(Events):
                 self.running.loss, self.running.unknown = None, WRITTEN
             self.running.hooked = True
 
-    def rescaling(self) -> None:
+    def rescaling(self, tensors: Sequence[Tensor] | None) -> None:
+        together = None if tensors is None else {id(tensor) for tensor in tensors}
+        self.bent |= together is not None and any(id(p) not in together for p in self._parameters)
         if self._passes:
             self._note_what_is_left()
 
@@ -113,6 +117,7 @@ class GradientSources(Events):
         self._passes, self._left = [], []
 
     def after_update(self) -> None:
+        self.bent = False
         # What is in the gradients now belongs to no later step.
         reaches = [p.grad is not None for p in self._parameters]
         self._passes, self._left = ([BackwardPass(None, CARRIED, reaches)] if any(reaches) else []), []

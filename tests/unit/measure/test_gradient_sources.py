@@ -92,7 +92,7 @@ def test_another_writer_leaves_the_loss_unknown(training: Training, write: Calla
 
 def test_a_known_writer_leaves_the_loss(training: Training) -> None:
     training.backward(training.loss())
-    training.sources.rescaling()
+    training.sources.rescaling(training.parameters)
     torch.nn.utils.clip_grad_norm_(training.parameters, 0.1)
     training.sources.rescaled()
     assert training.settled() == (14.0, set())
