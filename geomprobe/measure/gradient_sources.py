@@ -73,6 +73,7 @@ class GradientSources(Events):
     def __init__(self, losses: LossTracker, none_left: Callable[[], bool] = lambda: True) -> None:
         self._losses = losses
         self.running: BackwardPass | None = None
+        self._together: list[set[int]] = []  # whose gradients were multiplied by one number, not all of them
         self._none_left = none_left
         self._parameters: list[Tensor] = []
         self._probe: Probe | None = None
@@ -115,7 +116,9 @@ class GradientSources(Events):
                 self.running.loss, self.running.unknown = None, WRITTEN
             self.running.hooked = True
 
-    def rescaling(self) -> None:
+    def rescaling(self, tensors: Sequence[Tensor] | None) -> None:
+        if tensors is not None:
+            self._together.append({id(tensor) for tensor in tensors})
         if self._passes:
             self._note_what_is_left()
 
@@ -156,6 +159,7 @@ class GradientSources(Events):
         self._kept = state
 
     def after_update(self) -> None:
+        self._together.clear()
         # What is in the gradients that the update used belongs to no later step.
         moves = self._moves
         reaches = [moved and p.grad is not None for moved, p in zip(moves, self._parameters, strict=True)]
@@ -163,6 +167,17 @@ class GradientSources(Events):
         passes, left = self._waiting(moves) if self._several else ([], [])
         self._passes = used + passes
         self._left = [torch.ones_like(left[0])] * len(used) + left if left else []
+
+    @property
+    def bent(self) -> bool:
+        """Whether a known writer has changed the direction of the gradients that the present update uses."""
+        own = {id(p) for p, moved in zip(self._parameters, self._moves, strict=True) if moved}
+        beside = self._several
+        return any(not own <= each for each in self._together if not (beside and each and own.isdisjoint(each)))
+
+    def of_moving(self, vectors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Vectors, one a parameter, without those of parameters that the present update leaves to other optimizers."""
+        return [each if moved else None for each, moved in zip(vectors, self._moves, strict=True)]
 
     @property
     def found(self) -> bool:
@@ -253,7 +268,7 @@ class GradientSources(Events):
     @property
     def _moves(self) -> list[bool]:
         """For each parameter, whether the present update moves it."""
-        return self._probe.moves if self._probe is not None else [True] * len(self._parameters)
+        return self._probe.moves if self._probe is not None and self._several else [True] * len(self._parameters)
 
     def _reached(self, each: BackwardPass) -> bool:
         """Whether a backward pass has added to a gradient that the present update uses."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from geomprobe.distributed.dtensor import local
@@ -34,7 +36,7 @@ from geomprobe.reproducibility.comparison import Comparison
 from geomprobe.reproducibility.digest import same_bits
 from geomprobe.reproducibility.environment import FIRST_STEP_SECTIONS, require_same
 from geomprobe.reproducibility.fingerprint import StepFingerprint
-from geomprobe.trace.absence import ABSENT, EPOCH, RATE
+from geomprobe.trace.absence import ABSENT, EPOCH, RATE, Absence, steps_of
 from geomprobe.trace.atomic_file import write_json
 from geomprobe.trace.record import Record
 from geomprobe.trace.run_folder import RunFolder
@@ -114,6 +116,7 @@ class RowChecker(Events):
 
     # Made at the first update, when the manifest and what is measured are known.
     opened: bool = False
+    _said: set[Absence] = field(default_factory=set)
     _rows: RowBuffer = field(init=False)
     _commit: GroupCommit = field(init=False)
     _groups: GroupValues = field(init=False)
@@ -259,6 +262,7 @@ class RowChecker(Events):
         found, values = self.comparison, block[VALUES]
         if self.diverged:
             return
+        self._say_absent(values)
         equal = found.block(self.fingerprint.layout, block, len(values))
         if self.options.uncertified:
             same = (np.arange(len(values)) < equal).astype(np.float64)
@@ -267,6 +271,15 @@ class RowChecker(Events):
             self._commit.append({VALUES: values[:equal]}, equal)
         if self.diverged:
             raise found.error()
+
+    def _say_absent(self, values: NDArray[np.float64]) -> None:
+        """Say on standard error, once for each reason, why numbers are left out."""
+        table = next(table for table in self._rows.tables if table.name == VALUES)
+        for absence, rows in steps_of(values[:, table.columns.index(ABSENT)]).items():
+            if absence not in self._said and self.session.ranks.first:
+                step = self.probe.step - len(values) + int(rows[0])
+                print(f"geomprobe: at step {step}, and where it is so again, {absence}", file=sys.stderr)
+            self._said.add(absence)
 
     def _require_same_layout(self) -> None:
         for component, names in self.fingerprint.layout.items():

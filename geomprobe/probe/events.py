@@ -120,8 +120,12 @@ class Events:
     def before_clipping(self, factor: Tensor | None) -> None:
         """The gradients, which a GradScaler has multiplied by ``factor``, are about to be clipped."""
 
-    def rescaling(self) -> None:
-        """A function of torch that clips or unscales gradients is about to do so."""
+    def rescaling(self, tensors: Sequence[Tensor] | None) -> None:
+        """A function of torch is about to clip or unscale gradients.
+
+        Args:
+            tensors: whose gradients it multiplies by one number; None for all, and empty where each value is clipped.
+        """
 
     def rescaled(self) -> None:
         """It has done so."""

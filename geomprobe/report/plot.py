@@ -59,6 +59,7 @@ def figure(
         walks = [null_model(trace, column) if with_null_model else None for trace in traces]
         nulls = [None if w is None else each.curve(w) for each, w in zip(grouped, walks, strict=True)]
         _draw(panel, column, curves, nulls, labels(traces))
+        _say_absent(panel, column, traces)
     panels[-1].set_xlabel(axes.pop())
     panels[-1].locator_params(axis="x", integer=True)
     drawing.align_ylabels(list(panels))
@@ -131,6 +132,19 @@ def _draw(panel: Any, column: str, curves: list[Curve], nulls: list[Curve | None
     _scale(panel, column, curves)
     panel.set_ylabel(_label(column))
     panel.grid(alpha=0.25, linewidth=0.5)
+
+
+def _say_absent(panel: Any, column: str, traces: Sequence[Trace]) -> None:
+    """Write under the curves why rows of this column are left out."""
+    lines = [
+        f"absent in {len(steps)} of {trace.num_steps} steps{f' of {name}' if len(traces) > 1 else ''}: {absence.reason}"
+        for trace, name in zip(traces, labels(traces), strict=True)
+        for absence, steps in trace.absences.items()
+        if absence.hides_column(column)
+    ]
+    if lines:
+        text = "\n".join(textwrap.fill(line, 2 * _WIDEST) for line in lines)
+        panel.set_title(text, fontsize="xx-small", color=_GRAY, loc="left", parse_math=False)
 
 
 def _draw_nulls(panel: Any, nulls: list[Curve | None]) -> None:

@@ -6,13 +6,24 @@ numbers of the reasons that hold there; 0 where nothing is left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 ABSENT = "steps/absent"
+
+_NAMES = {"loss": ("loss", "clr"), "Hg": ("Hg",), "lr": ("lr",), "epoch": ("epoch",)}
+_OF_RATE = ("relative_residual", "flow_drift")
+_COLUMNS = {
+    "loss": ("loss", "clr"),
+    "Hg": (
+        *("hg_norm", "g_hg", "g.Hg", "Hg.Hg", "corridor_residual", *_OF_RATE),
+        *("secant_residual", "linear_decrease_gap", "sharpness"),
+    ),
+    "lr": ("lr", *_OF_RATE),
+    "epoch": ("epoch",),
+}
 
 
 @dataclass(frozen=True)
@@ -32,7 +43,17 @@ class Absence:
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.reason}. {self.remedy}"
+        names = [name for what in self.hides for name in _NAMES[what]]
+        what = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+        return f"no {what}: {self.reason}. {self.remedy}"
+
+    def hides_column(self, path: str) -> bool:
+        """Whether a column is left out for this reason, or is made of one that is.
+
+        >>> WRITTEN.hides_column("steps/clr"), WRITTEN.hides_column("rsi")
+        (True, False)
+        """
+        return any(path.rpartition("/")[2] in _COLUMNS[what] for what in self.hides)
 
 
 _GRADIENT = ("loss", "Hg")
@@ -110,32 +131,15 @@ WRITTEN, CARRIED, UNSEEN, NO_SCALAR, ELSEWHERE, NOT_CAUGHT, UNPROVEN, RATE, EPOC
 )
 
 
-def reasons(numbers: float) -> list[Absence]:
-    """The reasons that a value of ``steps/absent`` stands for.
-
-    >>> [absence.number for absence in reasons(5.0)]
-    [1, 4]
-    """
-    bits = 0 if np.isnan(numbers) else int(numbers)
-    return [absence for absence in ABSENCES if bits & absence.number]
-
-
 def steps_of(column: NDArray[np.float64]) -> dict[Absence, NDArray[np.int64]]:
     """The rows at which each reason holds, of those that hold anywhere.
 
-    >>> steps_of(np.array([0.0, 1.0, 1.0]))[WRITTEN]
+    Args:
+        column: values of ``steps/absent``.
+
+    >>> steps_of(np.array([0.0, 1.0, 3.0]))[WRITTEN]
     array([1, 2])
     """
-    bits = np.nan_to_num(np.asarray(column)).astype(np.int64)
-    found = {absence: np.flatnonzero(bits & absence.number) for absence in ABSENCES}
+    numbers = np.nan_to_num(column).astype(np.int64)
+    found = {absence: np.flatnonzero(numbers & absence.number) for absence in ABSENCES}
     return {absence: rows for absence, rows in found.items() if len(rows)}
-
-
-def described(hides: Iterable[str]) -> str:
-    """What is left out, for a message.
-
-    >>> described(("loss", "Hg"))
-    'loss, clr and Hg'
-    """
-    names = [name for what in hides for name in (("loss", "clr") if what == "loss" else (what,))]
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from geomprobe.errors import UsageError
 from geomprobe.trace import schema
+from geomprobe.trace.absence import Absence, steps_of
 from geomprobe.trace.certificate import Certificate
 from geomprobe.trace.derive import Array, Derived
 from geomprobe.trace.hdf5_errors import damage_named
@@ -104,6 +105,11 @@ class Trace:
     def parameters(self) -> list[str]:
         """Names of the parameter tensors that have columns of their own; empty unless they were asked for."""
         return self._second("parameters")
+
+    @property
+    def absences(self) -> dict[Absence, NDArray[np.int64]]:
+        """Why numbers are left out that the replay was to measure: the steps at which each reason holds."""
+        return steps_of(self["absent"]) if "absent" in self else {}
 
     def __getitem__(self, name: str) -> Array:
         """A column [num_steps]: a bare name is one of ``/steps``, anything else a path in the file.

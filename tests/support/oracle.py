@@ -66,6 +66,7 @@ class History:
                 measured |= {f"parameters/{name}/{k}": v for k, v in self._products(self.final, i).items()}
         skipped = np.arange(steps) % every != 0
         measured = {path: np.where(skipped, np.nan, values) for path, values in measured.items()}
+        found["steps/absent"] = np.zeros(steps)  # nothing is left out
         return {path: np.array(values, float) for path, values in found.items()} | measured
 
     def _against(self, name: str, reference: Vectors) -> dict[str, np.ndarray]:

@@ -10,11 +10,11 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
 
 from geomprobe.measure.curvature.autograd_graph import (
     CurvatureUnavailable,
@@ -23,6 +23,7 @@ from geomprobe.measure.curvature.autograd_graph import (
     inspect_graph,
     no_severed_functions,
 )
+from geomprobe.probe.hooks.gradient_hooks import put_first
 from geomprobe.reproducibility.digest import same_bits
 from geomprobe.reproducibility.isolation import keep_state, silence_hooks
 
@@ -231,16 +232,11 @@ def _same_memory(a: Tensor | None, b: Tensor | None) -> bool:
 @contextmanager
 def _first_hooks(hooks: Sequence[tuple[Tensor, LeafHook]]) -> Iterator[None]:
     """Put each hook before those that its leaf has already."""
-    # torch has a public way to add a hook last only. Hooks run in the order of this dict, so each older one is taken
-    # out and put in again behind the new one.
-    handles = []
+    handles: list[RemovableHandle] = []
     try:
         for leaf, hook in hooks:
-            handles.append(handle := leaf.register_hook(hook))
-            registered = cast("dict[int, LeafHook]", leaf._backward_hooks)
-            if len(registered) > 1:
-                for key in [key for key in registered if key != handle.id]:
-                    registered[key] = registered.pop(key)
+            handles.append(leaf.register_hook(hook))
+            put_first(handles[-1], leaf._backward_hooks)
         yield
     finally:
         for handle in handles:

@@ -36,7 +36,7 @@ from geomprobe.measure.curvature.double_backward import (
 from geomprobe.measure.curvature.global_loss import Reduction, fail_together, global_loss
 from geomprobe.measure.curvature.side_evaluation import Closure, SideLoss, StepChange, loss_tolerance
 from geomprobe.measure.gradient_sources import BackwardPass
-from geomprobe.reproducibility.isolation import RNGState, keep_state
+from geomprobe.reproducibility.isolation import RNGState, keep_state, silence_hooks
 
 
 @dataclass
@@ -47,6 +47,7 @@ class _Part:
     scale: Tensor | None
     blockers: list[Blocker]
     source: BackwardPass | None = None  # knows its share of the step's gradient
+    loss: Tensor | None = None  # whose graph was kept
     graph: Graph | None = None
     live: Tensor | None = None  # the loss with its own graph, where that of the gradients is made later
 
@@ -125,7 +126,7 @@ class Curvature:
             value = loss.detach() if scale is None else loss.detach() / scale
             tolerance = loss_tolerance(coarsest_epsilon(loss))
             again = SideLoss(self._loss.beside(closure), value, rng, self._module, tolerance)
-        part = _Part(again, scale, graph.blockers, source)
+        part = _Part(again, scale, graph.blockers, source, loss)
         self._parts.append(part)
         if self._reduction.factor is not None:
             self._backward(loss, part, graph)
@@ -154,6 +155,36 @@ class Curvature:
         if not keep:
             self.discard()
         return total
+
+    def gradient(self) -> list[Tensor] | None:
+        """The gradient of the summed losses once more, from the graphs that are kept; None on the second route.
+
+        It is the one that the backward passes gave, unless something that they saved was written to since.
+
+        >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> curvature = Curvature([w])
+        >>> curvature.backward((w**3).sum())
+        >>> curvature.gradient()
+        [tensor([ 3., 12.])]
+        """
+        if self.route == "closure":
+            return None
+        return self._globally(self._gradient)
+
+    def _gradient(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        wanted = [tensor for tensor in tensors if tensor.requires_grad]
+        total = [torch.zeros_like(tensor, requires_grad=False) for tensor in wanted]
+        shares: Sequence[Tensor | None] = self._shares(self._parts) or [None] * len(self._parts)
+        with keep_state(self._module), silence_hooks(wanted):
+            for part, share in zip(self._parts, shares, strict=True):
+                assert part.loss is not None
+                found = torch.autograd.grad(
+                    part.loss, wanted, retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+                dense = [g.to_dense() if g.is_sparse else g for g in found]
+                total = [t + (g if share is None else g * share.to(g.dtype)) for t, g in zip(total, dense, strict=True)]
+        by_tensor = dict(zip(wanted, total, strict=True))
+        return [by_tensor[t] if t in by_tensor else torch.zeros_like(t, requires_grad=False) for t in tensors]
 
     def products_of(self, closure: Closure) -> Callable[[Sequence[Tensor | None]], list[Tensor]]:
         """``H v`` for any number of vectors ``v``, of the loss that ``closure`` evaluates, once, at the first.

@@ -25,7 +25,7 @@ from geomprobe.measure.curvature.autograd_graph import (
 from geomprobe.measure.curvature.global_loss import fail_together
 from geomprobe.measure.curvature.hessian_gradient import Curvature
 from geomprobe.measure.curvature.lanczos import top_eigenvalue
-from geomprobe.measure.curvature.symmetry import apart, asymmetric, default_interval, direction
+from geomprobe.measure.curvature.symmetry import apart, asymmetric, default_interval, direction, turned
 from geomprobe.measure.gradient_sources import BackwardPass, GradientSources
 from geomprobe.measure.inner_products import dots
 from geomprobe.measure.options import MeasureOptions
@@ -83,7 +83,7 @@ class StepCurvature(Events):
     def __init__(
         self, probe: Probe, options: MeasureOptions, layout: Layout, sources: GradientSources | None = None
     ) -> None:
-        self._probe, self._options, self._layout, self._sources = probe, options, layout, sources
+        self._probe, self._options, self._layout, self.sources = probe, options, layout, sources
         self._parameters = list(probe.parameters.values())
         wanted = options.curvature_interval or options.sharpness_every
         self.curvature = Curvature(self._parameters, probe.model, layout) if wanted else None
@@ -140,7 +140,7 @@ class StepCurvature(Events):
         self._caught += 1
         if not self.epsilon:
             self.epsilon = coarsest_epsilon(loss)
-        source = None if self._sources is None else self._sources.running
+        source = None if self.sources is None else self.sources.running
         self._evaluated.append((source, seen))
         try:
             curvature.backward(loss, closure=closure, rng=rng, scale=unscaled(loss)[1], graph=graph, source=source)
@@ -186,11 +186,11 @@ class StepCurvature(Events):
             share = elsewhere + 1 if source is None or source.share is None else source.share
             for weights in seen:
                 elsewhere = torch.maximum(elsewhere, (now.differ_from(weights) & (share != 0)).double())
-        for share in [] if self._sources is None else self._sources.earlier:  # another optimizer has stepped since
+        for share in [] if self.sources is None else self.sources.earlier:  # another optimizer has stepped since
             elsewhere = torch.maximum(elsewhere, (share != 0).double())
         lost = self.ready is None
         seen_some = self._caught > 0 or not self._complete
-        late = lost and not seen_some and self._sources is not None and self._sources.found
+        late = lost and not seen_some and self.sources is not None and self.sources.found
         hooked = self._saved_otherwise or any(source.hooked for source, _ in self._evaluated if source is not None)
         host = [float(each) for each in (lost and seen_some, late, hooked)]
         return torch.cat([elsewhere.reshape(1), elsewhere.new_tensor(host)])
@@ -343,6 +343,7 @@ class HessianGradient(Quantity):
         if checked := bool(self._check_every) and step.number >= self._next_check:
             self._next_check = step.number - step.number % self._check_every + self._check_every
             u = direction([local(p) for p in self.training.parameters], self._seed + step.number)
+            again: Sequence[Tensor | None] | None = curvature.gradient() if self._comparable else None
             hu = curvature.product(u, keep=True)
         differences = self._differences(curvature, g) if checked and self.training.curvature.has_own_functions else None
         hg = curvature.product(g)
@@ -350,6 +351,10 @@ class HessianGradient(Quantity):
         parts["products"] = Part(products, Combine.SUM)
         if checked:
             parts["check"] = Part(dots([(u, hg), (g, hu), (hg, hg), (g, g), (hu, hu)], layout.owned), Combine.SUM)
+        if checked and again is not None:
+            sources = self.training.curvature.sources
+            again = again if sources is None else sources.of_moving(again)
+            parts["gradient"] = Part(dots([(again, g), (g, g), (again, again)], layout.owned), Combine.SUM)
         if differences is not None:
             far, near = differences
             better = [2 * b - a for a, b in zip(far, near, strict=True)]
@@ -357,6 +362,12 @@ class HessianGradient(Quantity):
             squares = dots([(off, off), (moved, moved), (hg, hg)], layout.owned)
             parts["differences"] = Part(squares, Combine.SUM)
         return parts
+
+    @property
+    def _comparable(self) -> bool:
+        """Whether the optimizer's gradient is a multiple of that of the losses, which clipping each value ends."""
+        sources = self.training.curvature.sources
+        return sources is None or not sources.bent
 
     def _differences(self, curvature: Curvature, g: list[Tensor | None]) -> tuple[list[Tensor], list[Tensor]] | None:
         """Two finite differences of the gradient along ``g``, over a step and over half of it."""
@@ -376,6 +387,8 @@ class HessianGradient(Quantity):
             of_loss = self.training.curvature
             count = sum(p.numel() for p in self.training.parameters)
             of_loss.unproven = asymmetric(whole["check"], count, of_loss.epsilon)
+            if "gradient" in whole:
+                of_loss.unproven = of_loss.unproven | turned(whole["gradient"], of_loss.epsilon)
             if "differences" in whole:
                 of_loss.unproven = of_loss.unproven | apart(whole["differences"], of_loss.epsilon)
         products = whole["products"]

@@ -69,3 +69,17 @@ def apart(squares: Tensor, epsilon: float) -> Tensor:
     """
     off, moved, of_hg = squares.sqrt()
     return off > moved + epsilon ** (1 / 3) * of_hg
+
+
+def turned(products: Tensor, epsilon: float) -> Tensor:
+    """Whether the gradient of the graphs is no multiple of the optimizer's, on their device.
+
+    Args:
+        products: ``a.g, g.g, a.a`` of the graphs' gradient ``a`` and the optimizer's ``g``, float64.
+        epsilon: machine epsilon, as for `asymmetric`.
+
+    >>> turned(torch.tensor([2.0, 4.0, 1.0]), 1e-7), turned(torch.tensor([1.0, 4.0, 1.0]), 1e-7)
+    (tensor(False), tensor(True))
+    """
+    between, of_g, of_again = products
+    return between < (1 - epsilon**0.5) * (of_g * of_again).sqrt()

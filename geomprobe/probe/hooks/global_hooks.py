@@ -251,7 +251,7 @@ def _scale(original: Callable[..., Any], observer: Observer, scaler: Any, /, out
 
 
 def _unscale(original: Callable[..., None], observer: Observer, scaler: Any, /, optimizer: Any) -> None:
-    observer.rescaling()
+    observer.rescaling(None)
     original(scaler, optimizer)
     observer.rescaled()
     observer.updates.unscaled(optimizer)
@@ -275,7 +275,7 @@ def _clip(
 ) -> Any:
     members = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     observer.updates.clipping(name, members)
-    observer.rescaling()
+    observer.rescaling(members if name == "clip_grad_norm_" else [])
     norm = original(members, *args, **kwargs)
     observer.rescaled()
     return norm

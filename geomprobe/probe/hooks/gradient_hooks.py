@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from geomprobe.probe.evidence import Mark, mark
 
@@ -46,9 +48,7 @@ def _watch_gradient(stack: contextlib.ExitStack, tensor: Tensor, changed: list[T
         if gradient is not was or gradient._version != version:
             changed.append(tensor)
 
-    first = tensor.register_hook(before)
-    tensor._backward_hooks.move_to_end(first.id, last=False)  # type: ignore[union-attr]
-    stack.callback(first.remove)
+    stack.callback(put_first(tensor.register_hook(before), tensor._backward_hooks).remove)
     stack.callback(tensor.register_hook(after).remove)
 
 
@@ -62,7 +62,15 @@ def _watch_accumulated(stack: contextlib.ExitStack, leaf: Tensor, changed: list[
         if mark(leaf.grad) != given.pop():
             changed.append(leaf)
 
-    first = leaf.register_post_accumulate_grad_hook(before)
-    leaf._post_accumulate_grad_hooks.move_to_end(first.id, last=False)  # type: ignore[attr-defined]
-    stack.callback(first.remove)
+    hooks = leaf._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+    stack.callback(put_first(leaf.register_post_accumulate_grad_hook(before), hooks).remove)
     stack.callback(leaf.register_post_accumulate_grad_hook(after).remove)
+
+
+def put_first(handle: RemovableHandle, registered: Any) -> RemovableHandle:
+    """Let the hook of ``handle`` run before all others of its tensor, whose dictionary is ``registered``."""
+    # torch has a public way to add a hook last only. Autograd runs hooks in the order in which they came into this
+    # dictionary (move_to_end, of an ordered one, does not count), so each older one is taken out and put in again.
+    for key in [key for key in registered if key != handle.id]:
+        registered[key] = registered.pop(key)
+    return handle

@@ -16,7 +16,7 @@ from geomprobe.report.curves import run_name
 from geomprobe.report.html.figures import RESIDUAL, galleries, typeset
 from geomprobe.report.output import refuse_existing, written_aside
 from geomprobe.report.summary.summary import Summary, summarize
-from geomprobe.report.summary.text import Verdict, again, facts, next_command, verdict
+from geomprobe.report.summary.text import Verdict, absences, again, facts, next_command, verdict
 from geomprobe.report.table import number, percent, size
 from geomprobe.trace.reader import open_trace
 from geomprobe.trace.schema import describe
@@ -79,6 +79,7 @@ def _shown(summary: Summary) -> dict[str, Any]:
         "title": run_name(Path(summary["path"])),
         "next_command": next_command(summary),
         "facts": facts(summary),
+        "absences": absences(summary),
         "figures": figures,
         "shares": _shares(trace) if trace is not None and RESIDUAL in figures.get("corridors", ()) else [],
         "num_steps": 0 if trace is None else trace.num_steps,

@@ -77,6 +77,10 @@ def _trace(path: Path) -> Summary:
         "per_parameter": trace.parameters,
         "measure": trace.manifest.get("measure") or {},
         "certificate": trace.certificate,
+        "absences": [
+            {"reason": str(absence), "steps": len(steps), "first": int(steps[0])}
+            for absence, steps in trace.absences.items()
+        ],
         "columns": [_column(name, trace[name]) for name in (*trace.columns, *trace.oracle_columns)],
     }
 

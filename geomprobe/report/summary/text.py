@@ -30,6 +30,7 @@ def _head(summary: Summary) -> str:
     if trace and "error" not in trace:
         first, *more = _certificate(trace)
         lines += [f"  certificate  {first}", *(f"               {line}" for line in more)]
+        lines += [f"  absent       {line}" for line in absences(summary)]
     return "\n".join(lines)
 
 
@@ -56,6 +57,17 @@ def _certificate(trace: Summary) -> list[str]:
         line,
         *([f"first difference: {first}"] if first else []),
     ]
+
+
+def absences(summary: Summary) -> list[str]:
+    """A line for each reason for which a trace lacks numbers: how often, from which step, and why."""
+    trace = summary["trace"] or {}
+    found = [
+        f"in {each['steps']} of {trace['num_steps']} steps, first {each['first']}: {each['reason']}"
+        for each in trace.get("absences", [])
+    ]
+    missing = ((trace.get("measure") or {}).get("curvature") or {}).get("missing")
+    return [*found, f"no Hg: {missing}"] if missing else found
 
 
 def _columns(summary: Summary) -> str:

@@ -110,7 +110,8 @@ def test_every_column_has_a_value_and_each_quantity_its_own_name() -> None:
     measurement, probe = measured(MeasureOptions(before_clipping=True, per_parameter=True, sharpness_every=1))
     backward(measurement, probe)
     found = row(measurement, probe)
-    assert list(found) == list(measurement.columns) == ["inner_products", "unclipped", "sharpness", "hg"]
+    assert list(found) == [*measurement.columns, "absent"]
+    assert list(measurement.columns) == ["inner_products", "unclipped", "sharpness", "hg"]
     for name, columns in measurement.columns.items():
         assert found[name].shape == (len(columns),)
         assert found[name].isfinite().all()
@@ -125,7 +126,9 @@ def test_what_is_not_due_or_not_to_be_had_is_nan() -> None:
     for probe.step in range(5):
         probe.optimizer.zero_grad()
         backward(measurement, probe)
-        finite.append({name for name, values in row(measurement, probe).items() if values.isfinite().all()})
+        values = row(measurement, probe)
+        assert values.pop("absent").item() == 0.0
+        finite.append({name for name, value in values.items() if value.isfinite().all()})
     everything = {"inner_products", "sharpness", "hg", "heard"}
     assert finite == [everything, set(), {"inner_products", "sharpness"}, set(), everything]
 

@@ -89,7 +89,7 @@ class Training:
 
 
 FETCHED = ["fetching", "fetch_ended", "fetched"]
-STEP = ["entered", "backward", "before_update", "after_update"]
+STEP = ["entered", "backward", "before_update", "updated", "after_update"]
 
 
 # What is reported
@@ -302,7 +302,7 @@ def test_a_closure_is_measured_after_it_ran_and_its_loss_is_returned(log: Log, b
         return loss
 
     result = training.optimizer.step(closure=closure) if by_name else training.optimizer.step(closure)
-    inside = ["entered", "backward", "closure ends", "before_update", "after_update"]
+    inside = ["entered", "backward", "closure ends", "before_update", "updated", "after_update"]
     assert log.events == ["attached", "begin", *inside]
     assert isinstance(result, Tensor)
     assert training.probe.step == 1
@@ -327,7 +327,7 @@ def test_removing_takes_every_hook_off_once(log: Log) -> None:
         training.model._forward_pre_hooks,
         training.model._load_state_dict_pre_hooks,
     )
-    assert [len(found) for found in hooks] == [1, 1, 1, 1]
+    assert [len(found) for found in hooks] == [1, 2, 1, 1]
     training.probe.remove()
     training.probe.remove()
     assert [len(found) for found in hooks] == [0, 0, 0, 0]
