@@ -27,7 +27,7 @@ class RunError(GeomprobeError):
 
 
 class UnsupportedTraining(GeomprobeError):
-    """The training does something that geomprobe cannot measure correctly, such as steps of two optimizers."""
+    """The training does something that geomprobe cannot measure correctly, such as LBFGS."""
 
 
 class EnvironmentMismatch(GeomprobeError):

@@ -1,11 +1,13 @@
 """Pass 1: train, and keep the final weights and what a replay needs.
 
-Runs SCRIPT (or a module, with -m) with its arguments, as `python` would, and records the path of its one
-optimizer, whether or not the script calls geomprobe.attach. Everything lands in the folder RUN.
+Runs SCRIPT (or a module, with -m) with its arguments, as `python` would, and records the path of the
+optimizers that step one model, whether or not the script calls geomprobe.attach. Everything lands in the folder
+RUN.
 
     geomprobe record -o runs/a train.py --lr 0.1
     geomprobe record -o runs/a --seed 0 --reference-steps 100,200 -m project.train
     geomprobe record -o runs/a --resume train.py --lr 0.1
+    geomprobe record -o runs/g --optimizer Generator gan.py
 
 A checkpoint of the whole state is written at each epoch of `for epoch in probe.epochs(n)`. With --resume, a
 recording that was cut off continues from its last checkpoint, and one that does not exist yet starts, so that a

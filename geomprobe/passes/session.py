@@ -100,7 +100,8 @@ class Session(Observer):
         if self.probe is not None:
             raise UsageError(
                 f"attach was called twice in one run: first on {described(self.probe.optimizer)}, then on "
-                f"{described(probe.optimizer)}. One run measures one optimizer; record them as two runs."
+                f"{described(probe.optimizer)}. One run measures one path: call "
+                "attach(model, [first, second]) where both train one model, or record two runs."
             )
         if probe.explicit and self._chosen is not None:
             raise UsageError(

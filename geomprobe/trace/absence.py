@@ -89,7 +89,7 @@ WRITTEN, CARRIED, UNSEEN, NO_SCALAR, ELSEWHERE, NOT_CAUGHT, UNPROVEN, RATE, EPOC
         16,
         ("Hg",),
         "the weights were others when the loss was evaluated than at the update, and the Hessian is of those",
-        "Nothing is wrong where the method demands it, as SAM does.",
+        "Nothing is wrong where the method demands it, as SAM does, or where another optimizer steps in between.",
     ),
     Absence(
         32,
