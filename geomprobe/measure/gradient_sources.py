@@ -133,7 +133,7 @@ class GradientSources(Events):
                 None if each["loss"] is None else each["loss"].to(device),
                 known.get(each["unknown"]),
                 list(each["reaches"]),
-                earlier=True,
+                earlier=each["earlier"],
             )
             for each in self._kept.get("passes", ())
         ]
@@ -150,6 +150,7 @@ class GradientSources(Events):
                 "loss": each.loss,
                 "unknown": None if each.unknown is None else each.unknown.number,
                 "reaches": list(each.reaches),
+                "earlier": each.earlier,
             }
             for each in self._passes
         ]
@@ -276,8 +277,9 @@ class GradientSources(Events):
 
     def _waiting(self, moves: Sequence[bool]) -> tuple[list[BackwardPass], list[Tensor]]:
         """The backward passes whose gradients wait for another optimizer's update, and what is left after each."""
-        if len(self._left) < len(self._passes):
-            self._note_what_is_left()
+        if not self._passes:
+            return [], []
+        self._note_what_is_left()
         there = [not moved and p.grad is not None for moved, p in zip(moves, self._parameters, strict=True)]
         moved = torch.tensor(list(moves), device=self._parameters[0].device)
         passes: list[BackwardPass] = []

@@ -354,23 +354,27 @@ def closures(witness: Witness) -> None:
             optimizer.step(closure)
 
 
-def _scaled(witness: Witness, attach: bool = True, overflow_at: int | None = None) -> None:
+def _scaled(witness: Witness, attach: bool = True, overflow: tuple[int, int] | None = None) -> None:
+    """``overflow``: the update at which a gradient overflows, and whose it is."""
     model = mlp()
-    first, second = sgd(model[0]), torch.optim.Adam(model[2].parameters(), lr=0.02)
+    optimizers = [sgd(model[0]), torch.optim.Adam(model[2].parameters(), lr=0.02)]
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=100)
-    witness.watch(model, [first, second], attach, **({"scaler": scaler} if attach else {}))
+    in_order = optimizers[::-1] if overflow == (0, 0) else optimizers  # of their first updates
+    witness.watch(model, in_order, attach, **({"scaler": scaler} if attach else {}))
     for t, (x, y) in enumerate(batches()):
         model.zero_grad()
         loss = mse_loss(model(x), y)
         scaler.scale(loss).backward()
-        if t == overflow_at:
-            model[2].weight.grad.fill_(torch.inf)
+        if overflow is not None and t == overflow[0]:
+            model[2 * overflow[1]].weight.grad.fill_(torch.inf)
         kept = [g / scaler.get_scale() for g in gradients(model)]
-        witness.truth(lambda: mse_loss(model(x), y), moving=first, scale=scaler.get_scale())
-        scaler.step(first)
-        if t != overflow_at:
-            witness.truth(taken_before(model, kept, loss), moving=second, hessian=False, scale=scaler.get_scale())
-        scaler.step(second)
+        moved = False
+        for i, optimizer in enumerate(optimizers):
+            if (t, i) != overflow:
+                whole = taken_before(model, kept, loss) if moved else lambda: mse_loss(model(x), y)
+                witness.truth(whole, moving=optimizer, hessian=not moved, scale=scaler.get_scale())
+                moved = True
+            scaler.step(optimizer)
         scaler.update()
 
 
@@ -379,14 +383,24 @@ def scaled_both(witness: Witness) -> None:
     _scaled(witness)
 
 
-@loop("several", "a GradScaler skips the step of one of them")
+@loop("several", "a GradScaler skips the step of the first of them")
+def scaled_first_skipped(witness: Witness) -> None:
+    _scaled(witness, overflow=(2, 0))
+
+
+@loop("several", "a GradScaler skips the very first step, no attach")
+def scaled_very_first_skipped(witness: Witness) -> None:
+    _scaled(witness, attach=False, overflow=(0, 0))
+
+
+@loop("several", "a GradScaler skips the step of the second of them")
 def scaled_one_skipped(witness: Witness) -> None:
-    _scaled(witness, overflow_at=2)
+    _scaled(witness, overflow=(2, 1))
 
 
 @loop("several", "a GradScaler skips the first step of one of them, no attach")
 def scaled_no_attach(witness: Witness) -> None:
-    _scaled(witness, attach=False, overflow_at=1)
+    _scaled(witness, attach=False, overflow=(0, 1))
 
 
 # Layers trained by themselves

@@ -250,7 +250,14 @@ def test_a_resumed_pass_knows_what_waits() -> None:
         now.grad = None if then.grad is None else then.grad.clone()
     again.sources.load_state_dict(training.sources.state_dict())
     again.sources.restored()
-    assert again.update(1) == training.update(1) == (14.0, set())
+    shares = []
+    for each in (again, training):
+        assert each.update(1) == (14.0, set())
+        each.backward(each.loss())
+        assert each.update(0)[1] == {CARRIED}
+        each.move(0)
+        shares.append([share.item() for share in each.sources.earlier])
+    assert shares == [[], []]
 
 
 def test_clipping_of_the_other_optimizers_gradients_bends_nothing() -> None:
@@ -260,3 +267,13 @@ def test_clipping_of_the_other_optimizers_gradients_bends_nothing() -> None:
     assert not training.sources.bent
     training.sources.rescaling([])
     assert training.sources.bent
+
+
+def test_a_step_that_writes_to_the_gradients_of_the_other_optimizer_is_seen() -> None:
+    training = Two()
+    training.backward(training.loss())
+    training.move(0)
+    training.settled()
+    training.parameters[1].grad.mul_(2)  # type: ignore[union-attr]
+    training.sources.after_update()
+    assert training.update(1) == (-1.0, {WRITTEN})
