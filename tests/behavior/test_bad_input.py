@@ -102,7 +102,7 @@ def test_two_optimizers_are_refused_with_both_named(run):
         UnsupportedTraining,
         record(train, run),
         "SGD with 2 tensors (4 values) and Adam with 2 tensors (8 values) (at step 1)",
-        "one optimizer's groups",
+        "geomprobe record --optimizer NAME",
         "geomprobe.attach(model, optimizer)",
     )
 

@@ -48,6 +48,28 @@ for epoch in probe.epochs(8):
         optimizer.step()
 """
 
+# Two models, an optimizer for each, and no attach.
+GAN = """
+import torch
+from torch import nn
+
+class Generator(nn.Linear):
+    pass
+
+class Critic(nn.Linear):
+    pass
+
+generator, critic = Generator(3, 2), Critic(2, 1)
+of_generator, of_critic = (torch.optim.SGD(each.parameters(), lr=0.1) for each in (generator, critic))
+for _ in range(8):
+    of_critic.zero_grad()
+    (critic(torch.randn(4, 2)) - critic(generator(torch.randn(4, 3)).detach())).square().mean().backward()
+    of_critic.step()
+    of_generator.zero_grad()
+    critic(generator(torch.randn(4, 3))).square().mean().backward()
+    of_generator.step()
+"""
+
 
 def run(command: list[str], folder: Path, codes: tuple[int, ...] = (0,)) -> str:
     """What the command prints, in a terminal where `python` and `geomprobe` are those of the tests."""
@@ -157,6 +179,7 @@ def prepared(tmp_path_factory):
     """Two runs of the script, recorded and replayed, and further weights in files."""
     folder = tmp_path_factory.mktemp("prepared")
     (folder / "train.py").write_text(SCRIPT)
+    (folder / "gan.py").write_text(GAN)
     (folder / "project").mkdir()
     (folder / "project" / "train.py").write_text(SCRIPT)
     for name in ("a", "b"):
