@@ -660,7 +660,7 @@ def evolution_strategy(witness: Witness) -> None:
 
 @loop(
     "accumulation",
-    "loss.backward(create_graph=True), and the diagonal of the Hessian for the log (AdaHessian)",
+    "loss.backward(create_graph=True), and the diagonal of H for the log (AdaHessian)",
     ALL_OF_LOSS,
 )
 def backward_with_create_graph(witness: Witness) -> None:
