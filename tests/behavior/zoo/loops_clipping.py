@@ -511,19 +511,6 @@ def clamping_hooks_while_frozen(witness: Witness) -> None:
     hooked_and_frozen(witness, lambda g: g.clamp(-0.05, 0.05), changed=True, thaw=True)
 
 
-@loop("clipping", "frozen after the forward pass: its gradient of this step is left out")
-def frozen_after_forward(witness: Witness) -> None:
-    model, optimizer, _ = simple(witness)
-    for step, (x, y) in enumerate(batches()):
-        optimizer.zero_grad()
-        loss = mse_loss(model(x), y)
-        model[0].requires_grad_(step != 2)
-        loss.backward()
-        witness.truth(lambda: mse_loss(model(x), y))
-        model[0].requires_grad_(True)
-        optimizer.step()
-
-
 @loop("clipping", "hooks put on for each step and taken off after it (gradient norms of some steps)")
 def hooks_of_one_step(witness: Witness) -> None:
     model, optimizer, probe = simple(witness)

@@ -379,9 +379,9 @@ def _reasons(trace: Trace, column: str) -> list[set[str]] | None:
     """The reasons for which each row lacks the column; None where the trace knows of no reasons."""
     if "absent" not in trace:
         return None
-    reasons = importlib.import_module("geomprobe.trace.absence").reasons
-    hidden = "Hg" if column in HG else "loss" if column in LOSS else column
-    return [{each.reason for each in reasons(number) if hidden in each.hides} for number in trace["absent"]]
+    absences = importlib.import_module("geomprobe.trace.absence").ABSENCES
+    of_column = [absence for absence in absences if absence.hides_column(column)]
+    return [{each.reason for each in of_column if int(number) & each.number} for number in trace["absent"]]
 
 
 def _judge(
