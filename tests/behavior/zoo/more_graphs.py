@@ -7,14 +7,17 @@ Hg is of the loss as the script evaluates it. Where the second derivative of the
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import mse_loss, sigmoid
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy, gumbel_softmax, linear, mse_loss, scaled_dot_product_attention, sigmoid
+from torch.nn.utils import parametrizations
 
 from behavior.zoo.witness import HG, Witness, batches, loop, mlp, sgd
 
@@ -313,17 +316,21 @@ def function_used_late(witness: Witness) -> None:
         calls.append(1)
 
 
-# Estimators: the gradient is not that of the value
-
-
-def _estimated(witness: Witness, between: Callable[[Tensor], Tensor], attach: bool = True) -> None:
-    """There is no loss whose gradient this is, so none whose Hessian could be meant."""
-    train(witness, between, attach, hessian=False)
+# Estimators: the gradient is that of a surrogate, in which what is detached is a constant
 
 
 @loop("estimators", "a straight-through estimator as a function", HG)
 def rounding_function(witness: Witness) -> None:
-    _estimated(witness, StraightThrough.apply)
+    model = Body(StraightThrough.apply)
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for x, y in batches():
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        h = model.first(x).detach()
+        rest = StraightThrough.apply(h) - h
+        witness.truth(lambda: mse_loss(model.second(model.first(x) + rest), y))
+        optimizer.step()
 
 
 @loop("estimators", "quantized weights with straight-through gradients", HG)
@@ -332,14 +339,15 @@ def quantization_aware(witness: Witness) -> None:
     optimizer = sgd(model)
     witness.watch(model, optimizer)
 
-    def loss(x: Tensor, y: Tensor) -> Tensor:
-        weights = {k: StraightThrough.apply(p) for k, p in model.named_parameters()}
-        return mse_loss(torch.func.functional_call(model, weights, (x,)), y)
+    def loss(x: Tensor, y: Tensor, quantized: Callable[[str, Tensor], Tensor]) -> Tensor:
+        weights = {name: quantized(name, p) for name, p in model.named_parameters()}
+        return mse_loss(functional_call(model, weights, (x,)), y)
 
     for x, y in batches():
         optimizer.zero_grad()
-        loss(x, y).backward()
-        witness.truth(lambda: loss(x, y), hessian=False)
+        loss(x, y, lambda name, p: StraightThrough.apply(p)).backward()
+        rest = {name: (StraightThrough.apply(p) - p).detach() for name, p in model.named_parameters()}
+        witness.truth(lambda: loss(x, y, lambda name, p: p + rest[name]))
         optimizer.step()
 
 
@@ -562,7 +570,7 @@ def learned_inner_rate(witness: Witness) -> None:
         weights = dict(model.named_parameters())
         slopes = torch.autograd.grad(mse_loss(model(x), y), list(weights.values()), create_graph=True)
         after = {k: p - rate * g for (k, p), g in zip(weights.items(), slopes, strict=True)}
-        return mse_loss(torch.func.functional_call(model, after, (x.flip(0),)), y.flip(0))
+        return mse_loss(functional_call(model, after, (x.flip(0),)), y.flip(0))
 
     for x, y in batches():
         optimizer.zero_grad()
@@ -582,4 +590,243 @@ def adversarial_by_grad(witness: Witness) -> None:
         optimizer.zero_grad()
         mse_loss(model(bad), y).backward()
         witness.truth(lambda: mse_loss(model(bad), y))
+        optimizer.step()
+
+
+@loop("higher order", "a penalty on the Jacobian by torch.func.jacrev of the model")
+def jacobian_by_func(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model, lr=0.05)
+    witness.watch(model, optimizer)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        slopes = torch.func.vmap(torch.func.jacrev(lambda one: model(one)))(x)
+        return mse_loss(model(x), y) + 0.1 * slopes.square().mean()
+
+    for x, y in batches():
+        optimizer.zero_grad()
+        loss(x, y).backward()
+        witness.truth(lambda: loss(x, y))
+        optimizer.step()
+
+
+@loop("higher order", "a penalty on a directional derivative by forward-mode differentiation", HG)
+def directional_derivative(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model, lr=0.05)
+    witness.watch(model, optimizer)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        with warnings.catch_warnings(), forward_ad.dual_level():
+            warnings.simplefilter("ignore")  # torch's, of its own
+            out, slope = forward_ad.unpack_dual(model(forward_ad.make_dual(x, torch.ones_like(x))))
+            return mse_loss(out, y) + 0.1 * slope.square().mean()
+
+    for x, y in batches():
+        optimizer.zero_grad()
+        loss(x, y).backward()
+        witness.truth(lambda: loss(x, y))
+        optimizer.step()
+
+
+@loop("higher order", "a Hessian-vector product inside the loss")
+def curvature_penalty(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model, lr=0.02)
+    witness.watch(model, optimizer, attach=False)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        value, weights = mse_loss(model(x), y), list(model.parameters())
+        slopes = torch.autograd.grad(value, weights, create_graph=True)
+        turned = torch.autograd.grad(sum(s.sum() for s in slopes), weights, create_graph=True)
+        return value + 0.01 * sum(t.square().sum() for t in turned)
+
+    for x, y in batches():
+        optimizer.zero_grad()
+        loss(x, y).backward()
+        witness.truth(lambda: loss(x, y))
+        optimizer.step()
+
+
+@loop("estimators", "a variational autoencoder's own noise")
+def variational(witness: Witness) -> None:
+    encoder, decoder = mlp(3, 4), mlp(2, 3)
+    model = nn.ModuleList([encoder, decoder])
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    witness.watch(model, optimizer)
+
+    def loss(x: Tensor) -> Tensor:
+        mean, log = encoder(x).chunk(2, 1)
+        out = decoder(mean + (0.5 * log).exp() * torch.randn_like(mean))
+        return mse_loss(out, x) + 0.1 * (mean**2 + log.exp() - log - 1).mean()
+
+    for x, _ in batches():
+        optimizer.zero_grad()
+        state = torch.get_rng_state()
+        loss(x).backward()
+
+        def again() -> Tensor:
+            torch.set_rng_state(state)
+            return loss(x)
+
+        witness.truth(again)
+        optimizer.step()
+
+
+@loop("estimators", "hard Gumbel samples with the gradient of soft ones", HG)
+def gumbel_hard(witness: Witness) -> None:
+    model = mlp(3, 4, 3)
+    table = torch.linspace(-1.0, 1.0, 3).double()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+
+    def samples(x: Tensor, state: Tensor, hard: bool) -> Tensor:
+        torch.set_rng_state(state)
+        return gumbel_softmax(model(x), tau=0.7, hard=hard)
+
+    for x, y in batches():
+        optimizer.zero_grad()
+        state = torch.get_rng_state()
+        mse_loss(samples(x, state, hard=True) @ table, y[:, 0]).backward()
+        rest = (samples(x, state, hard=True) - samples(x, state, hard=False)).detach()
+        witness.truth(lambda: mse_loss((samples(x, state, hard=False) + rest) @ table, y[:, 0]))
+        optimizer.step()
+
+
+@loop("estimators", "each loss is divided by its own detached value")
+def balanced_losses(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+
+    def losses(x: Tensor, y: Tensor) -> Tensor:
+        out = model(x)
+        return torch.stack([mse_loss(out, y), (out - y.roll(1, 0)).abs().sqrt().mean()])
+
+    for x, y in batches():
+        optimizer.zero_grad()
+        found = losses(x, y)
+        sizes = found.detach().clone()
+        (found / found.detach()).sum().backward()
+        witness.truth(lambda: (losses(x, y) / sizes).sum())
+        optimizer.step()
+
+
+@loop("estimators", "spectral normalization by hand, whose norm is detached", HG)
+def detached_norm(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer, attach=False)
+
+    def run(x: Tensor, norm: Tensor) -> Tensor:
+        return model[1:](linear(x, model[0].weight / norm, model[0].bias))
+
+    for x, y in batches():
+        norm = torch.linalg.matrix_norm(model[0].weight, 2).detach()
+        optimizer.zero_grad()
+        mse_loss(run(x, norm), y).backward()
+        witness.truth(lambda: mse_loss(run(x, norm), y))
+        optimizer.step()
+
+
+@loop("memory", "hidden values are written into one buffer at each step, and read from it by the loss", HG)
+def hidden_in_one_buffer(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    table = torch.zeros(6, 5, dtype=torch.float64)
+    for x, y in batches():
+        optimizer.zero_grad()
+        table = table.detach()
+        table[:] = torch.tanh(model[0](x))
+        mse_loss(model[2](table), y).backward()
+        witness.truth(lambda: mse_loss(model(x), y))
+        optimizer.step()
+
+
+@loop("memory", "a class weight that lives in a buffer is updated through .data before the step", HG)
+def class_weights_in_buffer(witness: Witness) -> None:
+    model = mlp(3, 4, 3)
+    model.register_buffer("weights", torch.ones(3, dtype=torch.float64))
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for x, y in batches():
+        labels = (y[:, 0] > 0).long() + (y[:, 0] > 1).long()
+        optimizer.zero_grad()
+        weights = model.weights.clone()
+        cross_entropy(model(x), labels, weight=model.weights).backward()
+        model.weights.data.add_(torch.bincount(labels, minlength=3))
+        witness.truth(lambda: cross_entropy(model(x), labels, weight=weights))
+        optimizer.step()
+
+
+@loop("memory", "the loss's own weight is a tensor that is written over before the step", HG)
+def loss_weight_written_over(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer, attach=False)
+    weight = torch.tensor(1.0, dtype=torch.float64)
+    for t, (x, y) in enumerate(batches()):
+        optimizer.zero_grad()
+        (weight * mse_loss(model(x), y)).backward()
+        weight.data.fill_(1.0 / (t + 2))
+        witness.truth(lambda: mse_loss(model(x), y) / (t + 1))
+        optimizer.step()
+
+
+@loop("functions", "two functions with hidden intermediates in one graph", HG)
+def functions_in_a_row(witness: Witness) -> None:
+    train(witness, lambda x: SavedIntermediate.apply(IntermediateOnContext.apply(x)))
+
+
+@loop("functions", "a hidden term that is 0 at the first step, and not later", HG)
+def function_with_late_error(witness: Witness) -> None:
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.gate = mlp(3, 4, 1), nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x) + self.gate.square() * SavedIntermediate.apply(self.body[0](x)).sum(1, keepdim=True)
+
+    model = Late()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for t, (x, y) in enumerate(batches()):
+        if t == 1:
+            with torch.no_grad():
+                model.gate.fill_(1.0)
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        witness.truth(lambda: mse_loss(model(x), y))
+        optimizer.step()
+
+
+@loop("functions", "torch's own weight_norm of a convolution, no attach", HG)
+def weight_norm_of_convolution(witness: Witness) -> None:
+    model = nn.Sequential(parametrizations.weight_norm(nn.Conv1d(1, 2, 2)), nn.Tanh(), nn.Flatten(), nn.Linear(4, 1))
+    model = model.double()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer, attach=False)
+    for x, y in batches():
+        optimizer.zero_grad()
+        mse_loss(model(x[:, None]), y).backward()
+        witness.truth(lambda: mse_loss(model(x[:, None]), y))
+        optimizer.step()
+
+
+@loop("functions", "attention by the kernel that torch chooses", HG)
+def fused_attention(witness: Witness) -> None:
+    model = nn.ModuleDict({"qkv": nn.Linear(3, 6), "out": nn.Linear(2, 1)}).double()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+
+    def run(x: Tensor) -> Tensor:
+        q, k, v = model["qkv"](x)[None].chunk(3, 2)
+        return model["out"](scaled_dot_product_attention(q, k, v))[0]
+
+    for x, y in batches():
+        optimizer.zero_grad()
+        mse_loss(run(x), y).backward()
+        witness.truth(lambda: mse_loss(run(x), y))
         optimizer.step()
