@@ -5,10 +5,13 @@
 from __future__ import annotations
 
 import copy
+import threading
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import backward
 from torch.nn.functional import mse_loss, smooth_l1_loss
 
 from behavior.zoo.witness import ALL_OF_LOSS, HG, Witness, batches, loader, loop, mlp, parts, sgd, simple
@@ -174,11 +177,11 @@ def two_tasks(witness: Witness, backward: Callable[[Tensor, Tensor], None], weig
 
 @loop("accumulation", "two tasks, a backward pass each, with retain_graph", HG)
 def two_tasks_apart(witness: Witness) -> None:
-    def backward(left: Tensor, right: Tensor) -> None:
+    def of_both(left: Tensor, right: Tensor) -> None:
         left.backward(retain_graph=True)
         right.backward()
 
-    two_tasks(witness, backward)
+    two_tasks(witness, of_both)
 
 
 @loop("accumulation", "two tasks' losses summed with weights")
@@ -199,11 +202,11 @@ def backward_of_weighted_list(witness: Witness) -> None:
 
 @loop("accumulation", "loss.backward(gradient=0.3) for each task", ALL_OF_LOSS)
 def backward_with_weight(witness: Witness) -> None:
-    def backward(left: Tensor, right: Tensor) -> None:
+    def of_both(left: Tensor, right: Tensor) -> None:
         left.backward(torch.tensor(0.3, dtype=torch.float64), retain_graph=True)
         right.backward(gradient=torch.tensor(2.0, dtype=torch.float64))
 
-    two_tasks(witness, backward, (0.3, 2))
+    two_tasks(witness, of_both, (0.3, 2))
 
 
 @loop("accumulation", "loss.backward(torch.ones_like(loss))", HG)
@@ -583,4 +586,92 @@ def maximized(witness: Witness) -> None:
         optimizer.zero_grad()
         probe.backward(-mse_loss(model(x), y))
         witness.truth(lambda: -mse_loss(model(x), y))
+        optimizer.step()
+
+
+@loop("accumulation", "static loss scale by hand: loss * 1024, then p.grad /= 1024", ALL_OF_LOSS)
+def static_loss_scale(witness: Witness) -> None:
+    model, optimizer, _ = simple(witness)
+    for x, y in batches():
+        optimizer.zero_grad()
+        (1024 * mse_loss(model(x), y)).backward()
+        for p in model.parameters():
+            p.grad /= 1024
+        witness.truth(lambda: mse_loss(model(x), y))
+        optimizer.step()
+
+
+@loop("accumulation", "one part by torch.autograd.backward imported by its name, one by loss.backward()", ALL_OF_LOSS)
+def backward_by_its_name(witness: Witness) -> None:
+    model, optimizer, _ = simple(witness)
+    for x, y in batches():
+        optimizer.zero_grad()
+        (x1, y1), (x2, y2) = parts(x, y)
+        backward(mse_loss(model(x1), y1) / 2)
+        (mse_loss(model(x2), y2) / 2).backward()
+        witness.truth(lambda: mse_loss(model(x), y))
+        optimizer.step()
+
+
+@loop("accumulation", "one part taken backward in another thread", ALL_OF_LOSS)
+def backward_in_thread(witness: Witness) -> None:
+    model, optimizer, _ = simple(witness)
+    for x, y in batches():
+        optimizer.zero_grad()
+        for xs, ys in parts(x, y):
+            thread = threading.Thread(target=(mse_loss(model(xs), ys) / 2).backward)
+            thread.start()
+            thread.join()
+        witness.truth(lambda: mse_loss(model(x), y))
+        optimizer.step()
+
+
+@loop("accumulation", "body and head frozen in turn: each gets the gradient of a loss of its own", ALL_OF_LOSS)
+def frozen_in_turn(witness: Witness) -> None:
+    body, head = mlp(3, 4), mlp(4, 1)
+    model = nn.Sequential(body, nn.Tanh(), head)
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for x, y in batches():
+        optimizer.zero_grad()
+        for frozen, target in ((head, y), (body, -y)):
+            frozen.requires_grad_(False)
+            mse_loss(model(x), target).backward()
+            frozen.requires_grad_(True)
+        h, (weight, bias) = body(x).tanh().detach(), (p.detach().clone() for p in head.parameters())
+        witness.truth(lambda: mse_loss(body(x).tanh() @ weight.T + bias, y) + mse_loss(head(h), -y))
+        optimizer.step()
+
+
+@loop("accumulation", "evolution strategy: p.grad assigned, no backward pass at all", ALL_OF_LOSS)
+def evolution_strategy(witness: Witness) -> None:
+    model, optimizer, _ = simple(witness, attach=False, lr=0.02)
+    for x, y in batches():
+        for p in model.parameters():
+            noise = 0.1 * torch.randn_like(p)
+            with torch.no_grad():
+                p.add_(noise)
+                better = mse_loss(model(x), y)
+                p.sub_(noise)
+                p.grad = better * noise
+        witness.truth(lambda: mse_loss(model(x), y), changed=True)
+        optimizer.step()
+
+
+@loop("accumulation", "loss.backward(create_graph=True), and the diagonal of the Hessian for the log (AdaHessian)", HG)
+def backward_with_create_graph(witness: Witness) -> None:
+    model, optimizer, _ = simple(witness)
+    log = []
+    for x, y in batches():
+        optimizer.zero_grad()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            mse_loss(model(x), y).backward(create_graph=True)
+        signs = [torch.randint_like(p, 2) * 2 - 1 for p in model.parameters()]
+        grads = [p.grad for p in model.parameters()]
+        products = torch.autograd.grad(grads, list(model.parameters()), signs)
+        log.append([(h * s).mean().item() for h, s in zip(products, signs, strict=True)])
+        for p in model.parameters():
+            p.grad = p.grad.detach()
+        witness.truth(lambda: mse_loss(model(x), y))
         optimizer.step()

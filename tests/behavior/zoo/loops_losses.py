@@ -4,12 +4,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, kl_div, log_softmax, mse_loss, softmax
+from torch.utils.checkpoint import checkpoint
 
 from behavior.zoo.witness import ALL_OF_LOSS, HG, Witness, batches, loader, loop, mlp, parts, sgd, simple
 
@@ -613,4 +615,205 @@ def truncated_sequence(witness: Witness) -> None:
             hidden = hidden.detach()
         pairs = list(zip(x.chunk(3), states, strict=True))
         witness.truth(lambda: sum(cell(piece, state).square().mean() for piece, state in pairs))
+        optimizer.step()
+
+
+@loop("losses", "loss += penalty in place, before the backward pass")
+def penalty_added_in_place(witness: Witness) -> None:
+    model, optimizer, probe = simple(witness)
+
+    def loss_of(x: Tensor, y: Tensor) -> Tensor:
+        loss = mse_loss(model(x), y)
+        loss += 0.1 * model(x).square().mean()
+        loss *= 2
+        return loss
+
+    for x, y in batches():
+        optimizer.zero_grad()
+        probe.backward(loss_of(x, y))
+        witness.truth(lambda: loss_of(x, y))
+        optimizer.step()
+
+
+@loop("losses", "losses of the pieces of a batch added up in one tensor, one backward pass at the end")
+def added_up(witness: Witness) -> None:
+    model, optimizer, _ = simple(witness, attach=False)
+
+    def loss_of(x: Tensor, y: Tensor) -> Tensor:
+        total = torch.zeros(1, dtype=torch.float64)
+        for xs, ys in parts(x, y, 3):
+            total += mse_loss(model(xs), ys)
+        return total.squeeze()
+
+    for x, y in batches():
+        optimizer.zero_grad()
+        loss_of(x, y).backward()
+        witness.truth(lambda: loss_of(x, y))
+        optimizer.step()
+
+
+@loop("losses", "gradient norm logged by torch.autograd.grad(retain_graph=True) before the backward pass")
+def logged_by_autograd_grad(witness: Witness) -> None:
+    model, optimizer, _ = simple(witness)
+    log = []
+    for x, y in batches():
+        optimizer.zero_grad()
+        loss = mse_loss(model(x), y)
+        grads = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        log.append(sum(g.square().sum() for g in grads).item())
+        loss.backward()
+        witness.truth(lambda: mse_loss(model(x), y))
+        optimizer.step()
+
+
+class Drawing(nn.Module):
+    """Dropout and batch normalization around a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = mlp(3, 5), nn.BatchNorm1d(5).double(), mlp(5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(nn.functional.dropout(self.norm(self.first(x)).tanh(), 0.3))
+
+
+@loop("losses", "dropout and batch normalization")
+def dropout_and_norm(witness: Witness) -> None:
+    model = Drawing()
+    optimizer = sgd(model)
+    probe = witness.watch(model, optimizer)
+
+    def again(state: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        torch.set_rng_state(state)
+        return mse_loss(model(x), y)
+
+    for x, y in batches():
+        state = torch.get_rng_state()
+        optimizer.zero_grad()
+        probe.backward(mse_loss(model(x), y))
+        witness.truth(lambda: again(state, x, y))
+        optimizer.step()
+
+
+def checkpointed(witness: Witness, reentrant: bool) -> None:
+    body, head = mlp(3, 4), mlp(4, 1)
+    model = nn.Sequential(body, nn.Tanh(), head)
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for x, y in batches():
+        optimizer.zero_grad()
+        x.requires_grad_(reentrant)
+        mse_loss(head(checkpoint(lambda x: body(x).tanh(), x, use_reentrant=reentrant)), y).backward()
+        witness.truth(lambda: mse_loss(model(x), y))
+        optimizer.step()
+
+
+@loop("losses", "activation checkpointing", HG)
+def checkpointing(witness: Witness) -> None:
+    checkpointed(witness, reentrant=False)
+
+
+@loop("losses", "reentrant activation checkpointing: backward passes inside the backward pass", HG)
+def reentrant_checkpointing(witness: Witness) -> None:
+    checkpointed(witness, reentrant=True)
+
+
+def packed(witness: Witness, hooks: Callable[[], Any], changed: bool) -> None:
+    model, optimizer, _ = simple(witness)
+    for x, y in batches():
+        optimizer.zero_grad()
+        with hooks():
+            loss = mse_loss(model(x), y)
+        loss.backward()
+        witness.truth(lambda: mse_loss(model(x), y), changed=changed)
+        optimizer.step()
+
+
+@loop("losses", "activations kept on the host: torch.autograd.graph.save_on_cpu", HG)
+def saved_on_cpu(witness: Witness) -> None:
+    packed(witness, torch.autograd.graph.save_on_cpu, changed=False)
+
+
+@loop("losses", "activations kept in bfloat16 (compressed by saved_tensors_hooks)", ALL_OF_LOSS)
+def saved_in_bfloat16(witness: Witness) -> None:
+    packed(
+        witness,
+        lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t.bfloat16(), lambda t: t.double()),
+        changed=True,
+    )
+
+
+class Stored(torch.autograd.Function):
+    """The square, which keeps its input on ctx without save_for_backward."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        ctx.h = h.detach()
+        return h.square()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * ctx.h * gradient
+
+
+@loop("losses", "a Function that stores on ctx without save_for_backward", HG)
+def stored_on_ctx(witness: Witness) -> None:
+    model, optimizer, probe = simple(witness)
+    for x, y in batches():
+        optimizer.zero_grad()
+        probe.backward(Stored.apply(model(x) - y).mean())
+        witness.truth(lambda: (model(x) - y).square().mean())
+        optimizer.step()
+
+
+class Sliced(torch.autograd.Function):
+    """The square, whose backward leaves part of the derivative out, as a bug does."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        ctx.save_for_backward(h)
+        return h.square()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (h,) = ctx.saved_tensors
+        return h * gradient
+
+
+@loop("losses", "a Function whose backward forgets a factor", ALL_OF_LOSS)
+def wrong_backward(witness: Witness) -> None:
+    model, optimizer, _ = simple(witness)
+    for x, y in batches():
+        optimizer.zero_grad()
+        Sliced.apply(model(x) - y).mean().backward()
+        witness.truth(lambda: (model(x) - y).square().mean(), changed=True)
+        optimizer.step()
+
+
+@loop("losses", "an activation changed in place after it was used, where autograd does not see it (.data)", HG)
+def activation_changed(witness: Witness) -> None:
+    model, optimizer, _ = simple(witness)
+    for x, y in batches():
+        optimizer.zero_grad()
+        inputs = x.clone()
+        loss = mse_loss(model(inputs), y)
+        loss.backward()
+        inputs.data.zero_()  # the buffer of the loader is used again
+        witness.truth(lambda: mse_loss(model(x), y))
+        optimizer.step()
+
+
+@loop("losses", "one batch tensor for all steps, filled in place by the loader after each backward pass", HG)
+def one_batch_tensor(witness: Witness) -> None:
+    model, optimizer, _ = simple(witness)
+    x, y = (tensor.clone() for tensor in batches(1)[0])
+    data = batches(5)
+    for now, following in itertools.pairwise(data):
+        x.copy_(now[0])
+        y.copy_(now[1])
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        x.copy_(following[0])
+        y.copy_(following[1])
+        witness.truth(lambda: mse_loss(model(now[0]), now[1]))
         optimizer.step()

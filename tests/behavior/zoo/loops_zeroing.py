@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from behavior.zoo.witness import ALL_OF_LOSS, Witness, batches, loader, loop, mlp, sgd, simple
+from behavior.zoo.witness import ALL_OF_LOSS, Witness, batches, loader, loop, mlp, parts, sgd, simple
 
 
 @loop("zeroing", "zero_grad before each backward pass, epochs named")
@@ -437,3 +437,81 @@ def zeroed_between_parts(witness: Witness) -> None:
             probe.backward(mse_loss(model(xs), ys) / 2)
         witness.truth(lambda: mse_loss(model(xs), ys) / 2)
         optimizer.step()
+
+
+@loop("zeroing", "zero_grad between backward and step, by mistake: the step takes no gradient")
+def zeroed_before_step(witness: Witness) -> None:
+    model, optimizer, _ = simple(witness)
+    for step, (x, y) in enumerate(batches()):
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        if step == 1:
+            optimizer.zero_grad(set_to_none=False)
+        witness.truth(None if step == 1 else lambda: mse_loss(model(x), y))
+        optimizer.step()
+
+
+@loop("zeroing", "two steps with the gradient of one backward pass")
+def two_steps_of_one_gradient(witness: Witness) -> None:
+    model, optimizer, probe = simple(witness)
+    for x, y in batches(3):
+        optimizer.zero_grad()
+        probe.backward(mse_loss(model(x), y))
+        witness.truth(lambda: mse_loss(model(x), y))
+        optimizer.step()
+        witness.truth(None)  # the loss was that of other weights
+        optimizer.step()
+
+
+def out_of_memory(gradient: Tensor) -> None:
+    raise RuntimeError("CUDA out of memory")
+
+
+@loop("zeroing", "a backward pass runs out of memory half way, the script zeroes and takes the next batch")
+def out_of_memory_skipped(witness: Witness) -> None:
+    model, optimizer, _ = simple(witness)
+    for step, (x, y) in enumerate(batches(5)):
+        optimizer.zero_grad()
+        handle = model[0].weight.register_hook(out_of_memory) if step == 2 else None
+        try:
+            mse_loss(model(x), y).backward()
+        except RuntimeError:
+            handle.remove()
+            optimizer.zero_grad()
+            continue
+        witness.truth(lambda: mse_loss(model(x), y))
+        optimizer.step()
+
+
+@loop("zeroing", "a backward pass runs out of memory, p.grad = None by hand, and the batch again by halves")
+def out_of_memory_halved(witness: Witness) -> None:
+    model, optimizer, _ = simple(witness, attach=False)
+    for step, (x, y) in enumerate(batches()):
+        optimizer.zero_grad()
+        handle = model[0].weight.register_hook(out_of_memory) if step == 2 else None
+        try:
+            mse_loss(model(x), y).backward()
+        except RuntimeError:
+            handle.remove()
+            for p in model.parameters():
+                p.grad = None
+            for xs, ys in parts(x, y):
+                (mse_loss(model(xs), ys) / 2).backward()
+        witness.truth(lambda: mse_loss(model(x), y))
+        optimizer.step()
+
+
+@loop("zeroing", "a backward pass runs out of memory, p.grad.zero_() by hand where there is one", ALL_OF_LOSS)
+def out_of_memory_zeroed_by_hand(witness: Witness) -> None:
+    model, optimizer, _ = simple(witness)
+    for step, (x, y) in enumerate(batches(5)):
+        handle = model[0].weight.register_hook(out_of_memory) if step == 2 else None
+        try:
+            mse_loss(model(x), y).backward()
+            witness.truth(lambda: mse_loss(model(x), y))
+            optimizer.step()
+        except RuntimeError:
+            handle.remove()
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad.zero_()
