@@ -693,3 +693,12 @@ def folds(witness: Witness) -> None:
         with torch.no_grad():
             for batch in DataLoader(Subset(source, range(fold, 18, 3)), 6):
                 training.loss(batch)
+
+
+@loop("named epochs", "a framework sets probe.epoch")
+def epoch_set(witness: Witness) -> None:
+    training, data = Training(witness, attach=True), loader(count=2)
+    for epoch in range(3, 6):
+        training.probe.epoch = epoch
+        for batch in data:
+            training.step(batch, epoch=epoch)

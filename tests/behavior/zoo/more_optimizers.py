@@ -700,3 +700,47 @@ def closure_zeroed_outside(witness: Witness) -> None:
 
         model.zero_grad(set_to_none=False)
         optimizer.step(closure)
+
+
+@loop("optimizers", "a new optimizer each epoch", refused="Two optimizers step")
+def optimizer_made_each_epoch(witness: Witness) -> None:
+    model = mlp()
+    witness.watch(model, sgd(model), attach=False)
+    for _ in range(2):
+        optimizer = sgd(model)
+        for x, y in batches(2):
+            optimizer.zero_grad()
+            mse_loss(model(x), y).backward()
+            optimizer.step()
+
+
+@loop("optimizers", "the dictionary of a group is replaced by another")
+def group_replaced(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for t, (x, y) in enumerate(batches()):
+        optimizer.param_groups[0] = {**optimizer.param_groups[0], "lr": 0.1 / (t + 1)}
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        witness.truth(lambda: mse_loss(model(x), y), lr=0.1 / (t + 1))
+        optimizer.step()
+
+
+@loop(
+    "optimizers",
+    "the optimizer's state is cleared between two steps with one gradient",
+    ALL_OF_LOSS,
+)
+def state_cleared(witness: Witness) -> None:
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    witness.watch(model, optimizer)
+    for x, y in batches():
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        witness.truth(lambda: mse_loss(model(x), y))
+        optimizer.step()
+        optimizer.state.clear()
+        witness.truth(None)  # the gradient is of the weights before
+        optimizer.step()

@@ -868,3 +868,105 @@ def frozen_for_an_attack_after_zero_grad(witness: Witness) -> None:
         mse_loss(model(bad), y).backward()
         witness.truth(lambda: mse_loss(model(bad), y))
         optimizer.step()
+
+
+@loop("kinds of parameters", "real parameters that the model reads as complex ones")
+def complex_by_real_parameters(witness: Witness) -> None:
+    w = nn.Parameter(torch.randn(3, 1, 2, dtype=torch.float64))
+
+    def model(x: Tensor) -> Tensor:
+        return (x.to(torch.complex128) @ torch.view_as_complex(w)).abs().square()
+
+    train(witness, model, torch.optim.SGD([w], lr=0.01))
+
+
+@loop(
+    "kinds of parameters",
+    "an integer parameter without gradients, which the optimizer is given too",
+    refused="only dense real parameters",
+)
+def integer_parameter(witness: Witness) -> None:
+    class Indexed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = mlp()
+            self.order = nn.Parameter(torch.tensor([2, 0, 1]), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x[:, self.order])
+
+    model = Indexed()
+    train(witness, model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+@loop("kinds of parameters", "a subclass of Parameter")
+def parameter_subclass(witness: Witness) -> None:
+    class Decayed(nn.Parameter):
+        decay = 0.1
+
+    model = mlp()
+    model[0].weight = Decayed(model[0].weight.detach().clone())
+    train(witness, model, sgd(model), attach=False)
+
+
+@loop("kinds of parameters", "gradients that are expanded from one number, set by hand", ALL_OF_LOSS)
+def expanded_gradients(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for x, y in batches():
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        for p in model.parameters():
+            p.grad = p.grad.mean().expand_as(p)
+        witness.truth(lambda: mse_loss(model(x), y), changed=True)
+        optimizer.step()
+
+
+@loop("kinds of parameters", "attach to a model that the optimizer does not train")
+def attached_to_another_model(witness: Witness) -> None:
+    model, other = mlp(), mlp()
+    optimizer = sgd(model)
+    witness.watch(other, optimizer)
+    for x, y in batches():
+        step_on(witness, lambda x: model(x) + other(x), optimizer, x, y)
+
+
+@loop("kinds of parameters", "the weight of a penalty is a plain number, read off the weights")
+def penalty_by_item(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for x, y in batches():
+        size = model[0].weight.norm().item()
+        optimizer.zero_grad()
+        (mse_loss(model(x), y) + 0.1 * size * model[2].weight.square().sum()).backward()
+        witness.truth(lambda: mse_loss(model(x), y) + 0.1 * size * model[2].weight.square().sum())
+        optimizer.step()
+
+
+@loop("freezing", "every second step is without a gradient: momentum moves on")
+def every_second_without_gradient(witness: Witness) -> None:
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    witness.watch(model, optimizer)
+    for t, (x, y) in enumerate(batches()):
+        optimizer.zero_grad(set_to_none=False)
+        if t % 2:
+            witness.truth(None)
+        else:
+            mse_loss(model(x), y).backward()
+            witness.truth(lambda: mse_loss(model(x), y))
+        optimizer.step()
+
+
+@loop("freezing", "a parameter goes over to another group in the middle", refused="parameter groups held")
+def moved_to_another_group(witness: Witness) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD([{"params": model[0].parameters()}, {"params": model[2].parameters()}], lr=0.1)
+    witness.watch(model, optimizer)
+    for t, (x, y) in enumerate(batches()):
+        if t == 2:
+            first, second = optimizer.param_groups
+            second["params"].append(first["params"].pop())
+        step_on(witness, model, optimizer, x, y)
