@@ -702,3 +702,48 @@ def epoch_set(witness: Witness) -> None:
         training.probe.epoch = epoch
         for batch in data:
             training.step(batch, epoch=epoch)
+
+
+@loop("epochs", "two loaders over one data set take turns, with samplers of their own", EPOCH)
+def samplers_in_turn(witness: Witness) -> None:
+    training = Training(witness)
+    source = loader(count=3).dataset
+    pair = DataLoader(source, 6), DataLoader(source, 6, shuffle=True)
+    for epoch in range(2):
+        iterators = [iter(data) for data in pair]
+        for t in range(6):
+            training.step(next(iterators[t % 2]), epoch=epoch)
+
+
+@loop("epochs", "full batches: a pass over the loader is a step")
+def full_batches(witness: Witness) -> None:
+    training, data = Training(witness), loader(count=1)
+    for epoch in range(4):
+        for batch in data:
+            training.step(batch, epoch=epoch)
+
+
+@loop("epochs", "a dry run: each epoch ends after one batch", EPOCH)
+def one_batch_an_epoch(witness: Witness) -> None:
+    training, data = Training(witness), loader(count=3)
+    for epoch in range(4):
+        for batch in data:
+            training.step(batch, epoch=epoch)
+            break
+
+
+@loop(
+    "epochs",
+    "one loader, evaluated with gradients after the third step of each epoch on another of the same data",
+    EPOCH,
+)
+def evaluated_on_the_same_data(witness: Witness) -> None:
+    training, data = Training(witness), loader(count=4)
+    other = DataLoader(data.dataset, 12)
+    for epoch in range(2):
+        for t, batch in enumerate(data):
+            training.step(batch, epoch=epoch)
+            if t == 2:
+                for held_out in other:
+                    training.loss(held_out).item()
+                    break

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy, gumbel_softmax, linear, mse_loss, scaled_dot_product_attention, sigmoid
 from torch.nn.utils import parametrizations
 
-from behavior.zoo.witness import HG, Witness, batches, loop, mlp, sgd
+from behavior.zoo.witness import ALL_OF_LOSS, HG, Witness, batches, loop, mlp, sgd
 
 
 class Body(nn.Module):
@@ -829,4 +829,82 @@ def fused_attention(witness: Witness) -> None:
         optimizer.zero_grad()
         mse_loss(run(x), y).backward()
         witness.truth(lambda: mse_loss(run(x), y))
+        optimizer.step()
+
+
+@loop(
+    "estimators", "feedback alignment: other weights are in p.data for the backward pass, and only there", ALL_OF_LOSS
+)
+def feedback_alignment(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    fixed = torch.linspace(-0.5, 0.7, model[2].weight.numel()).double().view_as(model[2].weight)
+    for x, y in batches():
+        optimizer.zero_grad()
+        loss = mse_loss(model(x), y)
+        kept = model[2].weight.detach().clone()
+        model[2].weight.data.copy_(fixed)
+        loss.backward()
+        model[2].weight.data.copy_(kept)
+        witness.truth(lambda: mse_loss(model(x), y), changed=True, hessian=False)
+        optimizer.step()
+
+
+@loop("estimators", "gradients are reversed through .data; those of the first token are 0", ALL_OF_LOSS)
+def reversed_with_zero_first(witness: Witness) -> None:
+    model = nn.Embedding(5, 2).double()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for _, y in batches():
+        tokens = torch.arange(6) % 4 + 1  # 0 is for padding
+        loss = lambda: mse_loss(model(tokens).prod(1, keepdim=True), y)  # noqa: E731
+        optimizer.zero_grad()
+        loss().backward()
+        model.weight.grad.data.neg_()
+        witness.truth(lambda: -loss())
+        optimizer.step()
+
+
+@loop("functions", "a function after one linear layer: what its second derivative lacks is symmetric", HG)
+def function_at_the_end(witness: Witness) -> None:
+    model = nn.Linear(3, 1).double()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for x, y in batches():
+        optimizer.zero_grad()
+        mse_loss(SavedIntermediate.apply(model(x)), y).backward()
+        witness.truth(lambda: mse_loss(SavedIntermediate.apply(model(x)), y))
+        optimizer.step()
+
+
+@loop("functions", "torch's weight_norm in a second head, which is used at each second step", HG)
+def weight_norm_at_each_second_step(witness: Witness) -> None:
+    model = nn.ModuleList([mlp(3, 4, 1), nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 4)), nn.Linear(4, 1))])
+    model = model.double()
+    optimizer = sgd(model, lr=0.02)
+    witness.watch(model, optimizer)
+    for t, (x, y) in enumerate(batches(10)):
+        head = model[t % 2]
+        optimizer.zero_grad()
+        mse_loss(head(x).tanh(), y).backward()
+        witness.truth(lambda: mse_loss(head(x).tanh(), y))
+        optimizer.step()
+
+
+@loop(
+    "memory", "a target network's soft update through .data between backward pass and step, which the loss has used", HG
+)
+def target_network_moved(witness: Witness) -> None:
+    model, target = mlp(), mlp().requires_grad_(False)
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for x, y in batches():
+        kept = {name: p.detach().clone() for name, p in target.named_parameters()}
+        loss = lambda weights: mse_loss(functional_call(target, weights, (model(x) * x,)), y)  # noqa: E731
+        optimizer.zero_grad()
+        mse_loss(target(model(x) * x), y).backward()
+        for p, q in zip(target.parameters(), model.parameters(), strict=True):
+            p.data.mul_(0.9).add_(q.data, alpha=0.1)
+        witness.truth(lambda: loss(kept))
         optimizer.step()

@@ -744,3 +744,36 @@ def state_cleared(witness: Witness) -> None:
         optimizer.state.clear()
         witness.truth(None)  # the gradient is of the weights before
         optimizer.step()
+
+
+class DecaysFirst(torch.optim.SGD):
+    """SGDW: decays the weights, and takes the parent's step."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(1 - 0.1 * group["lr"])
+        return super().step(closure)
+
+
+class DecaysFirstByData(torch.optim.SGD):
+    """The same through p.data."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.mul_(1 - 0.1 * group["lr"])
+        return super().step(closure)
+
+
+@loop("optimizers", "a subclass that decays the weights before the parent's step", ALL_OF_LOSS)
+def own_decay_first(witness: Witness) -> None:
+    model = mlp()
+    train(witness, model, DecaysFirst(model.parameters(), lr=0.5))
+
+
+@loop("optimizers", "a subclass that decays p.data before the parent's step, no attach", ALL_OF_LOSS)
+def own_decay_first_by_data(witness: Witness) -> None:
+    model = mlp()
+    train(witness, model, DecaysFirstByData(model.parameters(), lr=0.5), attach=False)
