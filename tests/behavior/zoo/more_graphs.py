@@ -908,3 +908,90 @@ def target_network_moved(witness: Witness) -> None:
             p.data.mul_(0.9).add_(q.data, alpha=0.1)
         witness.truth(lambda: loss(kept))
         optimizer.step()
+
+
+def _clamp_data(gradient: Tensor) -> None:
+    gradient.data.clamp_(-0.02, 0.02)
+
+
+@loop("model hooks", "a parameter's hook clamps gradient.data", ALL_OF_LOSS)
+def hook_clamps_data(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for p in model.parameters():
+        p.register_hook(_clamp_data)
+    for x, y in batches():
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        witness.truth(lambda: mse_loss(model(x), y), changed=True)
+        optimizer.step()
+
+
+@loop("model hooks", "a hook after accumulation clamps p.grad.data, no attach", ALL_OF_LOSS)
+def accumulated_hook_clamps_data(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer, attach=False)
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: _clamp_data(p.grad))
+    for x, y in batches():
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        witness.truth(lambda: mse_loss(model(x), y), changed=True)
+        optimizer.step()
+
+
+@loop("model hooks", "a hook on a hidden tensor clamps gradient.data", HG)
+def hidden_hook_clamps_data(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for x, y in batches():
+        optimizer.zero_grad()
+        hidden = model[:2](x)
+        hidden.register_hook(_clamp_data)
+        mse_loss(model[2](hidden), y).backward()
+        witness.truth(lambda: mse_loss(model(x), y), changed=True, hessian=False)
+        optimizer.step()
+
+
+def _noise_in_forward(witness: Witness, module: bool, back_before_backward: bool) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model if module else None, optimizer)
+    for x, y in batches():
+        optimizer.zero_grad()
+        kept = [p.detach().clone() for p in model.parameters()]
+        if back_before_backward:
+            for p in model.parameters():
+                p.data.mul_(1.2)
+        h = x
+        for layer in model:  # by parts
+            h = layer(h)
+        loss = mse_loss(h, y)
+        if back_before_backward:
+            for p, value in zip(model.parameters(), kept, strict=True):
+                p.data.copy_(value)
+        else:
+            for p in model.parameters():
+                p.data.mul_(1.2)
+        loss.backward()
+        value = loss.detach()
+        witness.truth(lambda: value + 0.0 * sum(p.sum() for p in model.parameters()), changed=True, hessian=False)
+        optimizer.step()
+
+
+@loop("memory", "layers are called with noise in p.data, which is gone before the backward pass", ALL_OF_LOSS)
+def noise_in_forward_by_parts(witness: Witness) -> None:
+    _noise_in_forward(witness, module=True, back_before_backward=True)
+
+
+@loop("memory", "the same with attach(None)", ALL_OF_LOSS)
+def noise_in_forward_no_module(witness: Witness) -> None:
+    _noise_in_forward(witness, module=False, back_before_backward=True)
+
+
+@loop("memory", "p.data moves between the calls of the layers and the backward pass", ALL_OF_LOSS)
+def moved_after_forward_by_parts(witness: Witness) -> None:
+    _noise_in_forward(witness, module=True, back_before_backward=False)

@@ -626,3 +626,20 @@ def unscaled_by_hand(witness: Witness) -> None:
             p.grad /= scaler.get_scale()
         witness.truth(lambda: mse_loss(model(x), y))
         optimizer.step()
+
+
+@loop("precision", "a GradScaler's scale changes between two micro-batches of a step", ALL_OF_LOSS)
+def scale_changed_within_step(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    witness.watch(model, optimizer, scaler=scaler)
+    for x, y in batches():
+        optimizer.zero_grad()
+        scaler.scale(mse_loss(model(x[:3]), y[:3])).backward()
+        scaler.update(new_scale=16.0)
+        scaler.scale(mse_loss(model(x[3:]), y[3:])).backward()
+        scaler.unscale_(optimizer)
+        witness.truth(lambda: 0.25 * mse_loss(model(x[:3]), y[:3]) + mse_loss(model(x[3:]), y[3:]))
+        scaler.step(optimizer)
+        scaler.update(new_scale=4.0)
