@@ -19,8 +19,6 @@ from torch.optim import Optimizer
 
 from behavior.zoo.witness import ALL_OF_LOSS, Witness, batches, loop, mlp, sgd
 
-OFFSET = frozenset({"distance", "grad_dot_offset", "rsi", "eb", "cosine", "lolr"})
-
 
 def train(
     witness: Witness, model: nn.Module, optimizer: Optimizer, attach: bool = True, lr: float | None = None
@@ -489,7 +487,7 @@ class Perturbed(torch.optim.SGD):
         return loss
 
 
-@loop("optimizers", "a step that evaluates its closure at other weights than it steps from", ALL_OF_LOSS | OFFSET)
+@loop("optimizers", "a step that evaluates its closure at other weights than it steps from", refused="at other weights")
 def closure_at_other_weights(witness: Witness) -> None:
     model = mlp()
     optimizer = Perturbed(model.parameters(), lr=0.1)

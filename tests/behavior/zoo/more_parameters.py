@@ -259,7 +259,9 @@ def plain_tensors_no_attach(witness: Witness) -> None:
 
 
 @loop(
-    "replaced parameters", "load_state_dict(assign=True) before the first step, the optimizer holds the old tensors", HG
+    "replaced parameters",
+    "load_state_dict(assign=True) before the first step, the optimizer holds the old tensors",
+    refused="The parameters changed before step",
 )
 def assigned_before_training(witness: Witness) -> None:
     model = mlp()
@@ -277,7 +279,9 @@ def assigned_before_training(witness: Witness) -> None:
 
 
 @loop(
-    "replaced parameters", "load_state_dict(assign=True) of a layer between steps, its old gradients stay", ALL_OF_LOSS
+    "replaced parameters",
+    "load_state_dict(assign=True) of a layer between steps, its old gradients stay",
+    refused="The parameters changed before step",
 )
 def assigned_between_steps(witness: Witness) -> None:
     model = mlp()
@@ -303,7 +307,11 @@ def parameter_replaced(witness: Witness) -> None:
     train(witness, model, sgd(model), before=lambda t: _replace_first(model) if t == 2 else None)
 
 
-@loop("replaced parameters", "module.weight = Parameter(...) between steps, and the optimizer is given the new one")
+@loop(
+    "replaced parameters",
+    "module.weight = Parameter(...) between steps, and the optimizer is given the new one",
+    refused="The parameters changed before step",
+)
 def parameter_replaced_in_both(witness: Witness) -> None:
     model = mlp()
     optimizer = sgd(model)
@@ -315,7 +323,7 @@ def parameter_replaced_in_both(witness: Witness) -> None:
     train(witness, model, optimizer, before=replace)
 
 
-@loop("replaced parameters", "the same before the first step")
+@loop("replaced parameters", "the same before the first step", refused="The parameters changed before step")
 def parameter_replaced_before_training(witness: Witness) -> None:
     model = mlp()
     optimizer = sgd(model)
@@ -327,7 +335,7 @@ def parameter_replaced_before_training(witness: Witness) -> None:
     train(witness, model, optimizer, before=replace)
 
 
-@loop("replaced parameters", "the same without attach")
+@loop("replaced parameters", "the same without attach", refused="The parameters changed before step")
 def parameter_replaced_in_both_no_attach(witness: Witness) -> None:
     model = mlp()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
@@ -339,7 +347,11 @@ def parameter_replaced_in_both_no_attach(witness: Witness) -> None:
     train(witness, model, optimizer, before=replace, attach=False)
 
 
-@loop("replaced parameters", "load_state_dict(assign=True), and the optimizer is given the new tensors")
+@loop(
+    "replaced parameters",
+    "load_state_dict(assign=True), and the optimizer is given the new tensors",
+    refused="The parameters changed before step",
+)
 def assigned_in_both(witness: Witness) -> None:
     model = mlp()
     optimizer = sgd(model, momentum=0.5)
