@@ -259,7 +259,9 @@ def plain_tensors_no_attach(witness: Witness) -> None:
 
 
 @loop(
-    "replaced parameters", "load_state_dict(assign=True) before the first step, the optimizer holds the old tensors", HG
+    "replaced parameters",
+    "load_state_dict(assign=True) before the first step, the optimizer holds the old tensors",
+    refused="The parameters changed before step",
 )
 def assigned_before_training(witness: Witness) -> None:
     model = mlp()
@@ -277,7 +279,9 @@ def assigned_before_training(witness: Witness) -> None:
 
 
 @loop(
-    "replaced parameters", "load_state_dict(assign=True) of a layer between steps, its old gradients stay", ALL_OF_LOSS
+    "replaced parameters",
+    "load_state_dict(assign=True) of a layer between steps, its old gradients stay",
+    refused="The parameters changed before step",
 )
 def assigned_between_steps(witness: Witness) -> None:
     model = mlp()
@@ -303,7 +307,11 @@ def parameter_replaced(witness: Witness) -> None:
     train(witness, model, sgd(model), before=lambda t: _replace_first(model) if t == 2 else None)
 
 
-@loop("replaced parameters", "module.weight = Parameter(...) between steps, and the optimizer is given the new one")
+@loop(
+    "replaced parameters",
+    "module.weight = Parameter(...) between steps, and the optimizer is given the new one",
+    refused="The parameters changed before step",
+)
 def parameter_replaced_in_both(witness: Witness) -> None:
     model = mlp()
     optimizer = sgd(model)
@@ -315,7 +323,7 @@ def parameter_replaced_in_both(witness: Witness) -> None:
     train(witness, model, optimizer, before=replace)
 
 
-@loop("replaced parameters", "the same before the first step")
+@loop("replaced parameters", "the same before the first step", refused="The parameters changed before step")
 def parameter_replaced_before_training(witness: Witness) -> None:
     model = mlp()
     optimizer = sgd(model)
@@ -327,7 +335,7 @@ def parameter_replaced_before_training(witness: Witness) -> None:
     train(witness, model, optimizer, before=replace)
 
 
-@loop("replaced parameters", "the same without attach")
+@loop("replaced parameters", "the same without attach", refused="The parameters changed before step")
 def parameter_replaced_in_both_no_attach(witness: Witness) -> None:
     model = mlp()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
@@ -339,7 +347,11 @@ def parameter_replaced_in_both_no_attach(witness: Witness) -> None:
     train(witness, model, optimizer, before=replace, attach=False)
 
 
-@loop("replaced parameters", "load_state_dict(assign=True), and the optimizer is given the new tensors")
+@loop(
+    "replaced parameters",
+    "load_state_dict(assign=True), and the optimizer is given the new tensors",
+    refused="The parameters changed before step",
+)
 def assigned_in_both(witness: Witness) -> None:
     model = mlp()
     optimizer = sgd(model, momentum=0.5)
@@ -868,3 +880,105 @@ def frozen_for_an_attack_after_zero_grad(witness: Witness) -> None:
         mse_loss(model(bad), y).backward()
         witness.truth(lambda: mse_loss(model(bad), y))
         optimizer.step()
+
+
+@loop("kinds of parameters", "real parameters that the model reads as complex ones")
+def complex_by_real_parameters(witness: Witness) -> None:
+    w = nn.Parameter(torch.randn(3, 1, 2, dtype=torch.float64))
+
+    def model(x: Tensor) -> Tensor:
+        return (x.to(torch.complex128) @ torch.view_as_complex(w)).abs().square()
+
+    train(witness, model, torch.optim.SGD([w], lr=0.01))
+
+
+@loop(
+    "kinds of parameters",
+    "an integer parameter without gradients, which the optimizer is given too",
+    refused="only dense real parameters",
+)
+def integer_parameter(witness: Witness) -> None:
+    class Indexed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = mlp()
+            self.order = nn.Parameter(torch.tensor([2, 0, 1]), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x[:, self.order])
+
+    model = Indexed()
+    train(witness, model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+@loop("kinds of parameters", "a subclass of Parameter")
+def parameter_subclass(witness: Witness) -> None:
+    class Decayed(nn.Parameter):
+        decay = 0.1
+
+    model = mlp()
+    model[0].weight = Decayed(model[0].weight.detach().clone())
+    train(witness, model, sgd(model), attach=False)
+
+
+@loop("kinds of parameters", "gradients that are expanded from one number, set by hand", ALL_OF_LOSS)
+def expanded_gradients(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for x, y in batches():
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        for p in model.parameters():
+            p.grad = p.grad.mean().expand_as(p)
+        witness.truth(lambda: mse_loss(model(x), y), changed=True)
+        optimizer.step()
+
+
+@loop("kinds of parameters", "attach to a model that the optimizer does not train")
+def attached_to_another_model(witness: Witness) -> None:
+    model, other = mlp(), mlp()
+    optimizer = sgd(model)
+    witness.watch(other, optimizer)
+    for x, y in batches():
+        step_on(witness, lambda x: model(x) + other(x), optimizer, x, y)
+
+
+@loop("kinds of parameters", "the weight of a penalty is a plain number, read off the weights")
+def penalty_by_item(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for x, y in batches():
+        size = model[0].weight.norm().item()
+        optimizer.zero_grad()
+        (mse_loss(model(x), y) + 0.1 * size * model[2].weight.square().sum()).backward()
+        witness.truth(lambda: mse_loss(model(x), y) + 0.1 * size * model[2].weight.square().sum())
+        optimizer.step()
+
+
+@loop("freezing", "every second step is without a gradient: momentum moves on")
+def every_second_without_gradient(witness: Witness) -> None:
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    witness.watch(model, optimizer)
+    for t, (x, y) in enumerate(batches()):
+        optimizer.zero_grad(set_to_none=False)
+        if t % 2:
+            witness.truth(None)
+        else:
+            mse_loss(model(x), y).backward()
+            witness.truth(lambda: mse_loss(model(x), y))
+        optimizer.step()
+
+
+@loop("freezing", "a parameter goes over to another group in the middle", refused="parameter groups held")
+def moved_to_another_group(witness: Witness) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD([{"params": model[0].parameters()}, {"params": model[2].parameters()}], lr=0.1)
+    witness.watch(model, optimizer)
+    for t, (x, y) in enumerate(batches()):
+        if t == 2:
+            first, second = optimizer.param_groups
+            second["params"].append(first["params"].pop())
+        step_on(witness, model, optimizer, x, y)
