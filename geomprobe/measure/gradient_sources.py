@@ -18,6 +18,7 @@ from geomprobe.distributed.dtensor import is_dtensor
 from geomprobe.probe.events import Events, Weight
 from geomprobe.probe.evidence import Mark, evidence, mark
 from geomprobe.probe.graph import leaves_of
+from geomprobe.probe.hooks.global_hooks import unscaled
 from geomprobe.probe.hooks.gradient_hooks import watching_hooks
 from geomprobe.probe.listeners import LossTracker
 from geomprobe.probe.probe import Probe
@@ -31,6 +32,7 @@ class BackwardPass:
     Attributes:
         loss: the scalar that it differentiates, unscaled, float64, copied; None where that is not known.
         unknown: why it is not.
+        factor: what a GradScaler has multiplied the loss by; None without one.
         hooked: whether a hook on something between loss and parameters changed gradients.
         reaches: for each parameter, whether the pass added to its gradient.
         share: with what factor its gradient is part of the gradients at the update: 1, or 0 where these were zeroed
@@ -40,6 +42,7 @@ class BackwardPass:
     loss: Tensor | None
     unknown: Absence | None = None
     reaches: list[bool] = field(default_factory=list)
+    factor: Tensor | None = None
     hooked: bool = False
     share: Tensor | None = None
 
@@ -175,6 +178,10 @@ class GradientSources(Events):
                 each.share = no
             return no.reshape(1) + torch.nan, torch.stack([yes if of is UNSEEN else no for of in self.REASONS])
         shares, written = self._shares(device)
+        alike = [self._scaled_alike(each, self._passes[-1]) for each in self._passes]
+        shares = [torch.where(same, share, torch.nan * share) for share, same in zip(shares, alike, strict=True)]
+        written = torch.maximum(written, torch.stack(shares).isnan().any().double())
+        none = torch.stack(shares).eq(0).all()
         total, holds = no, dict.fromkeys(self.REASONS, no) | {WRITTEN: written}
         for each, share in zip(self._passes, shares, strict=True):
             each.share = share
@@ -184,7 +191,8 @@ class GradientSources(Events):
                 assert each.unknown is not None
                 total = total + torch.where(share == 0, 0.0, torch.nan)
                 holds[each.unknown] = torch.maximum(holds[each.unknown], (share != 0).double())
-        return total.reshape(1), torch.stack([holds[of] for of in self.REASONS])
+        holds[UNSEEN] = none.double()
+        return torch.where(none, torch.nan, total).reshape(1), torch.stack([holds[of] for of in self.REASONS])
 
     # Parts of the above
 
@@ -194,6 +202,7 @@ class GradientSources(Events):
             own = {id(p) for p in self._parameters}
             reach = [not self._attached or any(id(leaf) in own for leaf in leaves_of(loss)) for loss in losses]
         found = BackwardPass(torch.zeros((), dtype=torch.float64, device=losses[0].device))
+        found.factor = unscaled(losses[0])[1]
         for value, weight, counts in zip(self._losses.values[-len(losses) :], weights, reach, strict=True):
             if counts and (value.numel() != 1 or (isinstance(weight, Tensor) and weight.numel() != 1)):
                 found.loss, found.unknown = None, NO_SCALAR
@@ -266,6 +275,13 @@ class GradientSources(Events):
             shares.append(torch.where(whole, 1.0, torch.where(none, 0.0, torch.nan)))
         written = after.isnan().any() | torch.stack(shares).isnan().any()
         return shares[::-1], written.double()
+
+    @staticmethod
+    def _scaled_alike(one: BackwardPass, other: BackwardPass) -> Tensor:
+        """Whether two passes' losses were multiplied by the same number: one division makes up for both."""
+        if one.factor is None or other.factor is None:
+            return torch.tensor(one.factor is other.factor)
+        return one.factor == other.factor
 
     def _look(self) -> None:
         self._marks = [mark(p.grad) for p in self._parameters]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -52,6 +53,12 @@ class GroupValues:
         if not self._finds_rate:
             self._before = [_copied(group.get("lr")) for group in self._groups]
 
+    def parent_stepping(self) -> None:
+        """Compare them in the middle of a subclass's step, which may exchange rates and put them back."""
+        if not self._finds_rate:
+            rates = zip(self._before, self._groups, strict=True)
+            self._before = [before if _same(before, group.get("lr")) else None for before, group in rates]
+
     def after_update(self) -> None:
         """Find the rates that the update used, before the script's own hooks on the step may set the next ones."""
         now = [group.get("lr", float("nan")) for group in self._groups]
@@ -88,9 +95,13 @@ class GroupValues:
 def _unchanged(before: Any, now: Any) -> Any:
     """A rate that is now what it was before; else NaN."""
     if _on_device(now):
-        then = torch.as_tensor(before, device=now.device)
+        then = torch.as_tensor(math.nan if before is None else before, device=now.device)
         return torch.where(then == now.detach(), now.detach().double(), torch.nan)
     return now if before is not None and float(now) == float(before) else float("nan")
+
+
+def _same(before: Any, now: Any) -> bool:
+    return _on_device(now) or (before is not None and now is not None and float(before) == float(now))
 
 
 def _copied(rate: Any) -> Any:

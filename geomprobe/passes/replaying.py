@@ -154,6 +154,9 @@ class RowChecker(Events):
         if "attempt" in self._counted:
             self._row["attempt"] = [step + self.session.updates.skipped]
 
+    def parent_stepping(self) -> None:
+        self._groups.parent_stepping()
+
     def updated(self) -> None:
         self._groups.after_update()
 

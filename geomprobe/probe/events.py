@@ -146,6 +146,9 @@ class Events:
             grad_scale: what they are multiplied by, under a GradScaler with a fused optimizer.
         """
 
+    def parent_stepping(self) -> None:
+        """The step of a subclass of optimizers calls its parent's."""
+
     def updated(self) -> None:
         """The optimizer has moved the weights; the script's own hooks on the step have not run."""
 

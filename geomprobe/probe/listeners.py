@@ -341,7 +341,7 @@ class UpdateChecks(Events):
     def _require_in_model(self) -> None:
         before, self._places = self._places, self._in_model()  # a module may have it under another name now
         if lost := [name for name in before if name not in self._places]:
-            self._refuse(f"the model has another tensor as {lost[0]}, and the optimizer still holds the one before it")
+            self._refuse(f"the model has another tensor as {lost[0]} than the one that is measured")
 
     def _refuse(self, what: str) -> None:
         raise UnsupportedTraining(

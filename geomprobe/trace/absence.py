@@ -58,7 +58,7 @@ class Absence:
 
 _GRADIENT = ("loss", "Hg")
 
-WRITTEN, CARRIED, UNSEEN, NO_SCALAR, ELSEWHERE, NOT_CAUGHT, UNPROVEN, RATE, EPOCH, LATE, HOOKED = ABSENCES = (
+WRITTEN, CARRIED, UNSEEN, NO_SCALAR, ELSEWHERE, NOT_CAUGHT, UNPROVEN, RATE, EPOCH, LATE, HOOKED, GIVEN_UP = ABSENCES = (
     Absence(
         1,
         _GRADIENT,
@@ -127,6 +127,12 @@ WRITTEN, CARRIED, UNSEEN, NO_SCALAR, ELSEWHERE, NOT_CAUGHT, UNPROVEN, RATE, EPOC
         ("Hg",),
         "a hook changed gradients within the backward pass, or what autograd saves for it",
         "Change the loss instead of its gradients.",
+    ),
+    Absence(
+        2048,
+        ("Hg",),
+        "Hg has no exact route in this run, which the replay's manifest explains under measure, curvature, missing",
+        "geomprobe inspect shows it.",
     ),
 )
 

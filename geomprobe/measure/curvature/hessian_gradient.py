@@ -30,6 +30,7 @@ from geomprobe.measure.curvature.double_backward import (
     Graph,
     backward_with_graph,
     compared_backward,
+    explaining,
     graph_of,
     hessian_vector_product,
 )
@@ -87,8 +88,9 @@ class Curvature:
 
     def blocker(self, graph: GraphInfo, closure: Closure | None) -> Blocker | None:
         """What is known beforehand to stop the product of a loss with this graph; see `backward`."""
+        wrong = [blocker for blocker in graph.blockers if blocker.wrong]
         if self._loss.blocker is not None or closure is not None:
-            return self._loss.blocker
+            return self._loss.blocker or next(iter(wrong), None)
         return graph.blockers[0] if graph.blockers else None
 
     def backward(
@@ -175,7 +177,7 @@ class Curvature:
         wanted = [tensor for tensor in tensors if tensor.requires_grad]
         total = [torch.zeros_like(tensor, requires_grad=False) for tensor in wanted]
         shares: Sequence[Tensor | None] = self._shares(self._parts) or [None] * len(self._parts)
-        with keep_state(self._module), silence_hooks(wanted):
+        with keep_state(self._module), silence_hooks(wanted), explaining():
             for part, share in zip(self._parts, shares, strict=True):
                 assert part.loss is not None
                 found = torch.autograd.grad(
