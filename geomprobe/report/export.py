@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from geomprobe.errors import UsageError
+from geomprobe.errors import RunError, UsageError
 from geomprobe.report.output import refuse_existing, write_errors, written_aside
 from geomprobe.trace import schema
+from geomprobe.trace.printable import printable
 from geomprobe.trace.reader import Trace
 
 Columns = Mapping[str, NDArray[Any]]
@@ -65,7 +66,10 @@ def _columns(trace: Trace) -> Columns:
     for reference in trace.references[1:]:
         paths = (f"references/{schema.escape(reference)}/{each.name}" for each in schema.REFERENCE_COLUMNS)
         names += [path for path in paths if path in trace]
-    return {"step": trace["step"].astype(np.int64), **{name: trace[name] for name in names}}
+    step = trace["step"]
+    if not np.array_equal(step, np.trunc(step)) or (len(step) and not 0 <= step.min() <= step.max() < 2**53):
+        raise RunError(f"{trace.path} has a step that is no whole number. See: geomprobe verify {trace.path}")
+    return {"step": step.astype(np.int64), **{name: trace[name] for name in names}}
 
 
 def _csv(trace: Trace, found: Columns, path: Path, force: bool) -> None:
@@ -73,7 +77,7 @@ def _csv(trace: Trace, found: Columns, path: Path, force: bool) -> None:
     refuse_existing(path, force)
     with written_aside(path) as aside, open(aside, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(found)
+        writer.writerow(map(printable, found))  # paths of the schema: none begins as a formula of a spreadsheet does
         for start in range(0, trace.num_steps, _BLOCK_ROWS):
             block = {name: values[start : start + _BLOCK_ROWS] for name, values in found.items()}
             writer.writerows(zip(*map(_cells, block.values()), strict=True))

@@ -11,7 +11,8 @@ import numpy as np
 
 from geomprobe.corridor.detection import occupancy
 from geomprobe.errors import RunError, UsageError
-from geomprobe.report.curves import WIDE, Curve, column_name, groups, labels, null_model
+from geomprobe.report import curves as curve_names
+from geomprobe.report.curves import WIDE, Curve, column_name, groups, null_model
 from geomprobe.report.output import written_aside
 from geomprobe.trace.schema import describe
 
@@ -106,11 +107,20 @@ def save(drawing: Figure, path: Path) -> None:
             raise UsageError(f"cannot write {path}: {error}") from error
 
 
+def labels(traces: Sequence[Trace]) -> list[str]:
+    """The runs' names as matplotlib draws them letter by letter: ``$`` starts no formula, and ``_`` hides no line."""
+    names = (name.replace("$", r"\$") for name in curve_names.labels(traces))
+    return [f" {name}" if name.startswith("_") else name for name in names]
+
+
 def _new_figure(height: float) -> Figure:
     try:
+        import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UsageError("plot needs matplotlib: pip install 'geomprobe[plot]'") from error
+    # TeX, where the user's settings want it, would carry out what a name holds.
+    matplotlib.rcParams["text.usetex"] = False
     return Figure(figsize=(7.0, height), layout="constrained")
 
 

@@ -64,9 +64,9 @@ FIRST_STEP_SECTIONS = ("flags", "optimizer", "model", "loader", "ranks")
 
 
 def file_digest(path: Path) -> str | None:
-    """SHA-256 of a file, None where it cannot be read."""
+    """SHA-256 of a regular file, None where it cannot be read, or is another thing, whose end may never come."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
     except OSError:
         return None
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from geomprobe.errors import RunError
 from geomprobe.trace import schema
-from geomprobe.trace.hdf5_errors import damage_named
-from geomprobe.trace.stream.reader import Header, begun_parts, part_state, read_header, stream_part
+from geomprobe.trace.stream.reader import Header, begun_parts, checked, part_state, read_header, stream_part
 from geomprobe.trace.stream.writer import Table
 
 T = TypeVar("T")
@@ -30,6 +30,7 @@ class Source:
     num_parameters: int
     manifest: dict[str, Any]
     file: Path | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)  # what `geomprobe.trace.validation` found in the file
     parts: tuple[Header, ...] = ()
 
 
@@ -65,7 +66,7 @@ def find(path: Path, kind: str) -> Source:
     if not path.exists():
         raise RunError(f"{path} does not exist")
     if not path.is_dir():
-        return _of_file(path, path, kind)
+        return _of_file(path, Path(os.path.realpath(path)) if path.is_symlink() else path, kind)
     sealed = path / schema.FILES[kind]
     if sealed.exists():
         return _of_file(path, sealed, kind)
@@ -75,6 +76,15 @@ def find(path: Path, kind: str) -> Source:
     if wanted:
         return _of_parts(path, wanted, kind)
     raise _nothing(path, kind, headers)
+
+
+def kind_of(path: Path) -> str | None:
+    """The schema that a file names, such as ``"geomprobe-record"``; None where it is none of geomprobe's."""
+    for kind in schema.FILES:
+        with contextlib.suppress(RunError):
+            find(path, kind)
+            return kind
+    return None
 
 
 def read_settled(path: Path, kind: str, read: Callable[[Source], T]) -> T:
@@ -128,12 +138,10 @@ def _of_file(path: Path, file: Path, kind: str) -> Source:
     if state == "foreign":
         raise RunError(f"{file} is no HDF5 file; name a run folder, or a file that geomprobe wrote")
     if state == "closed":
-        with damage_named("the header", file), h5py.File(file, "r") as opened:
-            attributes = dict(opened.attrs)
-        _check(file, kind, attributes)
-        if "tables" not in attributes:
-            with damage_named("the header", file):
-                return Source(path, attributes["status"], **_facts(attributes), file=file)
+        found = checked(file, "sealed")
+        _check(file, kind, found)
+        if not found["part"]:
+            return Source(path, found["status"], found["num_parameters"], found["manifest"], file, found)
     return _of_parts(path, (read_header(file),), kind)
 
 
@@ -142,12 +150,9 @@ def _of_parts(path: Path, parts: tuple[Header, ...], kind: str) -> Source:
         _check(part.path, kind, {"schema": part.schema, "schema_version": part.schema_version})
         if part.tables != parts[0].tables:
             raise RunError(f"{parts[0].path} and {part.path} hold different columns; they are of two passes")
-    return Source(path, "incomplete", **_facts(parts[0].attributes), parts=parts)
-
-
-def _facts(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    manifest = json.loads(attributes.get("manifest", "{}"))
-    return {"num_parameters": int(attributes.get("num_parameters", 0)), "manifest": manifest}
+    attributes = parts[0].attributes
+    manifest = json.loads(str(attributes.get("manifest", "{}")))
+    return Source(path, "incomplete", int(attributes.get("num_parameters", 0)), manifest, parts=parts)
 
 
 def _check(path: Path, kind: str, attributes: Mapping[str, Any]) -> None:

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from geomprobe.errors import UsageError
 from geomprobe.trace import schema
-from geomprobe.trace.certificate import Certificate
 from geomprobe.trace.derive import Array, Derived
 from geomprobe.trace.hdf5_errors import damage_named
 from geomprobe.trace.locate import Source, read_rows, read_settled, spans
@@ -82,6 +81,7 @@ class Trace:
         self.manifest = source.manifest
         self.certificate = certificate
         self.num_steps = len(columns["steps/step"])
+        self._final = source.facts.get("final", ())
         self._columns = columns
 
     @property
@@ -133,6 +133,10 @@ class Trace:
         epochs = np.unique(epoch[~np.isnan(epoch)])
         of_row = np.where(np.isnan(epoch), -1, np.searchsorted(epochs, epoch))
         return PerEpoch(epochs, *group_statistics(self[name], of_row, len(epochs)))
+
+    def stored_final(self) -> dict[str, Array]:
+        """The final iterate's columns under their second names, as a sealed file holds them; none where it is not sealed."""
+        return self._columns.stored(self._final) if isinstance(self._columns, _SealedColumns) else {}
 
     def to_xarray(self) -> Any:
         """The columns of ``/steps`` as an ``xarray.Dataset`` over ``step``, with their attributes.
@@ -187,11 +191,8 @@ def _read(source: Source) -> Trace:
         table = source.parts[0].tables[schema.VALUES]
         steps, values = read_rows(spans(source.parts), table)
         return Trace(source, {}, Derived(steps, dict(zip(table.columns, values.T, strict=True))))
-    with damage_named("the list of columns", source.file), h5py.File(source.file, "r") as file:
-        columns = _SealedColumns(source.file, _datasets(file))
-    with damage_named("the certificate", source.file), h5py.File(source.file, "r") as file:
-        certificate = Certificate.read(file)
-    return Trace(source, certificate, columns)
+    columns = _SealedColumns(source.file, source.facts["columns"])
+    return Trace(source, source.facts["certificate"], columns)
 
 
 class _SealedColumns(Mapping[str, Array]):
@@ -211,33 +212,17 @@ class _SealedColumns(Mapping[str, Array]):
         return isinstance(path, str) and schema.canonical(path) in self._paths
 
     def __getitem__(self, path: str) -> Array:
-        with damage_named(path, self._path), h5py.File(self._path, "r") as file:
-            array: Array = file[schema.canonical(path)][:]
-        return array
+        path = schema.canonical(path)
+        return self.stored([path])[path]
 
-
-def _datasets(file: Any) -> Iterator[str]:
-    """Paths of a sealed trace's columns, from the names of its groups, without opening any dataset."""
-    groups = set(file)
-    steps = set(file["steps"])
-    known = (*schema.STEP_COLUMNS, *schema.OPTIONAL_STEP_COLUMNS)
-    yield from (f"steps/{column.name}" for column in known if column.name in steps)
-    if "inner_products" in groups:
-        yield from _members("inner_products", file["inner_products"])
-    for oracle in (name for name in schema.ORACLES if name in groups):
-        yield from _members(oracle, file[oracle])
-    for parent in groups & {"groups", "references", "parameters", schema.RANKS}:
-        for name in file[parent]:
-            if (parent, name) != ("references", schema.FINAL):
-                yield from _members(f"{parent}/{name}", file[parent][name])
-
-
-def _members(path: str, group: Any) -> Iterator[str]:
-    for name in group:
-        if name == "inner_products":
-            yield from _members(f"{path}/{name}", group[name])
-        elif name != "step":  # the one step column, which every group names again
-            yield f"{path}/{name}"
+    def stored(self, paths: Iterable[str]) -> dict[str, Array]:
+        """The datasets at paths of the file."""
+        arrays = {}
+        with h5py.File(self._path, "r") as file:
+            for path in paths:
+                with damage_named(path, self._path):
+                    arrays[path] = file[path][:]
+        return arrays
 
 
 def _path(name: str) -> str:

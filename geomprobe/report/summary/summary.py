@@ -6,15 +6,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from geomprobe.errors import RunError
+from geomprobe.trace.locate import kind_of
 from geomprobe.trace.reader import Trace, open_trace
 from geomprobe.trace.record import Record, open_record
 from geomprobe.trace.schema import COMPONENTS, RECORD_SCHEMA, describe
-from geomprobe.trace.stream.reader import part_state, read_header
 
 Summary = dict[str, Any]
 
@@ -30,7 +29,7 @@ def summarize(path: Path) -> Summary:
         RunError: there is nothing of geomprobe at ``path``.
     """
     is_file = path.is_file()
-    is_record = is_file and _is_record(path)
+    is_record = is_file and kind_of(path) == RECORD_SCHEMA
     record = None if is_file and not is_record else _read(_record, path)
     trace = None if is_record else _read(_trace, path)
     readable = [each for each in (record, trace) if each and "error" not in each]
@@ -43,16 +42,6 @@ def summarize(path: Path) -> Summary:
         "manifest": readable[0].pop("manifest"),
         "files": _files(path),
     }
-
-
-def _is_record(path: Path) -> bool:
-    try:
-        if part_state(path) != "closed":
-            return read_header(path).schema == RECORD_SCHEMA
-        with h5py.File(path, "r") as file:
-            return bool(file.attrs.get("schema") == RECORD_SCHEMA)
-    except (OSError, RunError):
-        return False  # what is wrong with it, open_trace says
 
 
 def _read(read: Callable[[Path], Summary], path: Path) -> Summary:
@@ -112,7 +101,7 @@ def _files(path: Path) -> Mapping[str, int]:
         return {path.name: path.stat().st_size}
     sizes: dict[str, int] = {}
     for file in sorted(path.rglob("*")):
-        if file.is_file():
+        if file.is_file() and not file.is_symlink():
             place = file.relative_to(path).parts
             name = f"{place[0]}/" if len(place) > 2 else "/".join(place)
             sizes[name] = sizes.get(name, 0) + file.stat().st_size
