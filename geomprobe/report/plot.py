@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,19 @@ _LINE = 0.22
 """Inches of a legend's line, by which the figure grows so that the panels do not shrink."""
 
 
+@contextmanager
+def _without_tex() -> Iterator[None]:
+    """Where the user's settings want TeX, it would carry out what a name holds."""
+    try:
+        from matplotlib import rc_context
+    except ImportError:
+        yield
+        return
+    with rc_context({"text.usetex": False}):
+        yield
+
+
+@_without_tex()
 def figure(
     traces: Sequence[Trace],
     columns: Sequence[str] = COLUMNS,
@@ -68,6 +82,7 @@ def figure(
     return drawing
 
 
+@_without_tex()
 def occupancy_figure(traces: Sequence[Trace], smooth: int | None = None) -> Figure:
     """The share of measured steps below every threshold of the relative residual, one line a run.
 
@@ -93,6 +108,7 @@ def occupancy_figure(traces: Sequence[Trace], smooth: int | None = None) -> Figu
     return drawing
 
 
+@_without_tex()
 def save(drawing: Figure, path: Path) -> None:
     """Write a figure in the format that the file's suffix names.
 
@@ -115,12 +131,9 @@ def labels(traces: Sequence[Trace]) -> list[str]:
 
 def _new_figure(height: float) -> Figure:
     try:
-        import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UsageError("plot needs matplotlib: pip install 'geomprobe[plot]'") from error
-    # TeX, where the user's settings want it, would carry out what a name holds.
-    matplotlib.rcParams["text.usetex"] = False
     return Figure(figsize=(7.0, height), layout="constrained")
 
 

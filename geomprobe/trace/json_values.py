@@ -1,8 +1,8 @@
 """What the JSON texts of a run may hold: the manifest, the certificate, the plan of a sealing.
 
-A form says what a value must be. A type is that of the value. A tuple has the forms that it may have. A list with one form is a list of
-such values. A dictionary has forms by key: an entry that is not there, or is null, fits. A set lists the values. A
-`range` is of whole numbers.
+A form says what a value must be. A type is that of the value. A tuple has the forms that it may have. A list with one
+form is a list of such values. A dictionary has forms by key: an entry that is not there, or is null, fits. A set lists
+the values. A `range` is of whole numbers.
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ class Trace:
         return PerEpoch(epochs, *group_statistics(self[name], of_row, len(epochs)))
 
     def stored_final(self) -> dict[str, Array]:
-        """The final iterate's columns under their second names, as a sealed file holds them; none where it is not sealed."""
+        """The final iterate's columns under their second names, as a sealed file holds them; else none."""
         return self._columns.stored(self._final) if isinstance(self._columns, _SealedColumns) else {}
 
     def to_xarray(self) -> Any:

@@ -1,11 +1,11 @@
-"""Whether a file of a run is what a pass writes: names, kinds, shapes, sizes, links and storage, before any row is read.
+"""Whether a file of a run is what a pass writes, before any row is read: names, kinds, shapes, sizes, links, storage.
 
-The child process that opens files calls this (`geomprobe.trace.stream.child`), since a damaged file can hang HDF5, and
-nobody else opens a file that was not found good here. Each part of the tree that geomprobe knows is visited once, and no
-row is read. What else is in a file is never touched.
+The child process that opens files calls this (`geomprobe.trace.stream.child`), since a damaged file can hang HDF5.
+Nobody else opens a file that was not found good here. Each part of the tree that geomprobe knows is visited once. What
+else is in a file is never touched.
 
-A dataset must lie in the file as a whole: external storage, links to elsewhere and virtual datasets would make the bytes
-of other files pass for columns, and a size that the file's own does not cover would fill the memory.
+A dataset must lie in the file as a whole: external storage, links to elsewhere and virtual datasets would make the
+bytes of other files pass for columns, and a size that the file's own does not cover would fill the memory.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def part_header(file: Any, size: int) -> dict[str, Any]:
         RunError: it is no part, or not whole.
     """
     tree = _Tree(file, size)
-    header = {"schema": tree.text("", "schema"), "schema_version": tree.count("", "schema_version")}
+    header: dict[str, Any] = {"schema": tree.text("", "schema"), "schema_version": tree.count("", "schema_version")}
     header |= {"first_step": tree.count("", "first_step"), "tables": {}, "rows": 0}
     attributes = {name: tree.attribute("", name) for name in ("manifest", "num_parameters", "started")}
     header["attributes"] = {name: value for name, value in attributes.items() if value is not None}

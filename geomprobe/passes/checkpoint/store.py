@@ -28,10 +28,11 @@ FACTS, STATE = "geomprobe.json", "state.pt"
 
 _PREFIX = "step-"
 _NAME = re.compile(rf"{_PREFIX}([0-9]{{8,16}})")
+_SHARED = {"part": [str], "digest": str, "checkpoint": str}
 _DESCRIPTION = {
     "sha256": str,
     "facts": dict,
-    "shared": {"part": [str], "digest": str, "checkpoint": str},
+    "shared": _SHARED,
 }
 
 
@@ -287,7 +288,7 @@ def _description(path: Path) -> dict[str, Any]:
         )
     require_form(found, _DESCRIPTION, f"checkpoint {path}")
     shared = found.get("shared")
-    known = shared is None or shared.keys() == _DESCRIPTION["shared"].keys()
+    known = shared is None or shared.keys() == _SHARED.keys()
     # What it leaves out is in rank 0's checkpoint of the same step, and nowhere else.
     if not known or found.get("facts") is None or (shared or {}).get("checkpoint") not in (None, f"../{path.name}"):
         raise RunError(f"checkpoint {path} is damaged: {FACTS} is not what a pass writes")

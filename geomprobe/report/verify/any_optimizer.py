@@ -299,7 +299,8 @@ def _check_final(c: Columns) -> Check:
     if c.trace.status == "incomplete":
         return skipped(name, "not sealed yet")
     stored = c.trace.stored_final()
-    unlike = [path for path in FINAL_LINKS if not np.array_equal(stored.get(path), c[path], equal_nan=True)]
+    same = {path: np.array_equal(values, c[path], equal_nan=True) for path, values in stored.items()}
+    unlike = [path for path in FINAL_LINKS if not same.get(path)]
     return held(name, not unlike, f"{', '.join(unlike)} differ" if unlike else "")
 
 

@@ -3,10 +3,10 @@
 Parts are read here alone, and a sealed file is opened elsewhere only once it was found good here.
 
 `geomprobe.trace.stream.reader` starts it and keeps it for the next request. The two talk over a
-`multiprocessing.connection.Connection`. A request is a dictionary. The answer is what the file says of itself, a
-dictionary, as `geomprobe.trace.validation` found it. Of a part follow, block by block, lists of arrays, ``step`` and each
-table asked for. The answer ends with None, or, where the file is refused, with the reason, as text. The first row that is
-not what its checksum says ends the blocks, so that no wrong row ever leaves this process.
+`multiprocessing.connection.Connection`. A request is a dictionary. The answer begins with what the
+file says of itself, a dictionary, as `geomprobe.trace.validation` found it. Of a part follow, block by block, lists of
+arrays, ``step`` and each table asked for. The answer ends with None or, where the file is refused, with the reason, as
+text. The first row that is not what its checksum says ends the blocks, so that no wrong row ever leaves this process.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def _limit_memory() -> None:
 def _answers(asked: dict[str, Any]) -> Iterator[Any]:
     """What a file says of itself, and a part's blocks.
 
-    Asked are ``path`` and ``as``, what the file should be; of a part also ``tables`` (None: all), ``start``, ``stop`` and
-    ``block_rows``.
+    Asked are ``path`` and ``as``, what the file should be; of a part also ``tables`` (None: all), ``start``, ``stop``
+    and ``block_rows``.
     """
     size = os.stat(asked["path"]).st_size
     if asked["as"] != "part":

@@ -1,4 +1,4 @@
-"""Read a part, live, closed or cut off by a kill: only committed rows, and never a hang. Check a sealed file as a whole."""
+"""Read a part, live, closed or cut off by a kill, and check a sealed file: only committed rows, and never a hang."""
 
 from __future__ import annotations
 
