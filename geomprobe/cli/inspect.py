@@ -19,8 +19,9 @@ import json
 import sys
 from pathlib import Path
 
+from geomprobe.errors import RunError
 from geomprobe.report import corridors
-from geomprobe.report.summary.summary import summarize
+from geomprobe.report.summary.summary import damage, summarize
 from geomprobe.report.summary.text import next_command, render
 from geomprobe.trace.printable import show
 from geomprobe.trace.reader import open_trace
@@ -51,6 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
         return _show_corridors(arguments)
     summary = summarize(arguments.run)
     show(json.dumps(summary, indent=2) if arguments.json else render(summary))
+    if why := damage(summary):  # what can be read is shown all the same
+        raise RunError(why)
     show(f"Next: {next_command(summary)}", file=sys.stderr)
     return 0
 

@@ -59,6 +59,8 @@ def present(script: Mapping[str, Any], run: str) -> dict[str, Any]:
             f"{run} was recorded by geomprobe.record({script['path']}, ...) in Python, so there is no script to "
             "run. Replay it in Python too: geomprobe.replay(train, ...)."
         )
+    if any("\0" in word for word in (script["path"], script["cwd"], *script["argv"])):
+        raise UsageError(f"{run} names a script that no command line can name; nothing was replayed.")
     cwd = Path(script["cwd"])
     if not cwd.is_dir():
         raise UsageError(f"{run} was recorded in {cwd}, which is gone. Restore it; nothing was replayed.")

@@ -16,6 +16,7 @@ from geomprobe.errors import RunError
 from geomprobe.report.table import number, table
 from geomprobe.trace.blame import Difference
 from geomprobe.trace.blame import first_difference as blame
+from geomprobe.trace.locate import NothingThere
 from geomprobe.trace.printable import printable
 from geomprobe.trace.reader import Trace, open_trace
 from geomprobe.trace.record import Record, Reference, open_record
@@ -107,8 +108,8 @@ def diff(a: Path, b: Path) -> RunDifference:
 def _open_both(open_one: Callable[[Path], T], paths: tuple[Path, Path], notes: list[str]) -> tuple[T, T] | None:
     try:
         return open_one(paths[0]), open_one(paths[1])
-    except RunError as error:
-        notes.append(str(error))
+    except NothingThere as nothing:
+        notes.append(str(nothing))
         return None
 
 

@@ -121,7 +121,7 @@ def _misfit(value: Any, form: Any, what: str) -> tuple[str, Any] | None:
     elif isinstance(form, (set, range)):
         fits = type(value) is (str if isinstance(form, set) else int) and value in form
     else:
-        fits = type(value) is form and not (form is str and "\0" in value)
+        fits = type(value) is form
     if not fits:
         return what, value
     return next(filter(None, (_misfit(each, its, name) for name, each, its in inner)), None)

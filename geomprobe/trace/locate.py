@@ -21,6 +21,10 @@ from geomprobe.trace.stream.writer import Table
 T = TypeVar("T")
 
 
+class NothingThere(RunError):
+    """A run has no pass of the kind that was asked for, not even a damaged one."""
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a pass's rows are: in one sealed `file`, or still in `parts`; `path` is what was asked for."""
@@ -64,7 +68,7 @@ def find(path: Path, kind: str) -> Source:
         RunError: there is nothing of that kind; the message says what there is instead.
     """
     if not path.exists():
-        raise RunError(f"{path} does not exist")
+        raise NothingThere(f"{path} does not exist")
     if not path.is_dir():
         return _of_file(path, Path(os.path.realpath(path)) if path.is_symlink() else path, kind)
     sealed = path / schema.FILES[kind]
@@ -168,11 +172,13 @@ def _check(path: Path, kind: str, attributes: Mapping[str, Any]) -> None:
         )
 
 
-def _nothing(path: Path, kind: str, headers: list[Header]) -> RunError:
+def _nothing(path: Path, kind: str, headers: list[Header]) -> NothingThere:
     if kind == schema.TRACE_SCHEMA and (path / schema.RECORD_FILE).exists():
-        return RunError(f"{path} was recorded, but not replayed yet. Run: geomprobe replay {path}")
+        return NothingThere(f"{path} was recorded, but not replayed yet. Run: geomprobe replay {path}")
     if kind == schema.TRACE_SCHEMA and headers:
-        return RunError(f"{path} is still being recorded, or was cut off; it has no trace yet. Record it to the end")
+        return NothingThere(
+            f"{path} is still being recorded, or was cut off; it has no trace yet. Record it to the end"
+        )
     if (path / schema.STREAM_DIR).is_dir():
-        return RunError(f"{path} holds no rows yet: its first pass has only begun, or was cut off as it did")
-    return RunError(f"{path} is no run of geomprobe. Make one: geomprobe record -o {path} train.py")
+        return NothingThere(f"{path} holds no rows yet: its first pass has only begun, or was cut off as it did")
+    return NothingThere(f"{path} is no run of geomprobe. Make one: geomprobe record -o {path} train.py")

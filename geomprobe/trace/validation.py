@@ -44,13 +44,13 @@ def part_header(file: Any, size: int) -> dict[str, Any]:
     tree = _Tree(file, size)
     header: dict[str, Any] = {"schema": tree.text("", "schema"), "schema_version": tree.count("", "schema_version")}
     header |= {"first_step": tree.count("", "first_step"), "tables": {}, "rows": 0}
-    attributes = {name: tree.attribute("", name) for name in ("manifest", "num_parameters", "started")}
-    header["attributes"] = {name: value for name, value in attributes.items() if value is not None}
+    attributes = {name: tree.attribute("", name) for name in file.attrs if name not in (*header, "tables")}
+    header["attributes"] = attributes
     if header["schema"] not in schema.FILES or header["schema_version"] != schema.SCHEMA_VERSION:
         return header  # what is wrong with it, the reader says
-    manifest_of_text(attributes["manifest"] or "{}")
+    manifest_of_text(attributes.get("manifest", "{}"))
     for name in ("num_parameters", "started"):
-        require_form(attributes[name] or 0, COUNT, name)
+        require_form(attributes.get(name, 0), COUNT, name)
     header["tables"] = _tables(tree, header["schema"])
     tree.rows("step", "int64")
     header["rows"] = _committed(file["step"], header["first_step"], size)

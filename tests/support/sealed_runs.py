@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+
 @dataclass
 class History:
     """Every weight vector [T + 1, n], gradient [T, n] and loss [T] of a run."""

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geomprobe.errors import RunError
-from geomprobe.trace.locate import kind_of
+from geomprobe.trace.locate import NothingThere, kind_of
 from geomprobe.trace.reader import Trace, open_trace
 from geomprobe.trace.record import Record, open_record
 from geomprobe.trace.schema import COMPONENTS, RECORD_SCHEMA, describe
@@ -21,8 +21,8 @@ Summary = dict[str, Any]
 def summarize(path: Path) -> Summary:
     """What a run folder, a trace file or a record file holds, as JSON values.
 
-    ``record`` and ``trace`` are each None where ``path`` is a file of the other kind, and ``{"error": why}``
-    where that pass left nothing that can be read. Columns' numbers are over their finite values; what does
+    ``record`` and ``trace`` are each None where ``path`` is a file of the other kind, and ``{"error": why, "damaged":
+    whether it is there}`` where that pass left nothing that can be read. Columns' numbers are over their finite values; what does
     not exist is None.
 
     Raises:
@@ -44,11 +44,19 @@ def summarize(path: Path) -> Summary:
     }
 
 
+def damage(summary: Summary) -> str:
+    """What of a run is there and cannot be read; empty where nothing is."""
+    passes = (summary["record"] or {}, summary["trace"] or {})
+    return "; ".join(each["error"] for each in passes if each.get("damaged"))
+
+
 def _read(read: Callable[[Path], Summary], path: Path) -> Summary:
     try:
         return read(path)
+    except NothingThere as nothing:
+        return {"error": str(nothing), "damaged": False}
     except RunError as error:
-        return {"error": str(error)}
+        return {"error": str(error), "damaged": True}
 
 
 def _record(path: Path) -> Summary:

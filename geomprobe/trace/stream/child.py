@@ -5,8 +5,8 @@ Parts are read here alone, and a sealed file is opened elsewhere only once it wa
 `geomprobe.trace.stream.reader` starts it and keeps it for the next request. The two talk over a
 `multiprocessing.connection.Connection`. A request is a dictionary. The answer begins with what the
 file says of itself, a dictionary, as `geomprobe.trace.validation` found it. Of a part follow, block by block, lists of
-arrays, ``step`` and each table asked for. The answer ends with None or, where the file is refused, with the reason, as
-text. The first row that is not what its checksum says ends the blocks, so that no wrong row ever leaves this process.
+arrays, ``step`` and each table asked for. The answer ends with None or, where the file is refused, with a
+`Refusal`. The first row that is not what its checksum says ends the blocks, so that no wrong row ever leaves this process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import signal
 import traceback
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -51,15 +51,22 @@ def serve(descriptor: int) -> None:
                 _limit_time(None)  # the parent may take its time with a block
                 parent.send(answer)
                 _limit_time(request)
+        except RunError as error:  # a file that could be read, and was closed
+            _limit_time(None)
+            parent.send(Refusal(str(error), ends=False))
         except Exception as error:
-            parent.send(f"{error}" if isinstance(error, RunError) else _words(error))
+            parent.send(Refusal(traceback.format_exception_only(error)[-1].strip(), ends=True))
             return  # HDF5 may still hold pieces of a damaged file
-        _limit_time(None)
-        parent.send(None)
+        else:
+            _limit_time(None)
+            parent.send(None)
 
 
-def _words(error: Exception) -> str:
-    return traceback.format_exception_only(error)[-1].strip()
+class Refusal(NamedTuple):
+    """Why a file cannot be read, and whether this process ends with it."""
+
+    why: str
+    ends: bool
 
 
 def _limit_time(request: dict[str, Any] | None) -> None:

@@ -238,7 +238,7 @@ def _ask(request: Mapping[str, Any], path: Path) -> tuple[_Child, dict[str, Any]
             child.ask(request)
             facts: dict[str, Any] = child.receive()
         except BaseException as error:
-            child.end()
+            child.release()
             if not (used and isinstance(error, _Died)):
                 raise
             continue  # it was killed, or harmed by an earlier file, since its last answer: ask a new one
@@ -298,8 +298,10 @@ class _Child:
             words = self._unreadable(self._last_words())
             over = self._process.wait() in (-signal.SIGPROF, -signal.SIGALRM)  # its time: another would take as long
             raise (RunError if over else _Died)(words) from None
-        if isinstance(answer, str):
-            raise RunError(self._unreadable(answer))
+        if isinstance(answer, tuple):
+            why, ends = answer
+            self._done = not ends
+            raise RunError(self._unreadable(why))
         self._done = answer is None
         return answer
 
