@@ -72,7 +72,7 @@ def find(path: Path, kind: str) -> Source:
     if not path.is_dir():
         return _of_file(path, Path(os.path.realpath(path)) if path.is_symlink() else path, kind)
     sealed = path / schema.FILES[kind]
-    if sealed.exists():
+    if os.path.lexists(sealed):
         return _of_file(path, sealed, kind)
     files = sorted((path / schema.STREAM_DIR).glob("[!.]*.h5"))
     headers = begun_parts(file for file in files if not file.name.startswith(schema.REFERENCE_PREFIX))

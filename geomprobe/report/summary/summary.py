@@ -21,9 +21,9 @@ Summary = dict[str, Any]
 def summarize(path: Path) -> Summary:
     """What a run folder, a trace file or a record file holds, as JSON values.
 
-    ``record`` and ``trace`` are each None where ``path`` is a file of the other kind, and ``{"error": why, "damaged":
-    whether it is there}`` where that pass left nothing that can be read. Columns' numbers are over their finite values; what does
-    not exist is None.
+    ``record`` and ``trace`` are each None where ``path`` is a file of the other kind. Where that pass left nothing that
+    can be read, they hold ``error``, the reason, and ``damaged``, whether it is there. Columns' numbers are over their
+    finite values; what does not exist is None.
 
     Raises:
         RunError: there is nothing of geomprobe at ``path``.

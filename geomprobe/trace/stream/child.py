@@ -6,7 +6,7 @@ Parts are read here alone, and a sealed file is opened elsewhere only once it wa
 `multiprocessing.connection.Connection`. A request is a dictionary. The answer begins with what the
 file says of itself, a dictionary, as `geomprobe.trace.validation` found it. Of a part follow, block by block, lists of
 arrays, ``step`` and each table asked for. The answer ends with None or, where the file is refused, with a
-`Refusal`. The first row that is not what its checksum says ends the blocks, so that no wrong row ever leaves this process.
+`Refusal`. The first row that is not what its checksum says ends the blocks, so that no wrong row ever leaves here.
 """
 
 from __future__ import annotations
