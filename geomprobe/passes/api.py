@@ -14,7 +14,7 @@ from geomprobe.distributed.ranks import here
 from geomprobe.errors import UsageError
 from geomprobe.measure.gradient_products import require_clipped
 from geomprobe.measure.option_fields import Options
-from geomprobe.passes import finalize
+from geomprobe.passes import attempts, finalize
 from geomprobe.passes.lease import (
     StepRange,
     acquire,
@@ -120,6 +120,7 @@ def run_record(train: Train, run: RunPath, options: RecordOptions, script: Mappi
                     require_same_start(point.manifest, manifest, target.path, "go on")
                     manifest = point.manifest
                 session = recording(target, manifest, replace(options, seed=seed), ranks, point)
+                attempts.end_readers()
                 with session.reporting():
                     train()
                     session.complete()
@@ -167,6 +168,7 @@ def run_replay(train: Train, run: RunPath, options: ReplayOptions, script: Mappi
                     stretch = StepRange(*claimed)
                     begin = replayed_before(target, recorded, stretch, ranks)
                     session = replaying(target, recorded, weights, manifest, options, begin, stretch.stop, ranks)
+                    attempts.end_readers()
                     with contextlib.suppress(SegmentEnded), session.reporting():
                         train()
                         session.complete()

@@ -42,8 +42,8 @@ def write(run: Path, output: Path, *, force: bool = False) -> Verdict:
     Raises:
         UsageError: there is something at ``output`` and ``force`` is not set, Jinja2 is not installed, or there are
             figures to draw and matplotlib is not installed.
-        RunError: there is nothing of geomprobe at ``run``, a pass of it is damaged, or ``output`` cannot be written; what
-            was there before stays.
+        RunError: there is nothing of geomprobe at ``run``, a pass of it is damaged, or ``output`` cannot be written;
+            what was there before stays.
     """
     refuse_existing(output, force)
     template = _template()
