@@ -274,7 +274,6 @@ BROKEN_SPARSE = {
 }
 DECEIVING = {
     "code": holding(Code),
-    "code": holding(Code),
     "code in a state": holding(lambda marker: {"training": {"model": Code(marker)}}),
     "a number": holding(lambda _: 7),
     "a text for the training": holding(lambda _: {"training": "x", "loops": {"streams": None, "loader": None}}),
