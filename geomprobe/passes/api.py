@@ -14,7 +14,7 @@ from geomprobe.distributed.ranks import here
 from geomprobe.errors import UsageError
 from geomprobe.measure.gradient_products import require_clipped
 from geomprobe.measure.option_fields import Options
-from geomprobe.passes import attempts, finalize
+from geomprobe.passes import finalize
 from geomprobe.passes.lease import (
     StepRange,
     acquire,
@@ -35,6 +35,7 @@ from geomprobe.reproducibility.seeding import draw_seed, seed_everything, strict
 from geomprobe.trace.reader import Trace, open_trace
 from geomprobe.trace.record import Record, open_record
 from geomprobe.trace.run_folder import RunFolder
+from geomprobe.trace.stream.reader import end_readers
 
 Train = Callable[[], Any]
 RunPath = str | os.PathLike[str]
@@ -120,7 +121,7 @@ def run_record(train: Train, run: RunPath, options: RecordOptions, script: Mappi
                     require_same_start(point.manifest, manifest, target.path, "go on")
                     manifest = point.manifest
                 session = recording(target, manifest, replace(options, seed=seed), ranks, point)
-                attempts.end_readers()
+                end_readers()
                 with session.reporting():
                     train()
                     session.complete()
@@ -168,7 +169,7 @@ def run_replay(train: Train, run: RunPath, options: ReplayOptions, script: Mappi
                     stretch = StepRange(*claimed)
                     begin = replayed_before(target, recorded, stretch, ranks)
                     session = replaying(target, recorded, weights, manifest, options, begin, stretch.stop, ranks)
-                    attempts.end_readers()
+                    end_readers()
                     with contextlib.suppress(SegmentEnded), session.reporting():
                         train()
                         session.complete()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from geomprobe.errors import RunError, UsageError
+from geomprobe.errors import UsageError
 from geomprobe.report.output import refuse_existing, write_errors, written_aside
 from geomprobe.trace import schema
 from geomprobe.trace.printable import printable
@@ -66,10 +66,7 @@ def _columns(trace: Trace) -> Columns:
     for reference in trace.references[1:]:
         paths = (f"references/{schema.escape(reference)}/{each.name}" for each in schema.REFERENCE_COLUMNS)
         names += [path for path in paths if path in trace]
-    step = trace["step"]
-    if not np.array_equal(step, np.trunc(step)) or (len(step) and not 0 <= step.min() <= step.max() < 2**53):
-        raise RunError(f"{trace.path} has a step that is no whole number. See: geomprobe verify {trace.path}")
-    return {"step": step.astype(np.int64), **{name: trace[name] for name in names}}
+    return {"step": trace["step"].astype(np.int64), **{name: trace[name] for name in names}}
 
 
 def _csv(trace: Trace, found: Columns, path: Path, force: bool) -> None:

@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from geomprobe.errors import UsageError
+from geomprobe.errors import RunError, UsageError
 from geomprobe.trace import schema
 from geomprobe.trace.derive import Array, Derived
 from geomprobe.trace.hdf5_errors import damage_named
@@ -80,7 +80,12 @@ class Trace:
         self.num_parameters = source.num_parameters
         self.manifest = source.manifest
         self.certificate = certificate
-        self.num_steps = len(columns["steps/step"])
+        step = columns["steps/step"]
+        if not (
+            np.isfinite(step).all() and (step == np.trunc(step)).all() and (step >= 0).all() and (step < 1 << 53).all()
+        ):
+            raise RunError(f"{self.path} is damaged: a step in it is no whole number. Restore it, or make it again")
+        self.num_steps = len(step)
         self._final = source.facts.get("final", ())
         self._columns = columns
 

@@ -147,7 +147,12 @@ def _trace_columns(tree: _Tree) -> Iterator[str]:
         yield from _columns_in(tree, group)
     for parent in ("groups", "references", "parameters", schema.RANKS):
         for name in tree.members(parent):
-            if (parent, name) != ("references", schema.FINAL):
+            if (parent, name) == ("references", schema.FINAL):
+                continue
+            if parent == "references":
+                yield from (f"{parent}/{name}/{column.name}" for column in schema.REFERENCE_COLUMNS)
+                yield from _columns_in(tree, f"{parent}/{name}/inner_products")
+            else:
                 yield from _columns_in(tree, f"{parent}/{name}")
 
 
@@ -195,6 +200,7 @@ class _Tree:
     def __init__(self, file: Any, size: int) -> None:
         self._size = self._left = size
         self._found: dict[str, Any] = {"": h5g.open(file.id, b"/")}
+        self._places: dict[str, int] = {}  # the same for each name of one dataset
         self._counted: set[int] = set()
 
     def exists(self, path: str) -> bool:
@@ -300,10 +306,9 @@ class _Tree:
         width = found.get_type().get_size()
         if made.get_layout() == h5d.CHUNKED and math.prod(made.get_chunk()) * width > max(self._size, _LARGEST_CHUNK):
             self._refuse(path, "a chunk of it is larger than this file")
-        place = h5o.get_info(found).addr
-        if growing or place in self._counted:
+        if growing or self._places[path] in self._counted:
             return
-        self._counted.add(place)
+        self._counted.add(self._places[path])
         stored = found.get_storage_size()
         self._left -= stored
         if math.prod(shape) * width > stored or self._left < 0:
@@ -316,9 +321,10 @@ class _Tree:
         parent, _, name = path.rpartition("/")
         group, found, link = self._open(parent), None, name.encode(errors="surrogateescape")
         if isinstance(group, h5g.GroupID) and group.links.exists(link):
-            if group.links.get_info(link).type != h5l.TYPE_HARD:
+            info = group.links.get_info(link)
+            if info.type != h5l.TYPE_HARD:
                 self._refuse(path, "it is a link")
-            found = h5o.open(group, link)
+            found, self._places[path] = h5o.open(group, link), info.u
         self._found[path] = found
         return found
 

@@ -308,7 +308,7 @@ TRACES = {
     ),
     "no /steps": Case(_trace(lambda file, _: file.__delitem__("steps"))),
     "no column step": Case(_trace(lambda file, _: file.__delitem__("steps/step"))),
-    "a reference that is the whole file": Case(_trace(_loop("references/loop", "/")), harmless=ALL),
+    "a reference that is the whole file": Case(_trace(_loop("references/loop", "/"))),
     "a parameter that is the whole file": Case(_trace(_loop("parameters/loop", "/")), harmless=ALL),
     "steps that hold themselves": Case(_trace(_loop("steps/loop", "/steps")), harmless=ALL),
     "10^12 rows in chunks": Case(_many_rows((4096,))),
@@ -355,9 +355,8 @@ TRACES = {
     "a model whose name acts in a terminal": Case(
         _trace(_manifest(model={"class": ESCAPE + "\n\n", "dtype": "float32"})), harmless=ALL
     ),
-    "a step that is NaN": Case(
-        _trace(_values("steps/step", _set(3, np.nan))), harmless="inspect watch plot report diff verify"
-    ),
+    "a step that is NaN": Case(_trace(_values("steps/step", _set(3, np.nan)))),
+    "a step of 10^300": Case(_trace(_values("steps/step", _set(3, 1e300)))),
     "an epoch of 10^300": Case(_trace(_values("steps/epoch", _set(3, 1e300))), harmless=ALL),
     "a loss that is infinite": Case(_trace(_values("steps/loss", _set(slice(2, 9), np.inf))), harmless=ALL),
     "a negative distance": Case(_trace(_values("steps/distance", _set(slice(2, 9), -1.0))), harmless=ALL),

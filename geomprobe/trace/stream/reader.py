@@ -24,7 +24,8 @@ from geomprobe.trace.stream.writer import Table
 
 TIMEOUT_S = 20.0
 WORK_S = 10.0
-"""Processor time that an answer may take: a damaged file may keep HDF5 busy for ever."""
+"""Processor time that an answer about a small file may take: a damaged file may keep HDF5 busy for ever."""
+_BYTES_A_SECOND = 1 << 22
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _CHILD = (
@@ -101,7 +102,7 @@ def checked(path: Path, what: Literal["sealed", "reference"]) -> dict[str, Any]:
         FileNotFoundError: it is not there.
     """
     os.close(open_regular(path))
-    request = {"path": str(path), "as": what, "timeout_s": TIMEOUT_S, "work_s": WORK_S}
+    request = {"path": str(path), "as": what, "timeout_s": TIMEOUT_S, "work_s": _work_s(path)}
     child, facts = _ask(request, path)
     child.receive()
     child.release()
@@ -196,7 +197,7 @@ def stream_part(
     path = Path(path)
     _refuse_unreadable(path)
     wanted = {"tables": tables, "start": start, "stop": stop, "block_rows": block_rows}
-    request = {"path": str(path), "as": "part", **wanted, "timeout_s": timeout_s, "work_s": max(WORK_S, timeout_s)}
+    request = {"path": str(path), "as": "part", **wanted, "timeout_s": timeout_s, "work_s": _work_s(path)}
     child, fields = _ask(request, path)
     try:
         layout = fields.pop("tables")
@@ -205,6 +206,11 @@ def stream_part(
         yield header, _blocks(header, child, tables)
     finally:
         child.release()
+
+
+def _work_s(path: Path) -> float:
+    """How long the processor may work on an answer: the larger a file, the more names and blocks there may be."""
+    return WORK_S + path.stat().st_size / _BYTES_A_SECOND
 
 
 def end_readers() -> None:

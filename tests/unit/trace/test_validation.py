@@ -16,7 +16,7 @@ from geomprobe.trace.validation import part_header, reference_names, sealed_fact
 
 
 def checked(check, path):
-    with h5py.File(path, "r") as file:
+    with h5py.File(path, "r", libver="latest", swmr=check is part_header) as file:
         return check(file, path.stat().st_size)
 
 
