@@ -81,9 +81,7 @@ class Trace:
         self.manifest = source.manifest
         self.certificate = certificate
         step = columns["steps/step"]
-        if not (
-            np.isfinite(step).all() and (step == np.trunc(step)).all() and (step >= 0).all() and (step < 1 << 53).all()
-        ):
+        if not ((step == np.trunc(step)) & (step >= 0) & (step < 1 << 53)).all():
             raise RunError(f"{self.path} is damaged: a step in it is no whole number. Restore it, or make it again")
         self.num_steps = len(step)
         self._final = source.facts.get("final", ())
