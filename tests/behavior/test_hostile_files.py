@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from support.hostile_runs import CASES, ESCAPE, SECRET, VERBS, good_copy
+from support.paths import ROOT
 from torch import nn, optim, randn
 
 import geomprobe
@@ -444,3 +445,12 @@ def test_no_change_of_a_good_file_makes_a_verb_hang_or_raise_or_tell(cases, runs
         shutil.rmtree(own)
     print(dict(ended))
     assert sum(count for (_, code), count in ended.items() if code == 1) > len(cases) // 4
+
+
+def test_the_documents_state_what_is_tried():
+    page = (ROOT / "docs" / "trace-format.md").read_text()
+    harmless = [sum(verb in case.harmless.split() for case in CASES.values()) for verb in VERBS]
+    assert f"The tests try {len(CASES)} crafted run folders" in page
+    assert f"| refused | {' | '.join(str(len(CASES) - count) for count in harmless)} |" in page
+    assert f"| shown, and nothing acts | {' | '.join(map(str, harmless))} |" in page
+    assert f"| | {' | '.join(VERBS)} |" in page
