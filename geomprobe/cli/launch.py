@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from geomprobe.errors import GeomprobeError, UsageError
+from geomprobe.trace.json_values import require_entries
 from geomprobe.trace.printable import printable, show
 from geomprobe.trace.schema import RECORD_FILE, STREAM_DIR
 
@@ -54,11 +55,13 @@ def present(script: Mapping[str, Any], run: str) -> dict[str, Any]:
     Raises:
         UsageError: it is a Python function, or its folder is gone.
     """
+    require_entries({"script": script}, ["script.kind", "script.path"], run)
     if script["kind"] == "function":
         raise UsageError(
             f"{run} was recorded by geomprobe.record({script['path']}, ...) in Python, so there is no script to "
             "run. Replay it in Python too: geomprobe.replay(train, ...)."
         )
+    require_entries({"script": script}, ["script.cwd", "script.argv"], run)
     if any("\0" in word for word in (script["path"], script["cwd"], *script["argv"])):
         raise UsageError(f"{run} names a script that no command line can name; nothing was replayed.")
     cwd = Path(script["cwd"])

@@ -100,7 +100,7 @@ def _begun(folder: Path, run: str) -> dict[str, Any]:
     """The script of a recording that was cut off, as the script is now."""
     try:
         with open_record(folder) as begun:
-            return launch.present(begun.manifest["script"], run)
+            return launch.present(begun.manifest.get("script") or {}, run)
     except RunError as nothing:
         raise UsageError(
             f"{nothing}. Name the script to start with: geomprobe record -o {run} --resume train.py"

@@ -123,6 +123,7 @@ def _report(trace: Trace, run: str) -> int:
 
 def _at_start_up(manifest: Mapping[str, Any]) -> dict[str, str]:
     """What the recording had in its environment that acts only when a process starts."""
-    recorded = {**manifest["environment"], "OMP_NUM_THREADS": manifest["host"].get("OMP_NUM_THREADS")}
+    host, environment = (manifest.get(name) or {} for name in ("host", "environment"))
+    recorded = {**environment, "OMP_NUM_THREADS": host.get("OMP_NUM_THREADS")}
     names = (*launch.START_UP, "OMP_NUM_THREADS")
     return {name: recorded[name] for name in names if recorded.get(name)}

@@ -15,6 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from geomprobe.errors import RunError
 from geomprobe.report.html.page import write
 from geomprobe.trace.printable import show
 
@@ -30,5 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the page, and name what was written."""
     found = write(arguments.run, arguments.output, force=arguments.force)
     show(f"Wrote {arguments.output}: {found.headline}")
+    if found.damage:  # the page shows what can be read
+        raise RunError(found.damage)
     show(f"Next: open {arguments.output} in a browser", file=sys.stderr)
     return 0

@@ -220,7 +220,7 @@ def require_same_start(recorded: Mapping[str, Any], manifest: Mapping[str, Any],
     """
     before, now = recorded["script"], manifest["script"]
     changed = changed_sources(recorded.get("sources", {}), Path(now.get("root") or "."))
-    if before["sha256"] != now["sha256"] and before["path"] == now["path"]:
+    if before.get("sha256") != now["sha256"] and before["path"] == now["path"]:
         changed = [
             now["path"],
             *(name for name in changed if Path(now["root"] or ".", name) != Path(now["path"])),

@@ -8,7 +8,7 @@ the values. A `range` is of whole numbers.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from geomprobe.errors import RunError
@@ -56,7 +56,10 @@ MANIFEST: dict[str, Any] = {
 }
 """The entries of a manifest that something reads; what else is in it is only shown."""
 
-REPLAYED = ("script", "seed", "strict", "environment", "host", "hardware", "flags", "recording", "model", "optimizer")
+REPLAYED = (
+    *("script.kind", "script.path", "seed", "strict", "environment", "host", "hardware.devices"),
+    *("flags.num_threads", "recording.argv", "model.num_parameters", "optimizer.class", "optimizer.groups"),
+)
 """The entries that a manifest must have where its run is to be made again."""
 
 CERTIFICATE: dict[str, Any] = {
@@ -103,6 +106,24 @@ def manifest_of_text(text: Any) -> dict[str, Any]:
         raise RunError("manifest is damaged: it is no JSON object")
     checked: dict[str, Any] = require_form(found, MANIFEST, "manifest")
     return checked
+
+
+def require_entries(manifest: Mapping[str, Any], names: Iterable[str], run: object) -> None:
+    """Refuse to make a run again whose manifest, of the form `MANIFEST`, lacks one of some entries.
+
+    Raises:
+        RunError: it lacks one; the message names it.
+
+    >>> require_entries({"seed": 0, "script": {}}, ["seed", "script.path"], "runs/a")
+    Traceback (most recent call last):
+        ...
+    geomprobe.errors.RunError: runs/a cannot be made again: its manifest lacks script.path. Record it once more
+    """
+    for name in names:
+        section, _, key = name.partition(".")
+        found = manifest.get(section)
+        if found is None or (key and found.get(key) is None):
+            raise RunError(f"{run} cannot be made again: its manifest lacks {name}. Record it once more")
 
 
 def _misfit(value: Any, form: Any, what: str) -> tuple[str, Any] | None:

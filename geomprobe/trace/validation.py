@@ -51,9 +51,11 @@ def part_header(file: Any, size: int) -> dict[str, Any]:
     manifest_of_text(attributes.get("manifest", "{}"))
     for name in ("num_parameters", "started"):
         require_form(attributes.get(name, 0), COUNT, name)
-    header["tables"] = _tables(tree, header["schema"])
+    # The writer extends the tables first and the steps last. HDF5 keeps the lengths as they were when it first saw
+    # them, so the steps come first here, or a row could be counted before its numbers are seen.
     tree.rows("step", "int64")
     header["rows"] = _committed(file["step"], header["first_step"], size)
+    header["tables"] = _tables(tree, header["schema"])
     return header
 
 

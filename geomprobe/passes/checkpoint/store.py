@@ -22,7 +22,7 @@ from geomprobe.errors import GeomprobeError, RunError
 from geomprobe.passes.checkpoint.plain_values import decode, encode
 from geomprobe.trace.atomic_file import atomic_file, write_json
 from geomprobe.trace.json_values import require_form
-from geomprobe.trace.regular_file import open_regular, read_json
+from geomprobe.trace.regular_file import open_regular, read_bytes
 
 FACTS, STATE = "geomprobe.json", "state.pt"
 
@@ -273,7 +273,7 @@ def _write(
 
 def _description(path: Path) -> dict[str, Any]:
     try:
-        outer = read_json(path / FACTS)
+        outer = json.loads(read_bytes(path / FACTS))
         if hashlib.sha256(outer["text"].encode()).hexdigest() != outer["sha256"]:
             raise ValueError
         found: dict[str, Any] = require_form(json.loads(outer["text"]), dict, FACTS)
@@ -288,10 +288,11 @@ def _description(path: Path) -> dict[str, Any]:
         )
     require_form(found, _DESCRIPTION, f"checkpoint {path}")
     shared = found.get("shared")
-    known = shared is None or shared.keys() == _SHARED.keys()
-    # What it leaves out is in rank 0's checkpoint of the same step, and nowhere else.
-    if not known or found.get("facts") is None or (shared or {}).get("checkpoint") not in (None, f"../{path.name}"):
+    if found.get("facts") is None or (shared is not None and shared.keys() != _SHARED.keys()):
         raise RunError(f"checkpoint {path} is damaged: {FACTS} is not what a pass writes")
+    # What it leaves out is in rank 0's checkpoint of the same step, and nowhere else.
+    if shared is not None and shared["checkpoint"] not in (None, f"../{path.name}"):
+        raise RunError(f"checkpoint {path} is damaged: {shared['checkpoint']} does not hold what it left out")
     return {"shared": None, **found}
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from geomprobe.corridor.detection import occupancy
-from geomprobe.errors import RunError, UsageError
+from geomprobe.errors import UsageError
 from geomprobe.report.corridors import THRESHOLDS
 from geomprobe.report.curves import run_name
 from geomprobe.report.html.figures import RESIDUAL, galleries, typeset
 from geomprobe.report.output import refuse_existing, written_aside
-from geomprobe.report.summary.summary import Summary, damage, summarize
+from geomprobe.report.summary.summary import Summary, summarize
 from geomprobe.report.summary.text import Verdict, again, facts, next_command, verdict
 from geomprobe.report.table import number, percent, size
 from geomprobe.trace.printable import printable
@@ -42,14 +42,12 @@ def write(run: Path, output: Path, *, force: bool = False) -> Verdict:
     Raises:
         UsageError: there is something at ``output`` and ``force`` is not set, Jinja2 is not installed, or there are
             figures to draw and matplotlib is not installed.
-        RunError: there is nothing of geomprobe at ``run``, a pass of it is damaged, or ``output`` cannot be written;
-            what was there before stays.
+        RunError: there is nothing of geomprobe at ``run``, or ``output`` cannot be written; what was there before
+            stays.
     """
     refuse_existing(output, force)
     template = _template()
     summary = summarize(run)
-    if why := damage(summary):
-        raise RunError(why)
     found = verdict(summary)
     text = template.render(verdict=found, **_shown(summary))
     with written_aside(output) as aside:

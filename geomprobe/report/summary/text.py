@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from geomprobe.report.curves import without_file
-from geomprobe.report.summary.summary import Summary
+from geomprobe.report.summary.summary import Summary, damage
 from geomprobe.report.table import number, size, table
 from geomprobe.trace.certificate import Certificate
 from geomprobe.trace.printable import printable
@@ -174,12 +174,14 @@ class Verdict:
         headline: the verdict in a few words.
         lines: the reasons.
         passes: the state of ``"record"`` and ``"trace"``.
+        damage: what of the run is there and cannot be read; empty where nothing is.
     """
 
     mark: str
     headline: str
     lines: list[str]
     passes: dict[str, str]
+    damage: str = ""
 
 
 def verdict(summary: Summary) -> Verdict:
@@ -194,7 +196,7 @@ def verdict(summary: Summary) -> Verdict:
     """
     trace = summary["trace"] or {}
     judged = _of_trace(trace) if "status" in trace else _of_record(summary["record"] or {})
-    return Verdict(*judged, _passes(summary))
+    return Verdict(*judged, _passes(summary), damage(summary))
 
 
 def _of_record(record: Summary) -> tuple[str, str, list[str]]:
