@@ -59,12 +59,13 @@ def part_header(file: Any, size: int) -> dict[str, Any]:
     return header
 
 
-def sealed_facts(file: Any, size: int) -> dict[str, Any]:
+def sealed_facts(file: Any, size: int, step_columns: Sequence[str]) -> dict[str, Any]:
     """What a sealed file says of itself: its attributes and, of a trace, its columns and its certificate.
 
     Args:
         file: the open ``h5py.File``.
         size: bytes of the file.
+        step_columns: the names of the columns of ``/steps`` that the reader knows.
 
     Raises:
         RunError: it is not what a pass writes; the message names what is not.
@@ -79,7 +80,7 @@ def sealed_facts(file: Any, size: int) -> dict[str, Any]:
     found["num_parameters"] = tree.count("", "num_parameters")
     found["manifest"] = manifest_of_text(tree.text("", "manifest"))
     found["num_steps"] = tree.length = tree.count("", "num_steps")
-    return found | (_trace(tree) if kind == schema.TRACE_SCHEMA else _record(tree))
+    return found | (_trace(tree, step_columns) if kind == schema.TRACE_SCHEMA else _record(tree))
 
 
 def reference_names(file: Any, size: int) -> dict[str, Any]:
@@ -111,10 +112,7 @@ def _tables(tree: _Tree, kind: str) -> dict[str, Any]:
     found = tables.get(float_table, {"columns": [], "dtype": None})
     if found["dtype"] != "float64":
         raise RunError(f"tables is damaged: there is no {float_table}")
-    if kind == schema.TRACE_SCHEMA:
-        for column in found["columns"]:
-            schema.check_raw(column)
-    elif not {column.name for column in schema.RECORD_COLUMNS[1:]} <= set(found["columns"]):
+    if kind == schema.RECORD_SCHEMA and not {each.name for each in schema.RECORD_COLUMNS[1:]} <= {*found["columns"]}:
         raise RunError(f"tables.{float_table} is damaged: a column is missing")
     return tables
 
@@ -130,9 +128,9 @@ def _committed(step: Any, first_step: int, size: int) -> int:
     return most
 
 
-def _trace(tree: _Tree) -> dict[str, Any]:
+def _trace(tree: _Tree, step_columns: Sequence[str]) -> dict[str, Any]:
     tree.column("steps/step")
-    columns = [path for path in _trace_columns(tree) if tree.column(path)]
+    columns = [path for path in _trace_columns(tree, step_columns) if tree.column(path)]
     return {
         "columns": columns,
         "final": [path for path in schema.FINAL_LINKS if tree.exists(path) and tree.column(path)],
@@ -140,11 +138,10 @@ def _trace(tree: _Tree) -> dict[str, Any]:
     }
 
 
-def _trace_columns(tree: _Tree) -> Iterator[str]:
+def _trace_columns(tree: _Tree, step_columns: Sequence[str]) -> Iterator[str]:
     """The paths of the columns that there are, in the order of reports; each is one that the schema knows."""
     steps = set(tree.members("steps"))
-    known = (*schema.STEP_COLUMNS, *schema.OPTIONAL_STEP_COLUMNS)
-    yield from (f"steps/{column.name}" for column in known if column.name in steps)
+    yield from (f"steps/{name}" for name in step_columns if name in steps)
     for group in ("inner_products", *schema.ORACLES):
         yield from _columns_in(tree, group)
     for parent in ("groups", "references", "parameters", schema.RANKS):

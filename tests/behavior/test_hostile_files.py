@@ -26,7 +26,7 @@ from geomprobe.cli import main
 from geomprobe.errors import RunError
 from geomprobe.trace.stream import reader
 
-LIMIT_S = 60  # this is for machines that are busy; a verb takes a second
+LIMIT_S = 60  # for machines that are busy; a verb takes a second
 ACTING = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]")
 INTERRUPTED = {"at": None}
 

@@ -87,14 +87,16 @@ def _limit_memory() -> None:
 def _answers(asked: dict[str, Any]) -> Iterator[Any]:
     """What a file says of itself, and a part's blocks.
 
-    Asked are ``path`` and ``as``, what the file should be; of a part also ``tables`` (None: all), ``start``, ``stop``
-    and ``block_rows``.
+    Asked are ``path`` and ``as``, what the file should be; of a sealed file also ``columns``, the known ones of
+    ``/steps``; of a part ``tables`` (None: all), ``start``, ``stop`` and ``block_rows``.
     """
     size = os.stat(asked["path"]).st_size
     if asked["as"] != "part":
-        check = {"sealed": validation.sealed_facts, "reference": validation.reference_names}[asked["as"]]
         with h5py.File(asked["path"], "r") as file:
-            yield check(file, size)
+            if asked["as"] == "sealed":
+                yield validation.sealed_facts(file, size, asked["columns"])
+            else:
+                yield validation.reference_names(file, size)
         return
     with h5py.File(asked["path"], "r", libver="latest", swmr=True) as file:
         header = validation.part_header(file, size)

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geomprobe.errors import RunError
+from geomprobe.trace import schema
 from geomprobe.trace.regular_file import open_regular
 from geomprobe.trace.stream.writer import Table
 
@@ -102,7 +103,8 @@ def checked(path: Path, what: Literal["sealed", "reference"]) -> dict[str, Any]:
         FileNotFoundError: it is not there.
     """
     os.close(open_regular(path))
-    request = {"path": str(path), "as": what, "timeout_s": TIMEOUT_S, "work_s": _work_s(path)}
+    columns = [column.name for column in (*schema.STEP_COLUMNS, *schema.OPTIONAL_STEP_COLUMNS)]
+    request = {"as": what, "columns": columns, "timeout_s": TIMEOUT_S, **_file(path)}
     child, facts = _ask(request, path)
     child.receive()
     child.release()
@@ -197,20 +199,34 @@ def stream_part(
     path = Path(path)
     _refuse_unreadable(path)
     wanted = {"tables": tables, "start": start, "stop": stop, "block_rows": block_rows}
-    request = {"path": str(path), "as": "part", **wanted, "timeout_s": timeout_s, "work_s": _work_s(path)}
+    request = {"as": "part", **wanted, "timeout_s": timeout_s, **_file(path)}
     child, fields = _ask(request, path)
     try:
         layout = fields.pop("tables")
         kinds = {name: Table(name, tuple(table["columns"]), table["dtype"]) for name, table in layout.items()}
         header = Header(path=path, tables=kinds, **fields)
+        if header.schema == schema.TRACE_SCHEMA and schema.VALUES in kinds:
+            _require_raw(path, kinds[schema.VALUES].columns)
         yield header, _blocks(header, child, tables)
     finally:
         child.release()
 
 
-def _work_s(path: Path) -> float:
-    """How long the processor may work on an answer: the larger a file, the more names and blocks there may be."""
-    return WORK_S + path.stat().st_size / _BYTES_A_SECOND
+def _require_raw(path: Path, columns: Iterable[str]) -> None:
+    try:
+        for column in columns:
+            schema.check_raw(column)
+    except schema.UnknownColumn as error:
+        raise RunError(f"{path} is damaged: {error}") from error
+
+
+def _file(path: Path) -> dict[str, Any]:
+    """Of a request: the file, which the child may know by its whole path only, its name, and the processor's time.
+
+    The larger a file, the more names and blocks there may be in it.
+    """
+    work_s = WORK_S + path.stat().st_size / _BYTES_A_SECOND
+    return {"path": os.path.abspath(path), "name": str(path), "work_s": work_s}
 
 
 def end_readers() -> None:
@@ -295,7 +311,7 @@ class _Child:
 
     def receive(self) -> Any:
         """The next answer: see `geomprobe.trace.stream.child`."""
-        path, limit = self._request["path"], self._request["timeout_s"]
+        path, limit = self._request["name"], self._request["timeout_s"]
         if not self._connection.poll(limit):
             raise RunError(f"reading {path} did not end within {limit:g} s: it is damaged. {self._advice}")
         try:
@@ -346,7 +362,7 @@ class _Child:
 
     def _unreadable(self, cause: str) -> str:
         names = {"part": "a part of a run", "sealed": "a sealed pass", "reference": "a reference"}
-        return f"{self._request['path']} cannot be read as {names[self._request['as']]} ({cause}). {self._advice}"
+        return f"{self._request['name']} cannot be read as {names[self._request['as']]} ({cause}). {self._advice}"
 
     def _last_words(self) -> str:
         assert self._process.stderr is not None

@@ -269,3 +269,15 @@ print(reader._living[0]._process.pid)
 def test_a_table_without_columns_keeps_its_dtype(tmp_path):
     path = write_part(tmp_path / "p.h5", KIND)
     assert read_part(path).tables["fingerprints/buffers"][1].dtype == np.int64
+
+
+def test_a_relative_path_is_that_of_the_folder_of_today(tmp_path, monkeypatch):
+    """The process that reads was started in another folder than the one that the script has gone to since."""
+    for name, stop in (("a", 3), ("b", 5)):
+        (tmp_path / name).mkdir()
+        write_part(tmp_path / name / "p.h5", stop=stop)
+        monkeypatch.chdir(tmp_path / name)
+        assert read_header(Path("p.h5")).rows == stop
+    with pytest.raises(RunError, match=r"^p\.h5 cannot be read as a sealed pass"):
+        (tmp_path / "b" / "p.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(200))
+        checked(Path("p.h5"), "sealed")
