@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -12,7 +13,7 @@ from support.part_cases import TRACE_TABLES, assert_right, blocks, expected, ope
 
 from geomprobe.errors import RunError
 from geomprobe.trace.stream import reader as part_module
-from geomprobe.trace.stream.reader import PartNotBegun, part_state, read_header, read_part, stream_part
+from geomprobe.trace.stream.reader import PartNotBegun, checked, part_state, read_header, read_part, stream_part
 
 KIND = "geomprobe-record"
 
