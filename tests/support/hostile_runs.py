@@ -19,6 +19,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from geomprobe.trace.schema import REFERENCE_COLUMNS
 from geomprobe.trace.stream.checksum import row_checksums
 
 VERBS = ("inspect", "verify", "watch", "plot", "report", "diff", "export")
@@ -163,7 +164,7 @@ def _many_rows(chunks: tuple[int, ...] | None) -> Callable[[Path, Path], None]:
 
 
 def _odd_reference(file: Any, _: Path) -> None:
-    for name in ("distance", "cosine"):
+    for name in (column.name for column in REFERENCE_COLUMNS):
         file[f"references/{ESCAPE}/{name}"] = file[f"steps/{name}"][...]
 
 
