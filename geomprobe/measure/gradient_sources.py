@@ -71,7 +71,7 @@ class GradientSources(Events):
         self._none_left = none_left
         self._parameters: list[Tensor] = []
         self._attached = self._unfollowed = False
-        self._roots: set[int] = set()  # ids of the losses whose backward pass is running
+        self._roots: Sequence[Tensor] = ()  # the losses whose backward pass is running
         self._passes: list[BackwardPass] = []
         # After each of these passes, what is left of each gradient before the next one: 1, 0 or NaN. [parameters]
         self._left: list[Tensor] = []
@@ -101,9 +101,9 @@ class GradientSources(Events):
         if self._unfollowed:
             self._passes.clear()
 
-    def gradient_changed(self, tensor: int | None) -> None:
+    def gradient_changed(self, tensor: Tensor | None) -> None:
         if self.running is not None and self._roots:
-            if tensor in self._roots:
+            if any(tensor is root for root in self._roots):
                 self.running.loss, self.running.unknown = None, WRITTEN
             self.running.hooked = True
 
@@ -142,7 +142,7 @@ class GradientSources(Events):
         if not self._attached:
             self._add_leaves(losses)
         self._begin()
-        self._roots = {id(loss) for loss in losses}
+        self._roots = losses
         try:
             with watching_hooks(self._parameters) as changed:
                 yield
@@ -150,7 +150,7 @@ class GradientSources(Events):
             running.loss, running.unknown = None, WRITTEN
             raise
         finally:
-            self._roots = set()
+            self._roots = ()
             before, self._marks = self._marks, [mark(p.grad) for p in self._parameters]
             running.reaches = [a != b for a, b in zip(before, self._marks, strict=True)]
             if self._unfollowed:

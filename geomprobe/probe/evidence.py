@@ -68,4 +68,5 @@ def _places(tensor: Tensor) -> list[Tensor]:
 
 def _values(tensor: Tensor) -> Tensor:
     own = local(tensor.detach())
-    return own._values() if own.is_sparse else own
+    dense = own._values() if own.is_sparse else own
+    return dense if dense.is_floating_point() or dense.is_complex() else dense.double()

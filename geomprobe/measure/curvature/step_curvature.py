@@ -118,6 +118,10 @@ class StepCurvature(Events):
         if not self._calls_seen and self._wanted():
             self._see_weights()
 
+    def part_entered(self) -> None:
+        if not self._calls_seen and self._wanted():
+            self._see_weights()
+
     def entered(self, inputs: Any) -> None:
         if not self._calls_seen:
             self._calls_seen, self._seen = True, []

@@ -122,7 +122,7 @@ def endless_generator_ahead(witness: Witness) -> None:
         batch = ahead
 
 
-@loop("epochs", "a prefetcher that is one batch ahead within each epoch")
+@loop("epochs", "a prefetcher that is one batch ahead within each epoch", EPOCH)
 def prefetched(witness: Witness) -> None:
     training, data = Training(witness), loader(count=3)
     for epoch in range(2):
@@ -149,7 +149,7 @@ def listed_once(witness: Witness) -> None:
             training.step(batch, epoch=epoch)
 
 
-@loop("epochs", "the batches are taken into a list each epoch")
+@loop("epochs", "the batches are taken into a list each epoch", EPOCH)
 def listed_each_epoch(witness: Witness) -> None:
     training, data = Training(witness), loader(count=2, shuffle=True)
     for epoch in range(3):
@@ -217,7 +217,7 @@ def several_steps_a_batch(witness: Witness) -> None:
                 training.step(batch, epoch=epoch)
 
 
-@loop("epochs", "several batches a step")
+@loop("epochs", "several batches a step", EPOCH)
 def several_batches_a_step(witness: Witness) -> None:
     training, data = Training(witness), loader(count=4)
     for epoch in range(2):

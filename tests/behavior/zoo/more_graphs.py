@@ -233,7 +233,7 @@ class StraightThrough(Function):
         return gradient
 
 
-@loop("functions", "a function that saves its input for backward")
+@loop("functions", "a function that saves its input for backward", HG)
 def function_saves_input(witness: Witness) -> None:
     train(witness, SavedInput.apply)
 
@@ -263,7 +263,7 @@ def function_intermediate_no_attach(witness: Witness) -> None:
     train(witness, IntermediateOnContext.apply, attach=False)
 
 
-@loop("functions", "a function that saves its output for backward")
+@loop("functions", "a function that saves its output for backward", HG)
 def function_saves_output(witness: Witness) -> None:
     train(witness, SavedOutput.apply)
 
@@ -273,7 +273,7 @@ def function_output_on_ctx(witness: Witness) -> None:
     train(witness, OutputOnContext.apply)
 
 
-@loop("functions", "a function with a constant on ctx")
+@loop("functions", "a function with a constant on ctx", HG)
 def function_constant_on_ctx(witness: Witness) -> None:
     train(witness, lambda x: torch.tanh(ConstantOnContext.apply(x)))
 

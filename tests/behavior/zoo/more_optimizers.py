@@ -403,7 +403,11 @@ def lookahead_attached(witness: Witness) -> None:
     train(witness, model, Lookahead(torch.optim.Adam(model.parameters(), lr=0.05), every=3))
 
 
-@loop("optimizers", "Lookahead whose last step goes back, no attach", refused="the final iterate is lost")
+@loop(
+    "optimizers",
+    "Lookahead whose last step goes back, no attach",
+    refused="iterate is lost|through .data",
+)
 def lookahead_no_attach(witness: Witness) -> None:
     model = mlp()
     wrapper = Lookahead(sgd(model), every=2)

@@ -169,7 +169,11 @@ def tied_weights(witness: Witness) -> None:
     train(witness, model, sgd(model), attach=False)
 
 
-@loop("shared parameters", "weights are tied after attach, and the optimizer holds the one that is left out")
+@loop(
+    "shared parameters",
+    "weights are tied after attach, and the optimizer holds the one that is left out",
+    refused="another tensor",
+)
 def tied_after_attach(witness: Witness) -> None:
     first, last = nn.Linear(3, 3).double(), nn.Linear(3, 3).double()
     model = nn.Sequential(first, nn.Tanh(), last, nn.Linear(3, 1).double())
@@ -301,7 +305,11 @@ def _replace_first(model: nn.Sequential) -> nn.Parameter:
     return model[0].weight
 
 
-@loop("replaced parameters", "module.weight = Parameter(...) between steps, the optimizer holds the old one")
+@loop(
+    "replaced parameters",
+    "module.weight = Parameter(...) between steps, the optimizer holds the old one",
+    refused="another tensor",
+)
 def parameter_replaced(witness: Witness) -> None:
     model = mlp()
     train(witness, model, sgd(model), before=lambda t: _replace_first(model) if t == 2 else None)
@@ -382,7 +390,7 @@ class Quantized(nn.Module):
         return self.decoder(z + (code - z).detach()), mse_loss(code, z)
 
 
-@loop("replaced parameters", "VQ-VAE: the codebook is a new Parameter in each forward pass", HG)
+@loop("replaced parameters", "VQ-VAE: the codebook is a new Parameter in each forward pass", refused="another tensor")
 def codebook_replaced_in_forward(witness: Witness) -> None:
     model = Quantized()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
@@ -601,7 +609,7 @@ def sparse_adam(witness: Witness) -> None:
         step_on(witness, lambda x: model(x).exp(), optimizer, (torch.arange(6) * (t + 1)) % 5, y)
 
 
-@loop("kinds of parameters", "an embedding that the forward pass itself renormalizes")
+@loop("kinds of parameters", "an embedding that the forward pass itself renormalizes", HG)
 def renormalized_embedding(witness: Witness) -> None:
     model = nn.Sequential(nn.Embedding(5, 3, max_norm=0.5), nn.Tanh(), nn.Linear(3, 1)).double()
     optimizer = sgd(model, lr=0.5)
@@ -686,7 +694,11 @@ def new_leaf_each_step(witness: Witness) -> None:
         optimizer.step()
 
 
-@loop("kinds of parameters", "a lazy layer, which the first forward pass after attach gives its shape")
+@loop(
+    "kinds of parameters",
+    "a lazy layer, which the first forward pass after attach gives its shape",
+    refused="does not know its shape yet",
+)
 def lazy_layer(witness: Witness) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -706,7 +718,11 @@ def lazy_layer_no_attach(witness: Witness) -> None:
     train(witness, model, sgd(model), attach=False)
 
 
-@loop("kinds of parameters", "torch's pruning in the middle: the parameter has another name from then on")
+@loop(
+    "kinds of parameters",
+    "torch's pruning in the middle: the parameter has another name from then on",
+    refused="buffers changed",
+)
 def pruned_by_torch(witness: Witness) -> None:
     model = mlp()
 
@@ -792,7 +808,7 @@ def initialized_after_attach(witness: Witness) -> None:
         step_on(witness, model, optimizer, x, y)
 
 
-@loop("moved parameters", "a forward pass that normalizes its weights through .data")
+@loop("moved parameters", "a forward pass that normalizes its weights through .data", HG)
 def normalized_in_forward(witness: Witness) -> None:
     class Normalized(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
