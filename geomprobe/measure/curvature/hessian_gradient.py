@@ -134,7 +134,8 @@ class Curvature:
         part = _Part(again, scale, graph.blockers, source, root)
         self._parts.append(part)
         try:
-            with contextlib.nullcontext() if self._reduction.factor else self._reduction.watching(graph.leaves):
+            known = self._reduction.factor is not None
+            with contextlib.nullcontext() if known else self._reduction.watching(graph.leaves):
                 self._backward(loss, part, graph)
         except BaseException:  # such as out of memory, which a script may catch
             if part in self._parts:

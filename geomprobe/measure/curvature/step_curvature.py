@@ -120,7 +120,7 @@ class StepCurvature(Events):
 
     def part_entered(self) -> None:
         if not self._calls_seen and self._wanted():
-            self._see_weights()
+            self._seen.append(_Weights.of(self._parameters))  # in whatever way they were moved since
 
     def entered(self, inputs: Any) -> None:
         if not self._calls_seen:
