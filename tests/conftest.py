@@ -14,6 +14,6 @@ def pytest_collection_finish():
     does, and a new reader costs 0.3 s, as much as most tests. tests/unit/trace/stream/test_reader.py ends it itself.
     """
     if "torch" in sys.modules:
-        from geomprobe.passes import attempts
+        from geomprobe.passes import api, attempts
 
-        attempts.end_readers = lambda: None
+        attempts.end_readers = api.end_readers = lambda: None

@@ -20,6 +20,7 @@ from importlib import import_module
 
 import geomprobe
 from geomprobe.errors import GeomprobeError, Stopped
+from geomprobe.trace.printable import printable, show
 
 VERBS = ("record", "replay", "watch", "inspect", "verify", "plot", "report", "diff", "export")
 
@@ -35,10 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except GeomprobeError as error:
-        if arguments.debug:
-            traceback.print_exc()
-        print(f"geomprobe {arguments.verb}: error: {error}", file=sys.stderr)
-        return error.exit_code
+        return _failed(arguments, str(error), error.exit_code)
     except Stopped as stop:
         print(f"geomprobe {arguments.verb}: stopped as asked; --resume goes on from here", file=sys.stderr)
         return stop.exit_code
@@ -49,6 +47,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output is gone; without this, Python complains once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
+    except OSError as error:
+        return _failed(arguments, str(error), GeomprobeError.exit_code)
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}. This is a fault of geomprobe's own; --debug shows where it is"
+        return _failed(arguments, why, GeomprobeError.exit_code)
+
+
+def _failed(arguments: argparse.Namespace, why: str, code: int) -> int:
+    """Say in one line why the command has failed, after the traceback where that was asked for."""
+    if arguments.debug:
+        traceback.print_exc()
+    show(f"geomprobe {arguments.verb}: error: {printable(why)}", file=sys.stderr)
+    return code
 
 
 def build_parser() -> argparse.ArgumentParser:

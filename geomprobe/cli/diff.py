@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from geomprobe.report.diff import diff, render
+from geomprobe.trace.printable import show
 
 _DIFFERENT = 3
 
@@ -26,6 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the differences, and say whether there are any."""
     result = diff(*arguments.runs)
-    print(render(result), flush=True)
-    print(f"Next: geomprobe plot {result.paths[0]} {result.paths[1]} -o diff.png", file=sys.stderr)
+    show(render(result))
+    show(f"Next: geomprobe plot {result.paths[0]} {result.paths[1]} -o diff.png", file=sys.stderr)
     return 0 if result.equal else _DIFFERENT

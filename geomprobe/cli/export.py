@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 from geomprobe.report.export import FORMATS, export
+from geomprobe.trace.printable import show
 from geomprobe.trace.reader import open_trace
 
 
@@ -40,10 +41,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the trace, and name what was written."""
     trace = open_trace(arguments.run)
     columns = export(trace, arguments.format, arguments.output, force=arguments.force)
-    print(f"Wrote {arguments.output}: {len(columns)} columns of {trace.num_steps} steps")
+    show(f"Wrote {arguments.output}: {len(columns)} columns of {trace.num_steps} steps")
     if trace.status != "complete":
-        print(f"The trace is {trace.status}.", file=sys.stderr)
-    print(f"Next: {_next(arguments)}", file=sys.stderr)
+        show(f"The trace is {trace.status}.", file=sys.stderr)
+    show(f"Next: {_next(arguments)}", file=sys.stderr)
     return 0
 
 

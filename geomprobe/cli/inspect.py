@@ -19,9 +19,11 @@ import json
 import sys
 from pathlib import Path
 
+from geomprobe.errors import RunError
 from geomprobe.report import corridors
-from geomprobe.report.summary.summary import summarize
+from geomprobe.report.summary.summary import damage, summarize
 from geomprobe.report.summary.text import next_command, render
+from geomprobe.trace.printable import show
 from geomprobe.trace.reader import open_trace
 
 
@@ -49,8 +51,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.corridors:
         return _show_corridors(arguments)
     summary = summarize(arguments.run)
-    print(json.dumps(summary, indent=2) if arguments.json else render(summary), flush=True)
-    print(f"Next: {next_command(summary)}", file=sys.stderr)
+    show(json.dumps(summary, indent=2) if arguments.json else render(summary))
+    if why := damage(summary):  # what can be read is shown all the same
+        raise RunError(why)
+    show(f"Next: {next_command(summary)}", file=sys.stderr)
     return 0
 
 
@@ -58,8 +62,8 @@ def _show_corridors(arguments: argparse.Namespace) -> int:
     trace = open_trace(arguments.run)
     found = corridors.summarize(trace, arguments.threshold, arguments.smooth)
     text = json.dumps(found, indent=2) if arguments.json else corridors.render(found, trace.num_steps)
-    print(text, flush=True)
+    show(text)
     if trace.status != "complete":
-        print(f"The trace is {trace.status}.", file=sys.stderr)
-    print(f"Next: geomprobe plot {arguments.run} --occupancy -o occupancy.png", file=sys.stderr)
+        show(f"The trace is {trace.status}.", file=sys.stderr)
+    show(f"Next: geomprobe plot {arguments.run} --occupancy -o occupancy.png", file=sys.stderr)
     return 0

@@ -17,6 +17,7 @@ from geomprobe.measure.gradient_products import require_clipped
 from geomprobe.passes import lease
 from geomprobe.passes.checkpoint.resume_point import cuts, segments
 from geomprobe.passes.options import ReplayOptions
+from geomprobe.trace.printable import show
 from geomprobe.trace.record import Record
 from geomprobe.trace.run_folder import RunFolder
 
@@ -47,8 +48,10 @@ def require_sense(options: ReplayOptions, count: int) -> None:
     replace(options, segment=(1, count), force=False, resume=False)  # raises where there can be no segments
 
 
-def replay(run: RunFolder, recorded: Record, options: ReplayOptions, count: int, *, debug: bool = False) -> None:
+def replay(run: RunFolder, recorded: Record, options: ReplayOptions, count: int, further: Sequence[str] = ()) -> None:
     """Run a process for each of ``count`` segments to its end, and show what they print on standard error.
+
+    ``further`` are arguments of the command, beside the options, that each of them gets.
 
     Raises:
         UsageError: there are no checkpoints to split the run at, or the options do not go together.
@@ -60,12 +63,12 @@ def replay(run: RunFolder, recorded: Record, options: ReplayOptions, count: int,
     if not lease.ready_for_segments(run, force=options.force, resume=options.resume):
         return
     steps = ", ".join(f"{first} to {stop - 1}" for first, stop in ranges)
-    print(
+    show(
         f"geomprobe: {len(ranges)} segments, of steps {steps}; `geomprobe watch {run.path}` shows how far they are",
         file=sys.stderr,
     )
     numbers = range(1, len(ranges) + 1)
-    commands = [[*command(run.path, options, i, count), *["--debug"] * debug] for i in numbers]
+    commands = [[*command(run.path, options, i, count), *further] for i in numbers]
     codes = _run(commands, [_share(recorded.manifest, i, len(ranges)) for i in range(len(ranges))])
     failed = {i: code for i, code in enumerate(codes, 1) if code}
     if {Stopped.exit_code, -signal.SIGTERM} & set(failed.values()):  # the latter before its replay had begun

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import os
 import runpy
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from geomprobe.errors import GeomprobeError, UsageError
+from geomprobe.trace.json_values import require_entries
+from geomprobe.trace.printable import printable, show
+from geomprobe.trace.schema import RECORD_FILE, STREAM_DIR
 
 # Read by Python and cuBLAS at start-up only.
 START_UP = {"PYTHONHASHSEED": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
@@ -51,15 +55,48 @@ def present(script: Mapping[str, Any], run: str) -> dict[str, Any]:
     Raises:
         UsageError: it is a Python function, or its folder is gone.
     """
+    require_entries({"script": script}, ["script.kind", "script.path"], run)
     if script["kind"] == "function":
         raise UsageError(
             f"{run} was recorded by geomprobe.record({script['path']}, ...) in Python, so there is no script to "
             "run. Replay it in Python too: geomprobe.replay(train, ...)."
         )
+    require_entries({"script": script}, ["script.cwd", "script.argv"], run)
+    if any("\0" in word for word in (script["path"], script["cwd"], *script["argv"])):
+        raise UsageError(f"{run} names a script that no command line can name; nothing was replayed.")
     cwd = Path(script["cwd"])
     if not cwd.is_dir():
         raise UsageError(f"{run} was recorded in {cwd}, which is gone. Restore it; nothing was replayed.")
     return described(script["path"], script["argv"], module=script["kind"] == "module", cwd=cwd)
+
+
+def require_trust(run: str | os.PathLike[str], trust: bool) -> None:
+    """Refuse to run what a folder of another user names, unless the command says that she is trusted.
+
+    Root can run anything as you by itself, so what is root's is trusted.
+
+    Raises:
+        UsageError: the folder, or a file in it that names the script, is another user's.
+    """
+    folder = Path(run)
+    for path in (folder, folder / RECORD_FILE, folder / STREAM_DIR, *(folder / STREAM_DIR).glob("*")):
+        try:
+            owner = path.lstat().st_uid
+        except OSError:  # it is not there
+            continue
+        if owner not in (os.geteuid(), 0) and not trust:
+            raise UsageError(
+                f"{path} belongs to another user (number {owner}), and this command would run, as you, the script that "
+                f"the folder names. `geomprobe inspect {folder}` shows which. If you trust its owner, add --trust."
+            )
+
+
+def announce(verb: str, script: Mapping[str, Any]) -> None:
+    """Say on standard error which command is about to be run, since a folder may name any."""
+    flag = ["-m"] if script["kind"] == "module" else []
+    words = shlex.join(["python", *flag, script["path"], *script["argv"]])
+    if first_rank():
+        show(f"geomprobe {verb}: runs, in {printable(script['cwd'])}: {printable(words)}", file=sys.stderr)
 
 
 def _module_file(name: str, cwd: Path) -> Path | None:
@@ -111,6 +148,11 @@ class CommandHelp(argparse.RawDescriptionHelpFormatter):
         if action.nargs == argparse.REMAINDER:
             return str(action.metavar)
         return super()._format_args(action, default_metavar)
+
+
+def add_trust(parser: Any) -> None:
+    """Declare the option by which another user's folder is trusted."""
+    parser.add_argument("--trust", action="store_true", help="run the script that another user's run folder names")
 
 
 def first_rank() -> bool:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from geomprobe.report.output import refuse_existing
 from geomprobe.report.plot import COLUMNS, figure, occupancy_figure, save
+from geomprobe.trace.printable import show
 from geomprobe.trace.reader import open_trace
 
 
@@ -59,6 +60,6 @@ def run(arguments: argparse.Namespace) -> int:
             with_null_model=not arguments.no_null_model,
         )
     save(drawing, output)
-    print(f"Wrote {output}")
-    print(f"Next: geomprobe inspect {arguments.runs[0]}", file=sys.stderr)
+    show(f"Wrote {output}")
+    show(f"Next: geomprobe inspect {arguments.runs[0]}", file=sys.stderr)
     return 0

@@ -27,6 +27,7 @@ from typing import Any
 from geomprobe.cli import launch
 from geomprobe.errors import RunError, UsageError
 from geomprobe.passes.options import RecordOptions
+from geomprobe.trace.printable import show
 from geomprobe.trace.record import Record, open_record
 from geomprobe.trace.schema import RECORD_FILE, STREAM_DIR
 
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.formatter_class = launch.CommandHelp
     parser.add_argument("-o", "--output", metavar="RUN", required=True, help="the run folder to make")
+    launch.add_trust(parser)
     RecordOptions.add_arguments(parser)
     parser.add_argument(
         "-m",
@@ -51,8 +53,10 @@ def run(arguments: argparse.Namespace) -> int:
     options = RecordOptions.of_arguments(arguments)
     command = arguments.module or arguments.script
     folder = Path(arguments.output).absolute()
+    if options.resume:
+        launch.require_trust(folder, arguments.trust)
     if options.resume and _complete(folder):
-        print(f"Nothing to do: {arguments.output}/{RECORD_FILE} is complete.")
+        show(f"Nothing to do: {arguments.output}/{RECORD_FILE} is complete.")
         return 0
     if command:
         script = launch.described(command[0], command[1:], module=bool(arguments.module))
@@ -64,11 +68,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     from geomprobe.passes.api import run_record
 
+    if not command:
+        launch.announce("record", script)
     try:
         with run_record(launch.runner(script), folder, options, script) as recorded:
             if launch.first_rank():
-                print(_account(recorded, arguments.output))
-                print(f"Next: geomprobe replay {arguments.output}", file=sys.stderr)
+                show(_account(recorded, arguments.output))
+                show(f"Next: geomprobe replay {arguments.output}", file=sys.stderr)
     except launch.ScriptFailed as failure:
         raise launch.ScriptFailed(f"{failure} {_left_behind(folder, arguments.output)}") from failure
     return 0
@@ -96,7 +102,7 @@ def _begun(folder: Path, run: str) -> dict[str, Any]:
     """The script of a recording that was cut off, as the script is now."""
     try:
         with open_record(folder) as begun:
-            return launch.present(begun.manifest["script"], run)
+            return launch.present(begun.manifest.get("script") or {}, run)
     except RunError as nothing:
         raise UsageError(
             f"{nothing}. Name the script to start with: geomprobe record -o {run} --resume train.py"

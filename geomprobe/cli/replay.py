@@ -30,6 +30,7 @@ from geomprobe.errors import RunError
 from geomprobe.measure.option_fields import whole
 from geomprobe.passes.options import ReplayOptions
 from geomprobe.trace.certificate import Certificate
+from geomprobe.trace.printable import show
 from geomprobe.trace.reader import Trace, open_trace
 from geomprobe.trace.record import open_record
 from geomprobe.trace.schema import TRACE_FILE
@@ -38,6 +39,7 @@ from geomprobe.trace.schema import TRACE_FILE
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument("folder", metavar="RUN", help="a run folder that `geomprobe record` made")
+    launch.add_trust(parser)
     groups = ReplayOptions.add_arguments(parser)
     groups["split"].add_argument(
         "--jobs",
@@ -52,6 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Replay, and print what was written and whether the replay was the recorded run."""
     options = ReplayOptions.of_arguments(arguments)
     folder, count = arguments.folder, arguments.jobs
+    launch.require_trust(folder, arguments.trust)
     _restart_early(folder)
     from geomprobe.cli import jobs
     from geomprobe.passes import finalize, lease
@@ -61,12 +64,12 @@ def run(arguments: argparse.Namespace) -> int:
         jobs.require_sense(options, count)
     run = RunFolder(folder)
     if launch.first_rank() and "trace" in finalize.finish(run):
-        print(f"Wrote {folder}/{TRACE_FILE}: its replay was over, and only its sealing was cut off.")
-        print(f"Next: geomprobe verify {folder}", file=sys.stderr)
+        show(f"Wrote {folder}/{TRACE_FILE}: its replay was over, and only its sealing was cut off.")
+        show(f"Next: geomprobe verify {folder}", file=sys.stderr)
         return 0
     over = options.resume and run.trace.exists() and not run.stream.exists()
     if over and open_trace(run.path).status == "complete":
-        print(f"Nothing to do: {folder}/{TRACE_FILE} is complete.")
+        show(f"Nothing to do: {folder}/{TRACE_FILE} is complete.")
         return 0
     with contextlib.closing(lease.finished_record(run, launch.first_rank())) as recorded:
         script = launch.present(recorded.manifest["script"], folder)
@@ -74,11 +77,13 @@ def run(arguments: argparse.Namespace) -> int:
         if options.segment:
             number, asked = options.segment
             if (pieces := jobs.pieces(run, recorded, asked)) < number:
-                print(f"Nothing to do: the checkpoints of {folder} cut it into {pieces} segments only.")
+                show(f"Nothing to do: the checkpoints of {folder} cut it into {pieces} segments only.")
                 return 0
         if count > 1:
-            jobs.replay(run, recorded, options, count, debug=arguments.debug)
+            kept = [*["--trust"] * arguments.trust, *["--debug"] * arguments.debug]
+            jobs.replay(run, recorded, options, count, kept)
             return _report(open_trace(folder), folder)
+    launch.announce("replay", script)
     return _report(_replayed(folder, options, script), folder)
 
 
@@ -105,19 +110,20 @@ def _report(trace: Trace, run: str) -> int:
         return 0
     certificate = Certificate.of(trace.certificate)
     if trace.status == "incomplete":
-        print(f"Wrote {trace.num_steps} steps of {run}/{TRACE_FILE}; other segments of it are still to come.")
+        show(f"Wrote {trace.num_steps} steps of {run}/{TRACE_FILE}; other segments of it are still to come.")
         return 0
     if trace.status == "complete":
         verdict = f"{certificate.counts}, w_T bitwise equal: certified"
     else:
         verdict = f"{certificate.counts}: UNCERTIFIED, later rows are marked in the column `same`"
-    print(f"Wrote {run}/{TRACE_FILE}: {verdict}.")
-    print(f"Next: geomprobe verify {run}", file=sys.stderr)
+    show(f"Wrote {run}/{TRACE_FILE}: {verdict}.")
+    show(f"Next: geomprobe verify {run}", file=sys.stderr)
     return 0
 
 
 def _at_start_up(manifest: Mapping[str, Any]) -> dict[str, str]:
     """What the recording had in its environment that acts only when a process starts."""
-    recorded = {**manifest["environment"], "OMP_NUM_THREADS": manifest["host"].get("OMP_NUM_THREADS")}
+    host, environment = (manifest.get(name) or {} for name in ("host", "environment"))
+    recorded = {**environment, "OMP_NUM_THREADS": host.get("OMP_NUM_THREADS")}
     names = (*launch.START_UP, "OMP_NUM_THREADS")
     return {name: recorded[name] for name in names if recorded.get(name)}

@@ -15,7 +15,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from geomprobe.errors import RunError
 from geomprobe.report.html.page import write
+from geomprobe.trace.printable import show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Write the page, and name what was written."""
     found = write(arguments.run, arguments.output, force=arguments.force)
-    print(f"Wrote {arguments.output}: {found.headline}")
-    print(f"Next: open {arguments.output} in a browser", file=sys.stderr)
+    show(f"Wrote {arguments.output}: {found.headline}")
+    if found.damage:  # the page shows what can be read
+        raise RunError(found.damage)
+    show(f"Next: open {arguments.output} in a browser", file=sys.stderr)
     return 0

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from geomprobe.report.verify.verify import render, verify
+from geomprobe.trace.printable import show
 from geomprobe.trace.reader import open_trace
 
 _BROKEN = 3
@@ -31,9 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Verify and print; the exit code is 3 where an identity is broken."""
     result = verify(open_trace(arguments.run))
-    print(json.dumps(result.as_json(), indent=2) if arguments.json else render(result), flush=True)
+    show(json.dumps(result.as_json(), indent=2) if arguments.json else render(result))
     if result.broken:
-        print(f"Next: geomprobe inspect {arguments.run}", file=sys.stderr)
+        show(f"Next: geomprobe inspect {arguments.run}", file=sys.stderr)
         return _BROKEN
-    print(f"Next: geomprobe plot {arguments.run} -o {arguments.run.stem}.png", file=sys.stderr)
+    show(f"Next: geomprobe plot {arguments.run} -o {arguments.run.stem}.png", file=sys.stderr)
     return 0

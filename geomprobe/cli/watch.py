@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from geomprobe.errors import UsageError
 from geomprobe.report.watch.snapshot import Snapshot, Watch
 from geomprobe.report.watch.terminal import console, render
+from geomprobe.trace.printable import show
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
             terminal.print(render(snapshot))
     except KeyboardInterrupt:
         return 0
-    print(f"Next: geomprobe {_next(snapshot)} {arguments.run}", file=sys.stderr)
+    show(f"Next: geomprobe {_next(snapshot)} {arguments.run}", file=sys.stderr)
     return 0
 
 

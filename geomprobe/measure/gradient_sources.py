@@ -20,6 +20,7 @@ from geomprobe.distributed.dtensor import is_dtensor
 from geomprobe.probe.events import Events, Weight
 from geomprobe.probe.evidence import Mark, evidence, mark
 from geomprobe.probe.graph import leaves_of
+from geomprobe.probe.hooks.global_hooks import unscaled
 from geomprobe.probe.hooks.gradient_hooks import watching_hooks
 from geomprobe.probe.listeners import LossTracker
 from geomprobe.probe.parameters import holds
@@ -34,6 +35,7 @@ class BackwardPass:
     Attributes:
         loss: the scalar that it differentiates, unscaled, float64, copied; None where that is not known.
         unknown: why it is not.
+        factor: what a GradScaler has multiplied the loss by; None without one.
         hooked: whether a hook on something between loss and parameters changed gradients.
         reaches: for each parameter, whether the pass added to its gradient.
         share: with what factor its gradient is part of the gradients at the update: 1, or 0 where these were zeroed
@@ -44,6 +46,7 @@ class BackwardPass:
     loss: Tensor | None
     unknown: Absence | None = None
     reaches: list[bool] = field(default_factory=list)
+    factor: Tensor | None = None
     hooked: bool = False
     share: Tensor | None = None
     earlier: bool = False
@@ -77,9 +80,9 @@ class GradientSources(Events):
         self._none_left = none_left
         self._parameters: list[Tensor] = []
         self._probe: Probe | None = None
-        self._kept: Mapping[str, Any] = {}  # of a checkpoint
+        self._kept: tuple[list[BackwardPass], list[Tensor]] = [], []  # of a checkpoint, until it is put back
         self._attached = self._unfollowed = False
-        self._roots: set[int] = set()  # ids of the losses whose backward pass is running
+        self._roots: Sequence[Tensor] = ()  # the losses whose backward pass is running
         self._passes: list[BackwardPass] = []
         # After each of these passes, what is left of each gradient before the next one: 1, 0 or NaN. [parameters]
         self._left: list[Tensor] = []
@@ -110,9 +113,9 @@ class GradientSources(Events):
         if self._unfollowed:
             self._passes.clear()
 
-    def gradient_changed(self, tensor: int | None) -> None:
+    def gradient_changed(self, tensor: Tensor | None) -> None:
         if self.running is not None and self._roots:
-            if tensor in self._roots:
+            if any(tensor is root for root in self._roots):
                 self.running.loss, self.running.unknown = None, WRITTEN
             self.running.hooked = True
 
@@ -126,19 +129,8 @@ class GradientSources(Events):
         self._look()
 
     def restored(self) -> None:
-        known = {absence.number: absence for absence in ABSENCES}
-        device = self._parameters[0].device
-        self._passes = [
-            BackwardPass(
-                None if each["loss"] is None else each["loss"].to(device),
-                known.get(each["unknown"]),
-                list(each["reaches"]),
-                earlier=each["earlier"],
-            )
-            for each in self._kept.get("passes", ())
-        ]
-        self._left = [left.to(device) for left in self._kept.get("left", ())]
-        self._kept = {}
+        self._passes, self._left = self._kept
+        self._kept = [], []
         if self._passes:
             self._look()
 
@@ -150,6 +142,7 @@ class GradientSources(Events):
                 "loss": each.loss,
                 "unknown": None if each.unknown is None else each.unknown.number,
                 "reaches": list(each.reaches),
+                "factor": each.factor,
                 "earlier": each.earlier,
             }
             for each in self._passes
@@ -157,7 +150,25 @@ class GradientSources(Events):
         return {"passes": passes, "left": list(self._left)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._kept = state
+        if not self._several:
+            return
+        known = {absence.number: absence for absence in ABSENCES}
+        device = self._parameters[0].device
+        passes = [
+            BackwardPass(
+                None if each["loss"] is None else each["loss"].to(device),
+                None if each["unknown"] is None else known[each["unknown"]],
+                list(each["reaches"]),
+                factor=None if each["factor"] is None else each["factor"].to(device),
+                earlier=each["earlier"],
+            )
+            for each in state["passes"]
+        ]
+        left = [each.to(device) for each in state["left"]]
+        lengths = {len(self._parameters), *map(len, left), *(len(each.reaches) for each in passes)}
+        if len(lengths) > 1 or len(left) not in (len(passes), 0):
+            raise ValueError("the backward passes in the checkpoint are of another number of parameters")
+        self._kept = passes, left
 
     def after_update(self) -> None:
         self._together.clear()
@@ -211,7 +222,7 @@ class GradientSources(Events):
         if not self._attached:
             self._add_leaves(losses)
         self._begin()
-        self._roots = {id(loss) for loss in losses}
+        self._roots = losses
         try:
             with watching_hooks(self._parameters) as changed:
                 yield
@@ -219,7 +230,7 @@ class GradientSources(Events):
             running.loss, running.unknown = None, WRITTEN
             raise
         finally:
-            self._roots = set()
+            self._roots = ()
             before, self._marks = self._marks, [mark(p.grad) for p in self._parameters]
             running.reaches = [a != b for a, b in zip(before, self._marks, strict=True)]
             if self._unfollowed:
@@ -248,6 +259,12 @@ class GradientSources(Events):
                 each.share = no
             return no.reshape(1) + torch.nan, torch.stack([yes if of is UNSEEN else no for of in self.REASONS])
         shares, written = self._shares(device)
+        last = next((each for each in reversed(self._passes) if self._reached(each)), self._passes[-1])
+        alike = [self._scaled_alike(each, last) for each in self._passes]
+        pairs = zip(shares, alike, strict=True)
+        shares = [torch.where((share == 0) | same.to(device), share, torch.nan) for share, same in pairs]
+        written = torch.maximum(written, torch.stack(shares).isnan().any().double())
+        none = torch.stack(shares).eq(0).all()
         total, holds = no, dict.fromkeys(self.REASONS, no) | {WRITTEN: written}
         for each, share in zip(self._passes, shares, strict=True):
             each.share = share
@@ -257,7 +274,8 @@ class GradientSources(Events):
                 assert each.unknown is not None
                 total = total + torch.where(share == 0, 0.0, torch.nan)
                 holds[each.unknown] = torch.maximum(holds[each.unknown], (share != 0).double())
-        total = torch.where(written > 0, torch.nan, total)
+        holds[UNSEEN] = none.double()
+        total = torch.where(none | (written > 0), torch.nan, total)
         return total.reshape(1), torch.stack([holds[of] for of in self.REASONS])
 
     # Parts of the above
@@ -306,6 +324,7 @@ class GradientSources(Events):
             own = {id(p) for p in self._parameters}
             reach = [not self._attached or any(id(leaf) in own for leaf in leaves_of(loss)) for loss in losses]
         found = BackwardPass(torch.zeros((), dtype=torch.float64, device=losses[0].device))
+        found.factor = unscaled(losses[0])[1]
         for value, weight, counts in zip(self._losses.values[-len(losses) :], weights, reach, strict=True):
             if counts and (value.numel() != 1 or (isinstance(weight, Tensor) and weight.numel() != 1)):
                 found.loss, found.unknown = None, NO_SCALAR
@@ -381,6 +400,13 @@ class GradientSources(Events):
         own = after if all(moves) else after[moves]
         written = own.isnan().any() | torch.stack(shares).isnan().any()
         return shares[::-1], written.double()
+
+    @staticmethod
+    def _scaled_alike(one: BackwardPass, other: BackwardPass) -> Tensor:
+        """Whether two passes' losses were multiplied by the same number: one division makes up for both."""
+        if one.factor is None or other.factor is None:
+            return torch.tensor(one.factor is other.factor)
+        return one.factor == other.factor
 
     def _look(self) -> None:
         self._marks = [mark(p.grad) for p in self._parameters]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,6 +66,11 @@ class GroupValues:
         """Note the rates that stand in the groups."""
         self._before = [_copied(group.get("lr")) for group in self._groups]
 
+    def parent_stepping(self) -> None:
+        """Compare them in the middle of a subclass's step, which may exchange rates and put them back."""
+        rates = zip(self._before, self._groups, strict=True)
+        self._before = [before if _same(before, group.get("lr")) else None for before, group in rates]
+
     def after_update(self, moving: int = 0) -> None:
         """Find the rates that the update used, before the script's own hooks on the step may set the next ones.
 
@@ -110,9 +116,13 @@ class GroupValues:
 def _unchanged(before: Any, now: Any) -> Any:
     """A rate that is now what it was before; else NaN."""
     if _on_device(now):
-        then = torch.as_tensor(before, device=now.device)
+        then = torch.as_tensor(math.nan if before is None else before, device=now.device)
         return torch.where(then == now.detach(), now.detach().double(), torch.nan)
     return now if before is not None and float(now) == float(before) else float("nan")
+
+
+def _same(before: Any, now: Any) -> bool:
+    return _on_device(now) or (before is not None and now is not None and float(before) == float(now))
 
 
 def _copied(rate: Any) -> Any:

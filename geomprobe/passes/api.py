@@ -35,6 +35,7 @@ from geomprobe.reproducibility.seeding import draw_seed, seed_everything, strict
 from geomprobe.trace.reader import Trace, open_trace
 from geomprobe.trace.record import Record, open_record
 from geomprobe.trace.run_folder import RunFolder
+from geomprobe.trace.stream.reader import end_readers
 
 Train = Callable[[], Any]
 RunPath = str | os.PathLike[str]
@@ -120,6 +121,7 @@ def run_record(train: Train, run: RunPath, options: RecordOptions, script: Mappi
                     require_same_start(point.manifest, manifest, target.path, "go on")
                     manifest = point.manifest
                 session = recording(target, manifest, replace(options, seed=seed), ranks, point)
+                end_readers()
                 with session.reporting():
                     train()
                     session.complete()
@@ -167,6 +169,7 @@ def run_replay(train: Train, run: RunPath, options: ReplayOptions, script: Mappi
                     stretch = StepRange(*claimed)
                     begin = replayed_before(target, recorded, stretch, ranks)
                     session = replaying(target, recorded, weights, manifest, options, begin, stretch.stop, ranks)
+                    end_readers()
                     with contextlib.suppress(SegmentEnded), session.reporting():
                         train()
                         session.complete()

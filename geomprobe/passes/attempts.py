@@ -272,5 +272,5 @@ def _mended(path: Path) -> Header | None:
 
 def manifest_of(parts: Sequence[Header]) -> dict[str, Any]:
     """The manifest that the first of several parts carries."""
-    found: dict[str, Any] = json.loads(str(parts[0].attributes["manifest"]))
+    found: dict[str, Any] = json.loads(str(parts[0].attributes.get("manifest", "{}")))
     return found

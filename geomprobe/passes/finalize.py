@@ -5,17 +5,26 @@ What is to be sealed is first written down beside the parts; the next command fi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from geomprobe.errors import RunError
 from geomprobe.passes.attempts import begun, contiguous_end
 from geomprobe.trace.atomic_file import write_json
+from geomprobe.trace.json_values import CERTIFICATE, COUNT, MANIFEST, STATUSES, require_form
+from geomprobe.trace.regular_file import read_json
 from geomprobe.trace.run_folder import RunFolder
 from geomprobe.trace.schema import SCHEMAS, SEALING_PREFIX, Kind
 from geomprobe.trace.seal import seal_record, seal_trace
 
+_FORM = {
+    "status": str,
+    "manifest": MANIFEST,
+    "references": [str],
+    "certificate": CERTIFICATE,
+    "num_steps": COUNT,
+}
 _PATIENCE_S = 600.0  # a block: the parts are our own, so what is slow is the disk, not a torn file
 
 
@@ -62,7 +71,7 @@ def seal_whole(run: RunFolder, total: int) -> bool:
         last = run.proof("trace", total)
         if not last.exists() or contiguous_end(run, "trace", begun(run, "trace")) < total:
             return False
-        seal(run, "trace", status="complete", **json.loads(last.read_text()))
+        seal(run, "trace", status="complete", **_read(last, ("manifest", "certificate")))
         return True
 
 
@@ -99,8 +108,23 @@ def _plan(run: RunFolder, kind: Kind) -> Path:
     return run.stream / f"{SEALING_PREFIX}{kind}.json"
 
 
+def _read(path: Path, names: Sequence[str]) -> dict[str, Any]:
+    """The entries of these names, and no others, in a file that `seal` or the end of a segment has left.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    found = require_form(read_json(path), _FORM, str(path))
+    may_be_null = ("certificate", "num_steps")
+    missing = [name for name in names if found.get(name) is None and not (name in found and name in may_be_null)]
+    if missing or (found["manifest"].get("model") or {}).get("num_parameters") is None:
+        raise RunError(f"{path} is damaged: it lacks {', '.join(missing) or 'manifest.model.num_parameters'}")
+    return {name: found[name] for name in names}
+
+
 def _carry_out(run: RunFolder, kind: Kind) -> None:
-    plan = json.loads(_plan(run, kind).read_text())
+    plan = _read(_plan(run, kind), ("status", "manifest", "references", "certificate", "num_steps"))
+    require_form(plan["status"], STATUSES[SCHEMAS[kind]], "status")
     facts = {name: plan[name] for name in ("status", "manifest", "num_steps")}
     facts |= {"num_parameters": plan["manifest"]["model"]["num_parameters"], "timeout_s": _PATIENCE_S}
     if kind == "record":

@@ -24,6 +24,7 @@ from geomprobe.errors import EnvironmentMismatch, RunError, UsageError
 from geomprobe.passes import finalize
 from geomprobe.passes.attempts import begun, committed, contiguous_end, manifest_of
 from geomprobe.passes.checkpoint.resume_point import ResumePoint, cuts, find_resume_point, segments
+from geomprobe.trace.json_values import REPLAYED, require_entries
 from geomprobe.trace.reader import Trace, open_trace
 from geomprobe.trace.record import Record, open_record
 from geomprobe.trace.run_folder import RunFolder
@@ -158,6 +159,7 @@ def begun_recording(target: RunFolder, seed: int | None, ranks: Ranks) -> Resume
     if not manifests:
         return None
     begun = manifests[0]
+    require_entries(begun, REPLAYED, target.path)
     _require_world_size(begun, ranks, target.path)
     if seed not in (None, begun["seed"]):
         raise UsageError(
@@ -186,6 +188,7 @@ def finished_record(run: RunFolder, finish: bool = True) -> Record:
         finalize.finish(run)
     recorded = open_record(run.path)
     if recorded.status == "complete":
+        require_entries(recorded.manifest, REPLAYED, run.path)
         return recorded
     status, steps = recorded.status, recorded.num_steps
     recorded.close()

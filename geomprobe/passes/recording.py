@@ -228,6 +228,9 @@ class RecordWriter(Events):
         loss, _ = self._session.sources.settle()
         self._row = {"epoch": [self._session.passes.epoch], "loss": loss, **self._fingerprint.take()}
 
+    def parent_stepping(self) -> None:
+        self._groups.parent_stepping()
+
     def updated(self) -> None:
         self._groups.after_update(self._probe.moving)
 

@@ -36,7 +36,7 @@ from geomprobe.reproducibility.comparison import Comparison
 from geomprobe.reproducibility.digest import same_bits
 from geomprobe.reproducibility.environment import FIRST_STEP_SECTIONS, require_same
 from geomprobe.reproducibility.fingerprint import StepFingerprint
-from geomprobe.trace.absence import ABSENT, EPOCH, RATE, Absence, steps_of
+from geomprobe.trace.absence import ABSENT, EPOCH, GIVEN_UP, LATE, RATE, Absence, steps_of
 from geomprobe.trace.atomic_file import write_json
 from geomprobe.trace.record import Record
 from geomprobe.trace.run_folder import RunFolder
@@ -162,6 +162,9 @@ class RowChecker(Events):
         if "moving" in self._counted:
             self._row["moving"] = [self.probe.moving]
 
+    def parent_stepping(self) -> None:
+        self._groups.parent_stepping()
+
     def updated(self) -> None:
         self._groups.after_update(self.probe.moving)
 
@@ -273,10 +276,10 @@ class RowChecker(Events):
             raise found.error()
 
     def _say_absent(self, values: NDArray[np.float64]) -> None:
-        """Say on standard error, once for each reason, why numbers are left out."""
+        """Say on standard error, once for each reason, why numbers are left out that the script can bring back."""
         table = next(table for table in self._rows.tables if table.name == VALUES)
         for absence, rows in steps_of(values[:, table.columns.index(ABSENT)]).items():
-            if absence not in self._said and self.session.ranks.first:
+            if absence not in (*self._said, EPOCH, LATE, GIVEN_UP) and self.session.ranks.first:
                 step = self.probe.step - len(values) + int(rows[0])
                 print(f"geomprobe: at step {step}, and where it is so again, {absence}", file=sys.stderr)
             self._said.add(absence)

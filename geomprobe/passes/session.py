@@ -187,7 +187,9 @@ class Session(Observer):
         if self.probe is not None:
             if any(module is one for one in self._models.several):
                 self.entered(inputs)
-            return bool(self._models.several) or self.probe.calls.met(module, inputs)
+            if not (seen := self._models.several) and self.probe.calls.is_part(module):
+                self.part_entered()
+            return bool(seen) or self.probe.calls.met(module, inputs)
         self._models.add(module)
         self.entered(inputs)
         return True

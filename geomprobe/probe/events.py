@@ -91,6 +91,9 @@ class Events:
     def entered(self, inputs: Any) -> None:
         """The trained model is about to run, with gradients, on ``inputs``."""
 
+    def part_entered(self) -> None:
+        """A part of the trained model is about to run by itself, with gradients."""
+
     def loss_scaled(self, factor: Tensor) -> None:
         """A GradScaler has scaled a loss; the next backward pass is of it, or of what was made of it."""
 
@@ -111,8 +114,8 @@ class Events:
     def saved_otherwise(self) -> None:
         """The script has put hooks of its own on the tensors that autograd saves for the backward pass."""
 
-    def gradient_changed(self, tensor: int | None) -> None:
-        """A hook has changed a gradient within a backward pass: that of the tensor of this id, if it is one's own."""
+    def gradient_changed(self, tensor: Tensor | None) -> None:
+        """A hook has changed a gradient within a backward pass: that of ``tensor``, if that is still there."""
 
     def gradients_dropped(self) -> None:
         """The gradients so far are thrown away: the script calls ``zero_grad``, or has set them to None."""
@@ -145,6 +148,9 @@ class Events:
             gradients: one a parameter, as the optimizer has them.
             grad_scale: what they are multiplied by, under a GradScaler with a fused optimizer.
         """
+
+    def parent_stepping(self) -> None:
+        """The step of a subclass of optimizers calls its parent's."""
 
     def updated(self) -> None:
         """The optimizer has moved the weights; the script's own hooks on the step have not run."""

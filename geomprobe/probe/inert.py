@@ -15,7 +15,7 @@ class InertProbe:
     """What `attach` returns where nothing is recorded or replayed: the loop runs as if it were not there."""
 
     active = False
-    epoch: int | None = None
+    epoch: float | None = None
 
     def epochs(self, count: int) -> Iterable[int]:
         """``range(count)``: see `Probe.epochs`."""

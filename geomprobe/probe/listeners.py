@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -71,12 +71,12 @@ class LoaderPasses(Events):
         self._count = 0
         self._number: int | None = None
         self._trained_on: dict[int, float] = {}  # the passes that led to steps, and their epochs
-        self._recent: dict[int, DataLoader[Any]] = {}  # those that gave batches since the last update
+        self._recent: dict[int, tuple[DataLoader[Any], int]] = {}  # those that gave batches since the last update
+        self._iterators: dict[int, ReferenceType[Iterator[Any]]] = {}
         self._given: dict[int, int] = {}  # how many, in all
         self._ended: set[int] = set()
         self._data: Any = None  # the data set whose passes are counted
-        self._came = 0  # batches since the last update
-        self._batches: list[int] = []  # in the first two steps
+        self._losses = 0  # backward passes so far
         self._unclear = False
         self._probe: Probe | None = None
         self._begun = False
@@ -110,9 +110,12 @@ class LoaderPasses(Events):
         if torch.is_grad_enabled():  # evaluation is not part of the step
             self._number, self.loader = self._passes.get(iterator, (None, None))
             if self._number is not None and self.loader is not None:
-                self._recent[self._number] = self.loader
+                self._recent[self._number] = self.loader, 1 + self._recent.get(self._number, (None, 0))[1]
                 self._given[self._number] = 1 + self._given.get(self._number, 0)
-                self._came += 1
+                self._iterators[self._number] = ref(iterator)
+
+    def losses_seen(self, losses: Sequence[Tensor]) -> None:
+        self._losses += 1
 
     def loader_ended(self, iterator: Iterator[Any]) -> None:
         number, _ = self._passes.get(iterator, (None, None))
@@ -121,10 +124,10 @@ class LoaderPasses(Events):
 
     def before_update(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
         self._unclear = self._unclear or self._is_unclear()
-        recent, self._recent, self._came = self._recent, {}, 0
-        active = [number for number in recent if number not in self._ended]
-        if active:  # not an evaluation that came after the batch
-            self._number, self.loader = active[0], recent[active[0]]
+        recent, self._recent = self._recent, {}
+        if active := [number for number in recent if not self._is_over(number)]:
+            self._number, self.loader = active[0], recent[active[0]][0]  # not an evaluation that came after the batch
+        self._iterators = {}
         if self._number is None or self.loader is None:
             return
         epoch = None if self._probe is None else self._probe.epoch
@@ -136,25 +139,33 @@ class LoaderPasses(Events):
                 "its loader keeps its workers, and their random streams, from epoch to epoch (persistent_workers=True)"
             )
 
+    def _is_over(self, number: int) -> bool:
+        """Whether a pass gives no batch any more: it is at its end, or the script has dropped its iterator."""
+        return number in self._ended or self._iterators[number]() is None
+
     def _is_unclear(self) -> bool:
         """Whether the batches since the last update are of no one loader that the script passes over in epochs."""
         if self._number is None or self.loader is None:
             return False
         if not self._recent:
             return self._number in self._ended  # steps are taken, and no loader gives batches any more
-        # A pass that has ended was an evaluation, or ends an epoch.
+        # A pass that is over was an evaluation or a look at one batch, or ends an epoch.
         first, *_ = self._recent
-        active = [number for number in self._recent if number not in self._ended] or [first]
-        data = self._recent[active[0]].dataset
-        self._data = data if self._data is None else self._data
-        if len(active) > 1 or data is not self._data:
+        active = [number for number in self._recent if not self._is_over(number)] or [next(reversed(self._recent))]
+        loader, count = self._recent[active[0]]
+        self._data = loader.dataset if self._data is None else self._data
+        if len(active) > 1 or (loader.dataset is not self._data and any(loader is each for each in self.made)):
             return True
-        if first != active[0] and self._recent[first].dataset is data and first not in self._trained_on:
+        self._data = loader.dataset  # the script may make one for each epoch
+        if (
+            first != active[0]
+            and first in self._ended
+            and first not in self._trained_on
+            and self._recent[first][0] is loader
+        ):
             return True  # gradients of a whole pass go into a step of the next one
-        if len(self._batches) < 2:
-            self._batches.append(self._came)
-        if len(self._batches) == 2 and self._batches[0] > self._batches[1]:
-            return True  # the loop is a batch ahead of its steps, so the last step of a pass looks like the next one's
+        if not self._trained_on and count > self._losses:
+            return True  # the loop is a batch ahead: the last step of a pass looks like the first of the next one
         if active[0] in self._trained_on or not self._trained_on:
             return False
         before = next(reversed(self._trained_on))
@@ -327,7 +338,7 @@ class UpdateChecks(Events):
     def _require_in_model(self) -> None:
         before, self._places = self._places, self._in_model()  # a module may have it under another name now
         if lost := [name for name in before if name not in self._places]:
-            self._refuse(f"the model has another tensor as {lost[0]}, and the optimizer still holds the one before it")
+            self._refuse(f"the model has another tensor as {lost[0]} than the one that is measured")
 
     def _refuse(self, what: str) -> None:
         raise UnsupportedTraining(

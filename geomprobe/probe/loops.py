@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -44,12 +45,16 @@ class Loops:
     Attributes:
         epoch: the current epoch, or None while unknown.
         named: whether the script names its epochs.
+        counted: whether its loops over batches are counted instead.
+        depth: in how many loops over batches the script is now.
     """
 
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
-        self.epoch: int | None = None
+        self.epoch: float | None = None
         self.named = False
+        self.counted = False
+        self.depth = 0
         self._loop = TOP
         self._sweeps = 0
 
@@ -68,12 +73,13 @@ class Loops:
             )
         try:
             with progress.bar("epoch", count, first) as advance:
-                for self.epoch in range(first, count):
-                    self._sweeps = 0
-                    self._observer.between_steps(Position(self._loop, self.epoch))
-                    yield self.epoch
+                for epoch in range(first, count):
+                    self.epoch, self._sweeps = epoch, 0
+                    self._observer.between_steps(Position(self._loop, epoch))
+                    yield epoch
                     advance()
-        finally:  # after a break, too, what follows the loop may load other weights
+        finally:  # after a break, too, what follows the loop is of no epoch, and may load other weights
+            self.epoch = math.nan
             self._observer.weights_will_change()
 
     def batches(self, loader: Iterable[Item], length: int | None) -> Iterator[Item]:
@@ -84,8 +90,10 @@ class Loops:
         if goal is not None and sweep < goal.sweep:
             return
         position = None
-        if self.named and self.epoch is not None and torch.is_grad_enabled():  # evaluation takes no steps
-            position = Position(self._loop, self.epoch, sweep)
+        if (
+            self.named and self.epoch is not None and self.epoch >= 0 and torch.is_grad_enabled()
+        ):  # evaluation takes no steps
+            position = Position(self._loop, int(self.epoch), sweep)
         given = goal.batch if goal is not None else 0
         with progress.bar("batch", length, given) as advance:
             observer.fetching()  # making the iterator draws from the RNG already

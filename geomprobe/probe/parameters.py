@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS, Optimizer
 
 from geomprobe.distributed.layout import fsdp_modules
@@ -47,6 +48,11 @@ def measured_parameters(model: nn.Module | None, *optimizers: Optimizer) -> dict
             name = names.get(id(parameter), f"group{index}.parameter{position}")
             while name in found or (id(parameter) not in names and name in taken):
                 name += "'"  # a module may have that name too
+            if is_lazy(parameter):
+                raise UnsupportedTraining(
+                    f"{name} does not know its shape yet: it is of a lazy layer. Run the model once on a batch before "
+                    "geomprobe.attach."
+                )
             if parameter.is_complex():
                 raise UnsupportedTraining(
                     f"{name} is complex ({parameter.dtype}), and RSI and EB are defined for real parameters. "

@@ -7,6 +7,7 @@ the running pass; where no pass is running, `attach` returns a probe that only d
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -130,12 +131,14 @@ class Probe:
         return self._moves[self.moving]
 
     @property
-    def epoch(self) -> int | None:
-        """The current epoch, or None while unknown. A framework that has the loop over epochs may set it."""
-        return self.loops.epoch
+    def epoch(self) -> float | None:
+        """The current epoch; None while unknown, NaN where it is not clear. A framework that has the loop sets it."""
+        loops = self.loops
+        counted = loops.counted and not loops.named
+        return math.nan if counted and loops.depth != 1 else loops.epoch
 
     @epoch.setter
-    def epoch(self, number: int) -> None:
+    def epoch(self, number: float) -> None:
         self.loops.epoch = number
 
     @property
@@ -168,14 +171,16 @@ class Probe:
             loader: any iterable of batches: tensors, or nested tuples, mappings and strings.
         """
         self._begin()
-        if self.loops.epoch is None:
-            self.loops.epoch = 0
-        first_step = self.step
+        loops, first_step = self.loops, self.step
+        if loops.epoch is None:
+            loops.epoch, loops.counted = 0, True
+        loops.depth += 1
         try:
-            yield from self.loops.batches(loader, _length(loader))
+            yield from loops.batches(loader, _length(loader))
         finally:  # of a break, too
-            if not self.loops.named and self.step > first_step:  # an evaluation loop is no epoch
-                self.loops.epoch += 1
+            loops.depth -= 1
+            if loops.counted and not loops.named and self.step > first_step:  # an evaluation loop is no epoch
+                loops.epoch += 1 if not loops.depth else math.nan
 
     def fetched(self, batch: Any) -> None:
         """Fingerprint a batch that came by another way than :meth:`batches`: from a framework's loop.

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from geomprobe.errors import UsageError
 from geomprobe.trace import geometry
+from geomprobe.trace.printable import printable
 from geomprobe.trace.reader import Trace, group_statistics
 from geomprobe.trace.schema import RECORD_FILE, TRACE_FILE
 
@@ -104,6 +105,8 @@ def _rate(trace: Trace) -> float | None:
     if optimizer.get("class") != "SGD" or not len(lr):
         return None
     momentum = (optimizer.get("groups") or [{}])[0].get("momentum", 0)
+    if not isinstance(momentum, (int, float)) or not 0 <= momentum < 1:
+        return None
     return float(lr.mean()) / (1 - momentum)
 
 
@@ -142,7 +145,7 @@ def labels(traces: Sequence[Trace]) -> list[str]:
         # Where both have a name, the setting wins: it is the value that the run had in the end.
         settings = [{**given, **found} for given, found in zip(asked, settings, strict=True)]
     texts = [", ".join(f"{key} {value}".rstrip() for key, value in each.items()) for each in settings]
-    return [f"{name} ({text})" if text else name for name, text in zip(names, texts, strict=True)]
+    return [printable(f"{name} ({text})" if text else name) for name, text in zip(names, texts, strict=True)]
 
 
 def _differing(settings: list[dict[str, str]]) -> list[dict[str, str]]:

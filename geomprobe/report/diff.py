@@ -16,6 +16,8 @@ from geomprobe.errors import RunError
 from geomprobe.report.table import number, table
 from geomprobe.trace.blame import Difference
 from geomprobe.trace.blame import first_difference as blame
+from geomprobe.trace.locate import NothingThere
+from geomprobe.trace.printable import printable
 from geomprobe.trace.reader import Trace, open_trace
 from geomprobe.trace.record import Record, Reference, open_record
 from geomprobe.trace.schema import COMPONENTS
@@ -106,8 +108,8 @@ def diff(a: Path, b: Path) -> RunDifference:
 def _open_both(open_one: Callable[[Path], T], paths: tuple[Path, Path], notes: list[str]) -> tuple[T, T] | None:
     try:
         return open_one(paths[0]), open_one(paths[1])
-    except RunError as error:
-        notes.append(str(error))
+    except NothingThere as nothing:
+        notes.append(str(nothing))
         return None
 
 
@@ -238,12 +240,12 @@ def _record_text(result: RunDifference) -> str:
         step, found = result.first
         more = f" and {found.more} more" if found.more else ""
         lines = [
-            f"fingerprints: first difference at step {step}: {found.component}, {found.tensor}{more} "
+            f"fingerprints: first difference at step {step}: {found.component}, {printable(found.tensor)}{more} "
             f"({result.steps_equal} of {max(result.steps)} steps equal before it)"
         ]
     for name, unlike in result.references.items():
-        weights = "w_T" if name == "final" else f"reference {name}"
-        state = f"differs in {len(unlike)} tensors, first {unlike[0]}" if unlike else "bitwise equal"
+        weights = "w_T" if name == "final" else f"reference {printable(name)}"
+        state = f"differs in {len(unlike)} tensors, first {printable(unlike[0])}" if unlike else "bitwise equal"
         lines.append(f"{weights}: {state}")
     return "\n".join(lines)
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from geomprobe.errors import UsageError
 from geomprobe.report.output import refuse_existing, write_errors, written_aside
 from geomprobe.trace import schema
+from geomprobe.trace.printable import printable
 from geomprobe.trace.reader import Trace
 
 Columns = Mapping[str, NDArray[Any]]
@@ -73,7 +74,7 @@ def _csv(trace: Trace, found: Columns, path: Path, force: bool) -> None:
     refuse_existing(path, force)
     with written_aside(path) as aside, open(aside, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(found)
+        writer.writerow(map(printable, found))  # paths of the schema: none begins as a formula of a spreadsheet does
         for start in range(0, trace.num_steps, _BLOCK_ROWS):
             block = {name: values[start : start + _BLOCK_ROWS] for name, values in found.items()}
             writer.writerows(zip(*map(_cells, block.values()), strict=True))

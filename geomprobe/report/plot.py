@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,8 @@ import numpy as np
 
 from geomprobe.corridor.detection import occupancy
 from geomprobe.errors import RunError, UsageError
-from geomprobe.report.curves import WIDE, Curve, column_name, groups, labels, null_model
+from geomprobe.report import curves as curve_names
+from geomprobe.report.curves import WIDE, Curve, column_name, groups, null_model
 from geomprobe.report.output import written_aside
 from geomprobe.trace.schema import describe
 
@@ -34,6 +36,19 @@ _LINE = 0.22
 """Inches of a legend's line, by which the figure grows so that the panels do not shrink."""
 
 
+@contextmanager
+def _without_tex() -> Iterator[None]:
+    """Where the user's settings want TeX, it would carry out what a name holds."""
+    try:
+        from matplotlib import rc_context
+    except ImportError:
+        yield
+        return
+    with rc_context({"text.usetex": False}):
+        yield
+
+
+@_without_tex()
 def figure(
     traces: Sequence[Trace],
     columns: Sequence[str] = COLUMNS,
@@ -68,6 +83,7 @@ def figure(
     return drawing
 
 
+@_without_tex()
 def occupancy_figure(traces: Sequence[Trace], smooth: int | None = None) -> Figure:
     """The share of measured steps below every threshold of the relative residual, one line a run.
 
@@ -93,6 +109,7 @@ def occupancy_figure(traces: Sequence[Trace], smooth: int | None = None) -> Figu
     return drawing
 
 
+@_without_tex()
 def save(drawing: Figure, path: Path) -> None:
     """Write a figure in the format that the file's suffix names.
 
@@ -105,6 +122,12 @@ def save(drawing: Figure, path: Path) -> None:
             drawing.savefig(aside, dpi=150, format=path.suffix.removeprefix(".") or "png")
         except ValueError as error:
             raise UsageError(f"cannot write {path}: {error}") from error
+
+
+def labels(traces: Sequence[Trace]) -> list[str]:
+    """The runs' names as matplotlib draws them letter by letter: ``$`` starts no formula, and ``_`` hides no line."""
+    names = (name.replace("$", r"\$") for name in curve_names.labels(traces))
+    return [f" {name}" if name.startswith("_") else name for name in names]
 
 
 def _new_figure(height: float) -> Figure:

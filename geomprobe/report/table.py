@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from geomprobe.trace.printable import printable
+
 
 def number(value: float, digits: int = 4) -> str:
     """A float in at most ``digits`` significant digits; whole numbers in full, ``-`` for NaN.
@@ -48,7 +50,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[
     rsi       12
     cosine     3
     """
-    lines = [list(header), *[list(row) for row in rows]]
+    lines = [[printable(cell) for cell in line] for line in (header, *rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
 
     def cell(text: str, column: int) -> str:

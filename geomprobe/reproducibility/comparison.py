@@ -122,6 +122,7 @@ class Comparison:
             what = f"was recorded with {total} steps, and the replay took {'more' if step >= total else step}"
         elif step >= total:
             what = f"reached the end, but the weights after step {total - 1} are not w_T bit for bit"
+            what += " (did the script write to them through .data after its last step?)"
         else:
             what = f"differed from its recording at step {step} of {total}: first the {difference.component} "
             what += f"({difference.tensor})"

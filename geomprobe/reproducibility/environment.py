@@ -64,9 +64,9 @@ FIRST_STEP_SECTIONS = ("flags", "optimizer", "model", "loader", "ranks")
 
 
 def file_digest(path: Path) -> str | None:
-    """SHA-256 of a file, None where it cannot be read."""
+    """SHA-256 of a regular file, None where it cannot be read, or is another thing, whose end may never come."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
     except OSError:
         return None
 
@@ -225,7 +225,7 @@ def require_same_start(recorded: Mapping[str, Any], manifest: Mapping[str, Any],
     """
     before, now = recorded["script"], manifest["script"]
     changed = changed_sources(recorded.get("sources", {}), Path(now.get("root") or "."))
-    if before["sha256"] != now["sha256"] and before["path"] == now["path"]:
+    if before.get("sha256") != now["sha256"] and before["path"] == now["path"]:
         changed = [
             now["path"],
             *(name for name in changed if Path(now["root"] or ".", name) != Path(now["path"])),

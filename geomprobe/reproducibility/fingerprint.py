@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from geomprobe.distributed.dtensor import local
+from geomprobe.errors import UnsupportedTraining
 from geomprobe.probe.events import Events
 from geomprobe.probe.listeners import LossTracker
 from geomprobe.probe.probe import Probe
@@ -107,6 +108,7 @@ class StepFingerprint:
         self.device = next(iter(probe.parameters.values())).device
         self._digests = TensorDigests(self.device)
         self._weights = probe.weights
+        self._buffers = tuple(probe.buffers)
         self._streams = streams = tuple(rng_digests())
         self.columns = [
             Columns("rng fetch", "rng", tuple(f"fetch/{stream}" for stream in streams), "int64", False),
@@ -118,7 +120,7 @@ class StepFingerprint:
             Columns("tensor hyperparameters", "optimizer", ("tensor hyperparameters",), "int64", True),
             Columns("hyperparameters", "optimizer", ("hyperparameters",), "int64", False),
             Columns("loss digest", "loss", ("loss",), "int64", True),
-            Columns("buffers", "buffers", tuple(probe.buffers), "int64", True),
+            Columns("buffers", "buffers", self._buffers, "int64", True),
         ]
         self._on_device = [(each.name, len(each.columns)) for each in self.columns if each.on_device]
         self.layout: Layout = column_names(self.columns)
@@ -126,13 +128,21 @@ class StepFingerprint:
     def take(self) -> dict[str, Any]:
         """The fingerprint of the step that is being made, by the names of `columns`."""
         state, group_tensors, plain = _optimizer_state(self._probe)
+        buffers = self._probe.buffers
+        if tuple(buffers) != self._buffers:
+            changed = sorted(set(buffers) ^ set(self._buffers)) or ["their order"]
+            raise UnsupportedTraining(
+                f"The model's buffers changed by step {self._probe.step}: {', '.join(changed)}. What is compared at "
+                "each step is fixed when the first one is taken. Register all buffers before geomprobe.attach, or "
+                "record the stages as separate runs."
+            )
         groups = {
             "inputs": [self._inputs.digests],
             "weights": [[local(weight)] for weight in self._weights.values()],
             "optimizer": state,
             "tensor hyperparameters": [group_tensors],
             "loss digest": [[loss.reshape(-1) for loss in self._losses.values]],
-            "buffers": [[local(buffer)] for buffer in self._probe.buffers.values()],
+            "buffers": [[local(buffer)] for buffer in buffers.values()],
         }
         digests = self._digests([group for name, _ in self._on_device for group in groups[name]])
         pieces = digests.split([width for _, width in self._on_device])

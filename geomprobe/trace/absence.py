@@ -58,7 +58,7 @@ class Absence:
 
 _GRADIENT = ("loss", "Hg")
 
-WRITTEN, CARRIED, UNSEEN, NO_SCALAR, ELSEWHERE, NOT_CAUGHT, UNPROVEN, RATE, EPOCH, LATE, HOOKED = ABSENCES = (
+WRITTEN, CARRIED, UNSEEN, NO_SCALAR, ELSEWHERE, NOT_CAUGHT, UNPROVEN, RATE, EPOCH, LATE, HOOKED, GIVEN_UP = ABSENCES = (
     Absence(
         1,
         _GRADIENT,
@@ -128,6 +128,12 @@ WRITTEN, CARRIED, UNSEEN, NO_SCALAR, ELSEWHERE, NOT_CAUGHT, UNPROVEN, RATE, EPOC
         "a hook changed gradients within the backward pass, or what autograd saves for it",
         "Change the loss instead of its gradients.",
     ),
+    Absence(
+        2048,
+        ("Hg",),
+        "Hg has no exact route in this run, which the replay's manifest explains under measure, curvature, missing",
+        "geomprobe inspect shows it.",
+    ),
 )
 
 
@@ -140,6 +146,7 @@ def steps_of(column: NDArray[np.float64]) -> dict[Absence, NDArray[np.int64]]:
     >>> steps_of(np.array([0.0, 1.0, 3.0]))[WRITTEN]
     array([1, 2])
     """
-    numbers = np.nan_to_num(column).astype(np.int64)
+    known = 2 * ABSENCES[-1].number  # a file that somebody else wrote may have any number here
+    numbers = np.where((column >= 0) & (column < known), column, 0).astype(np.int64)
     found = {absence: np.flatnonzero(numbers & absence.number) for absence in ABSENCES}
     return {absence: rows for absence, rows in found.items() if len(rows)}

@@ -32,6 +32,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     ('whole', False)
     """
     aside = path.with_name(f".{path.name}.new")
+    aside.unlink(missing_ok=True)  # what a kill left, or a link to another file
     try:
         yield aside
         _sync(aside, os.O_RDWR)

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from geomprobe.errors import RunError
+from geomprobe.trace.json_values import CERTIFICATE, require_form
+
 
 class FirstDifference(NamedTuple):
     """Where a replay first differed from its recording; ``rank`` is that of several processes which saw it.
@@ -54,12 +57,20 @@ class Certificate:
 
     @classmethod
     def of(cls, entries: Mapping[str, Any]) -> Certificate:
-        """The certificate that `as_json` gave; of a mapping that lacks an entry, one that holds nothing there."""
+        """The certificate that `as_json` gave; of a mapping that lacks an entry, one that holds nothing there.
+
+        Raises:
+            RunError: an entry is not what `as_json` gives.
+        """
+        require_form(dict(entries), CERTIFICATE, "certificate")
         known = {name: entries[name] for name in cls.__dataclass_fields__ if entries.get(name) is not None}
         if "components" in known:
             known["components"] = tuple(known["components"])
         if "first_difference" in known:
-            known["first_difference"] = FirstDifference(**known["first_difference"])
+            try:
+                known["first_difference"] = FirstDifference(**known["first_difference"])
+            except TypeError as error:
+                raise RunError("certificate.first_difference is damaged: it names no place") from error
         return cls(**known)
 
     def as_json(self) -> dict[str, Any]:
@@ -68,16 +79,6 @@ class Certificate:
         place = None if first is None else {k: v for k, v in first._asdict().items() if v is not None}
         entries = {**self.__dict__, "components": list(self.components), "first_difference": place}
         return {name: value for name, value in entries.items() if value is not None}
-
-    @classmethod
-    def read(cls, file: Any) -> dict[str, Any]:
-        """The entries that `write` put into an open ``h5py.File``, as JSON values; empty where there are none."""
-        found = dict(file["certificate"].attrs) if "certificate" in set(file) else {}
-        lists = ("components", "first_difference")
-        return {
-            name: json.loads(value) if name in lists else value if isinstance(value, str) else value.item()
-            for name, value in found.items()
-        }
 
     def write(self, file: Any) -> None:
         """Put it into an open ``h5py.File``: numbers and booleans as attributes, the rest as JSON text."""

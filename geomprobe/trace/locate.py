@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from geomprobe.errors import RunError
 from geomprobe.trace import schema
-from geomprobe.trace.hdf5_errors import damage_named
-from geomprobe.trace.stream.reader import Header, begun_parts, part_state, read_header, stream_part
+from geomprobe.trace.stream.reader import Header, begun_parts, checked, part_state, read_header, stream_part
 from geomprobe.trace.stream.writer import Table
 
 T = TypeVar("T")
+
+
+class NothingThere(RunError):
+    """A run has no pass of the kind that was asked for, not even a damaged one."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Source:
     num_parameters: int
     manifest: dict[str, Any]
     file: Path | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)  # what `geomprobe.trace.validation` found in the file
     parts: tuple[Header, ...] = ()
 
 
@@ -63,11 +68,11 @@ def find(path: Path, kind: str) -> Source:
         RunError: there is nothing of that kind; the message says what there is instead.
     """
     if not path.exists():
-        raise RunError(f"{path} does not exist")
+        raise NothingThere(f"{path} does not exist")
     if not path.is_dir():
-        return _of_file(path, path, kind)
+        return _of_file(path, Path(os.path.realpath(path)) if path.is_symlink() else path, kind)
     sealed = path / schema.FILES[kind]
-    if sealed.exists():
+    if os.path.lexists(sealed):
         return _of_file(path, sealed, kind)
     files = sorted((path / schema.STREAM_DIR).glob("[!.]*.h5"))
     headers = begun_parts(file for file in files if not file.name.startswith(schema.REFERENCE_PREFIX))
@@ -75,6 +80,15 @@ def find(path: Path, kind: str) -> Source:
     if wanted:
         return _of_parts(path, wanted, kind)
     raise _nothing(path, kind, headers)
+
+
+def kind_of(path: Path) -> str | None:
+    """The schema that a file names, such as ``"geomprobe-record"``; None where it is none of geomprobe's."""
+    for kind in schema.FILES:
+        with contextlib.suppress(RunError):
+            find(path, kind)
+            return kind
+    return None
 
 
 def read_settled(path: Path, kind: str, read: Callable[[Source], T]) -> T:
@@ -128,12 +142,10 @@ def _of_file(path: Path, file: Path, kind: str) -> Source:
     if state == "foreign":
         raise RunError(f"{file} is no HDF5 file; name a run folder, or a file that geomprobe wrote")
     if state == "closed":
-        with damage_named("the header", file), h5py.File(file, "r") as opened:
-            attributes = dict(opened.attrs)
-        _check(file, kind, attributes)
-        if "tables" not in attributes:
-            with damage_named("the header", file):
-                return Source(path, attributes["status"], **_facts(attributes), file=file)
+        found = checked(file, "sealed")
+        _check(file, kind, found)
+        if not found["part"]:
+            return Source(path, found["status"], found["num_parameters"], found["manifest"], file, found)
     return _of_parts(path, (read_header(file),), kind)
 
 
@@ -142,12 +154,9 @@ def _of_parts(path: Path, parts: tuple[Header, ...], kind: str) -> Source:
         _check(part.path, kind, {"schema": part.schema, "schema_version": part.schema_version})
         if part.tables != parts[0].tables:
             raise RunError(f"{parts[0].path} and {part.path} hold different columns; they are of two passes")
-    return Source(path, "incomplete", **_facts(parts[0].attributes), parts=parts)
-
-
-def _facts(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    manifest = json.loads(attributes.get("manifest", "{}"))
-    return {"num_parameters": int(attributes.get("num_parameters", 0)), "manifest": manifest}
+    attributes = parts[0].attributes
+    manifest = json.loads(str(attributes.get("manifest", "{}")))
+    return Source(path, "incomplete", int(attributes.get("num_parameters", 0)), manifest, parts=parts)
 
 
 def _check(path: Path, kind: str, attributes: Mapping[str, Any]) -> None:
@@ -163,11 +172,13 @@ def _check(path: Path, kind: str, attributes: Mapping[str, Any]) -> None:
         )
 
 
-def _nothing(path: Path, kind: str, headers: list[Header]) -> RunError:
+def _nothing(path: Path, kind: str, headers: list[Header]) -> NothingThere:
     if kind == schema.TRACE_SCHEMA and (path / schema.RECORD_FILE).exists():
-        return RunError(f"{path} was recorded, but not replayed yet. Run: geomprobe replay {path}")
+        return NothingThere(f"{path} was recorded, but not replayed yet. Run: geomprobe replay {path}")
     if kind == schema.TRACE_SCHEMA and headers:
-        return RunError(f"{path} is still being recorded, or was cut off; it has no trace yet. Record it to the end")
+        return NothingThere(
+            f"{path} is still being recorded, or was cut off; it has no trace yet. Record it to the end"
+        )
     if (path / schema.STREAM_DIR).is_dir():
-        return RunError(f"{path} holds no rows yet: its first pass has only begun, or was cut off as it did")
-    return RunError(f"{path} is no run of geomprobe. Make one: geomprobe record -o {path} train.py")
+        return NothingThere(f"{path} holds no rows yet: its first pass has only begun, or was cut off as it did")
+    return NothingThere(f"{path} is no run of geomprobe. Make one: geomprobe record -o {path} train.py")

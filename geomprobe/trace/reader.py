@@ -13,10 +13,9 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from geomprobe.errors import UsageError
+from geomprobe.errors import RunError, UsageError
 from geomprobe.trace import schema
 from geomprobe.trace.absence import Absence, steps_of
-from geomprobe.trace.certificate import Certificate
 from geomprobe.trace.derive import Array, Derived
 from geomprobe.trace.hdf5_errors import damage_named
 from geomprobe.trace.locate import Source, read_rows, read_settled, spans
@@ -82,7 +81,11 @@ class Trace:
         self.num_parameters = source.num_parameters
         self.manifest = source.manifest
         self.certificate = certificate
-        self.num_steps = len(columns["steps/step"])
+        step = columns["steps/step"]
+        if not ((step == np.trunc(step)) & (step >= 0) & (step < 1 << 53)).all():
+            raise RunError(f"{self.path} is damaged: a step in it is no whole number. Restore it, or make it again")
+        self.num_steps = len(step)
+        self._final = source.facts.get("final", ())
         self._columns = columns
 
     @property
@@ -140,6 +143,10 @@ class Trace:
         of_row = np.where(np.isnan(epoch), -1, np.searchsorted(epochs, epoch))
         return PerEpoch(epochs, *group_statistics(self[name], of_row, len(epochs)))
 
+    def stored_final(self) -> dict[str, Array]:
+        """The final iterate's columns under their second names, as a sealed file holds them; else none."""
+        return self._columns.stored(self._final) if isinstance(self._columns, _SealedColumns) else {}
+
     def to_xarray(self) -> Any:
         """The columns of ``/steps`` as an ``xarray.Dataset`` over ``step``, with their attributes.
 
@@ -193,11 +200,8 @@ def _read(source: Source) -> Trace:
         table = source.parts[0].tables[schema.VALUES]
         steps, values = read_rows(spans(source.parts), table)
         return Trace(source, {}, Derived(steps, dict(zip(table.columns, values.T, strict=True))))
-    with damage_named("the list of columns", source.file), h5py.File(source.file, "r") as file:
-        columns = _SealedColumns(source.file, _datasets(file))
-    with damage_named("the certificate", source.file), h5py.File(source.file, "r") as file:
-        certificate = Certificate.read(file)
-    return Trace(source, certificate, columns)
+    columns = _SealedColumns(source.file, source.facts["columns"])
+    return Trace(source, source.facts["certificate"], columns)
 
 
 class _SealedColumns(Mapping[str, Array]):
@@ -217,33 +221,17 @@ class _SealedColumns(Mapping[str, Array]):
         return isinstance(path, str) and schema.canonical(path) in self._paths
 
     def __getitem__(self, path: str) -> Array:
-        with damage_named(path, self._path), h5py.File(self._path, "r") as file:
-            array: Array = file[schema.canonical(path)][:]
-        return array
+        path = schema.canonical(path)
+        return self.stored([path])[path]
 
-
-def _datasets(file: Any) -> Iterator[str]:
-    """Paths of a sealed trace's columns, from the names of its groups, without opening any dataset."""
-    groups = set(file)
-    steps = set(file["steps"])
-    known = (*schema.STEP_COLUMNS, *schema.OPTIONAL_STEP_COLUMNS)
-    yield from (f"steps/{column.name}" for column in known if column.name in steps)
-    if "inner_products" in groups:
-        yield from _members("inner_products", file["inner_products"])
-    for oracle in (name for name in schema.ORACLES if name in groups):
-        yield from _members(oracle, file[oracle])
-    for parent in groups & {"groups", "references", "parameters", schema.RANKS}:
-        for name in file[parent]:
-            if (parent, name) != ("references", schema.FINAL):
-                yield from _members(f"{parent}/{name}", file[parent][name])
-
-
-def _members(path: str, group: Any) -> Iterator[str]:
-    for name in group:
-        if name == "inner_products":
-            yield from _members(f"{path}/{name}", group[name])
-        elif name != "step":  # the one step column, which every group names again
-            yield f"{path}/{name}"
+    def stored(self, paths: Iterable[str]) -> dict[str, Array]:
+        """The datasets at paths of the file."""
+        arrays = {}
+        with h5py.File(self._path, "r") as file:
+            for path in paths:
+                with damage_named(path, self._path):
+                    arrays[path] = file[path][:]
+        return arrays
 
 
 def _path(name: str) -> str:

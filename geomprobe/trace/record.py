@@ -19,7 +19,7 @@ from geomprobe.trace import schema
 from geomprobe.trace.derive import Array
 from geomprobe.trace.hdf5_errors import damage_named
 from geomprobe.trace.locate import Source, Span, read_rows, read_settled, spans
-from geomprobe.trace.weights import read_reference
+from geomprobe.trace.weights import read_reference, read_reference_file
 
 Reference = dict[str, tuple[NDArray[Any], str]]
 
@@ -136,7 +136,7 @@ class _Sealed(Record):
             self._own: Any = self._file[f"{schema.RANKS}/{rank}"] if rank else self._file
             self._groups = set(self._file)
             self._prints = set(self._own[schema.FINGERPRINTS])
-            super().__init__(source, int(self._file.attrs["num_steps"]))
+            super().__init__(source, source.facts["num_steps"])
 
     def names(self, component: str) -> list[str]:
         if f"{component}_names" not in self._prints:
@@ -195,8 +195,7 @@ class _Streaming(Record):
         return [unquote(path.stem.removeprefix(schema.REFERENCE_PREFIX)) for path in files]
 
     def _reference(self, name: str) -> Reference:
-        with h5py.File(self._folder / schema.reference_file(name), "r") as file:
-            return read_reference(file)
+        return read_reference_file(self._folder / schema.reference_file(name))
 
     def _rows(self, path: str, start: int, stop: int) -> NDArray[Any]:
         return read_rows(self._spans, self._tables[path], start, stop)[1]

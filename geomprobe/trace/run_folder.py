@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from geomprobe.errors import UsageError
+from geomprobe.trace.regular_file import require_own_folder
 from geomprobe.trace.run_lock import locked
 from geomprobe.trace.schema import RECORD_FILE, STREAM_DIR, TRACE_FILE, Kind, reference_file
 
@@ -120,7 +122,8 @@ class RunFolder:
 
     def parts(self, kind: Kind) -> list[Path]:
         """The parts that a pass has begun, by first step."""
-        return sorted(self.stream.glob(f"{kind}-*[0-9].h5"))
+        named = re.compile(rf"{kind}-[0-9]{{8,16}}\.h5")
+        return sorted(path for path in self.stream.glob("*.h5") if named.fullmatch(path.name))
 
     def proof(self, kind: Kind, step: int) -> Path:
         """What a process leaves that found the state before ``step``, in which it ended, to be the recorded one."""
@@ -148,7 +151,7 @@ class RunFolder:
     @staticmethod
     def _remove(*paths: Path) -> None:
         for path in paths:
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
@@ -163,6 +166,7 @@ class RunFolder:
         Raises:
             RunError: another process is writing there.
         """
+        require_own_folder(self.checkpoints)
         with self._held(LOCK, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB):
             yield
 

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from geomprobe.errors import RunError
+from geomprobe.trace.regular_file import open_regular, read_bytes, require_own_folder
 
-_HOLDER = re.compile(r"process (\d+) on (\S+)")
+_HOLDER = re.compile(r"process ([0-9]{1,9}) on (\S+)")
+_LONGEST = 1000
 _held: set[int] = set()  # descriptors of the locks that this process holds
 
 
@@ -64,8 +66,9 @@ def locked(path: Path, how: int, run: Path) -> Iterator[None]:
 def _acquire(path: Path, how: int, run: Path) -> int:
     while True:
         try:
+            require_own_folder(path.parent)
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = open_regular(path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise RunError(
                 f"{run} cannot be written: {error.strerror}. Nothing was started; choose another folder, "
@@ -80,9 +83,13 @@ def _acquire(path: Path, how: int, run: Path) -> int:
                 f"{run} is being written by another process ({holder}). Wait for it to end, or choose "
                 "another run folder."
             ) from error
-        if os.fstat(descriptor).st_nlink:
+        names = os.fstat(descriptor).st_nlink
+        if names == 1:
             return descriptor
-        os.close(descriptor)  # its last holder took the file away just before we locked it
+        os.close(descriptor)
+        if names:  # it is another file of yours as well, and would be overwritten
+            raise RunError(f"{path} has {names} names, and a lock has one. Remove it, if no pass is running")
+        # Its last holder took the file away just before we locked it.
 
 
 @dataclass(frozen=True)
@@ -121,8 +128,8 @@ def present(folder: Path, pattern: str) -> list[Path]:
 
 def _writer(lock: Path) -> Writer | None:
     try:
-        named = _HOLDER.match(lock.read_text(errors="replace"))
-    except OSError:  # it was let go a moment ago
+        named = _HOLDER.match(read_bytes(lock, _LONGEST).decode(errors="replace"))
+    except (OSError, RunError):  # it was let go a moment ago, or is no lock
         return None
     if named is None:
         return None

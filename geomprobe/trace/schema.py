@@ -312,6 +312,15 @@ def describe(path: str) -> Column:
     return found[name]
 
 
+def is_column(path: str) -> bool:
+    """Whether there can be a column at a dataset path of a sealed trace.
+
+    >>> is_column("inner_products/g.d"), is_column("inner_products/step")
+    (True, False)
+    """
+    return path.rpartition("/")[2] in {column.name for column in _columns_at(path)}
+
+
 def check_raw(path: str) -> None:
     """Refuse a path that a pass may not stream, because it is unknown or derived from others.
 

@@ -14,6 +14,7 @@ from geomprobe.errors import RunError
 from geomprobe.trace.atomic_file import atomic_hdf5
 from geomprobe.trace.hdf5_errors import damage_named
 from geomprobe.trace.schema import escape, unescape
+from geomprobe.trace.stream.reader import checked
 
 _CHUNK_BYTES = 1 << 20
 
@@ -69,10 +70,23 @@ def copy_reference(source: Path, file: Any, name: str) -> None:
         RunError: the file is missing or damaged.
     """
     try:
-        with h5py.File(source, "r") as reference:
-            reference.copy(reference["/"], file, f"references/{escape(name)}")
+        checked(source, "reference")
     except FileNotFoundError as error:
         raise RunError(f"reference {name!r} is missing: {source} does not exist. Record the run again") from error
+    with h5py.File(source, "r") as reference:
+        reference.copy(reference["/"], file, f"references/{escape(name)}")
+
+
+def read_reference_file(path: Path) -> dict[str, tuple[NDArray[Any], str]]:
+    """The arrays in a file that `write_reference` made, and the names of their torch dtypes.
+
+    Raises:
+        RunError: it is no such file, or damaged.
+        FileNotFoundError: it is not there.
+    """
+    checked(path, "reference")
+    with h5py.File(path, "r") as file:
+        return read_reference(file)
 
 
 def read_reference(group: Any) -> dict[str, tuple[NDArray[Any], str]]:

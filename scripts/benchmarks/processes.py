@@ -35,7 +35,6 @@ from distributed import LanguageModel, join_the_others, spread
 from workloads import GPT
 
 import geomprobe
-from geomprobe.distributed.ranks import end_process_group
 from geomprobe.report.table import table
 
 LANES = ["plain", "recording", "replaying", "Hg"]
@@ -102,7 +101,7 @@ def worker(options: argparse.Namespace) -> None:
     dist.all_reduce(mine, op=dist.ReduceOp.MAX)
     if dist.get_rank() == 0:
         print(json.dumps(dict(zip(LANES, mine.tolist(), strict=True))))
-    end_process_group()
+    dist.destroy_process_group()
 
 
 def measured(options: argparse.Namespace, processes: int, parallel: str) -> dict[str, list[float]]:

@@ -116,7 +116,8 @@ def test_an_unmodified_script_is_recorded_and_replayed_by_commands_of_their_own_
     wrote = f"Wrote run/record.h5: {STEPS} steps of 29 parameters, seed 1, references: final."
     assert recorded.stdout == f"trained with --lr 0.1\n{wrote}\n"
     replayed = command("replay", "run")
-    assert (replayed.returncode, replayed.stderr) == (0, "Next: geomprobe verify run\n")
+    said = f"geomprobe replay: runs, in {folder}: python {folder / 'train.py'} --lr 0.1\n"
+    assert (replayed.returncode, replayed.stderr) == (0, f"{said}Next: geomprobe verify run\n")
     wrote = f"Wrote run/trace.h5: {STEPS} of {STEPS} steps equal, w_T bitwise equal: certified."
     assert replayed.stdout == f"trained with --lr 0.1\n{wrote}\n"
     assert open_trace(folder / "run").manifest["environment"]["PYTHONHASHSEED"] == "0"

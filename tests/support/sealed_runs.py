@@ -16,8 +16,6 @@ import numpy as np
 import torch
 from torch import nn
 
-STRING = h5py.string_dtype()
-
 
 @dataclass
 class History:
@@ -270,7 +268,8 @@ def write_record(path: Path, history: History, *, status="complete", salt=0, epo
         })  # fmt: skip
         for component, tensors in fingerprints.items():
             file[f"fingerprints/{component}"] = np.array(list(tensors.values()), np.int64).reshape(-1, steps).T
-            file.create_dataset(f"fingerprints/{component}_names", data=list(tensors), dtype=STRING)
+            names = np.array([name.encode() for name in tensors], h5py.string_dtype("utf-8", 40))
+            file.create_dataset(f"fingerprints/{component}_names", data=names)
         if status == "complete":
             for name, part in history.slices.items():
                 file[f"references/final/{name}"] = history.weights[-1, part].astype(np.float32)

@@ -29,12 +29,14 @@ class Blocker:
         reason: why it stops the second derivative.
         remedy: the way round it.
         plain: where there is one, a context in which the same loss evaluates without it.
+        wrong: whether it has a second derivative, and that is wrong: then a closure does not help.
     """
 
     operation: str
     reason: str
     remedy: str
     plain: Callable[[], AbstractContextManager[Any]] | None = None
+    wrong: bool = False
 
 
 class CurvatureUnavailable(GeomprobeError):
@@ -79,6 +81,12 @@ _KINDS = {
         "",
         "is reentrant activation checkpointing, which hides the checkpointed part of the graph",
         "Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False).",
+    ),
+    r"^weightnorminterface": Blocker(
+        "",
+        "is weight_norm, whose second derivative is wrong in torch (seen in 2.15)",
+        "Write w = g v / |v| out with torch's operations.",
+        wrong=True,
     ),
     r"^(syncbatchnorm|batchnormbackwardreduce|batchnormbackwardelemt)": Blocker(
         "",

@@ -162,7 +162,7 @@ def hessian_vector_product(
     products: dict[Tensor, Tensor] = {}
     if pairs and wanted:
         edges, weights = zip(*pairs, strict=True)
-        with keep_state(module), silence_hooks(wanted), _explaining():
+        with keep_state(module), silence_hooks(wanted), explaining():
             found = torch.autograd.grad(edges, wanted, weights, retain_graph=keep_graphs, allow_unused=True)
         products = {p: h for p, h in zip(wanted, found, strict=True) if h is not None}
     result = []
@@ -187,7 +187,7 @@ def _gradients(
     loss: Tensor, parameters: Sequence[Tensor], info: GraphInfo, module: nn.Module | None
 ) -> list[Tensor | None]:
     wanted = [parameter for parameter in parameters if parameter.requires_grad]
-    with keep_state(module), silence_hooks(wanted), no_severed_functions(info.functions), _explaining():
+    with keep_state(module), silence_hooks(wanted), no_severed_functions(info.functions), explaining():
         found = torch.autograd.grad(loss, wanted, _root(loss), create_graph=True, allow_unused=True)
     by_parameter = dict(zip(wanted, found, strict=True))
     return [by_parameter.get(parameter) for parameter in parameters]
@@ -244,7 +244,8 @@ def _first_hooks(hooks: Sequence[tuple[Tensor, LeafHook]]) -> Iterator[None]:
 
 
 @contextmanager
-def _explaining() -> Iterator[None]:
+def explaining() -> Iterator[None]:
+    """Raise what a double backward raises as `CurvatureUnavailable`."""
     try:
         yield
     except torch.OutOfMemoryError:

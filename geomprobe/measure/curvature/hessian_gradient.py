@@ -8,6 +8,7 @@ Across processes the loss is the global one: see `geomprobe.measure.curvature.gl
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from geomprobe.distributed.dtensor import is_dtensor
 from geomprobe.distributed.layout import Layout
@@ -30,6 +32,7 @@ from geomprobe.measure.curvature.double_backward import (
     Graph,
     backward_with_graph,
     compared_backward,
+    explaining,
     graph_of,
     hessian_vector_product,
 )
@@ -39,7 +42,7 @@ from geomprobe.measure.gradient_sources import BackwardPass
 from geomprobe.reproducibility.isolation import RNGState, keep_state, silence_hooks
 
 
-@dataclass
+@dataclass(eq=False)
 class _Part:
     """One micro-batch of the step: the graph of its gradients, or what it takes to make one."""
 
@@ -47,7 +50,7 @@ class _Part:
     scale: Tensor | None
     blockers: list[Blocker]
     source: BackwardPass | None = None  # knows its share of the step's gradient
-    loss: Tensor | None = None  # whose graph was kept
+    root: tuple[GradientEdge, Tensor] | None = None  # of the loss, which the script may detach, and the gradient by it
     graph: Graph | None = None
     live: Tensor | None = None  # the loss with its own graph, where that of the gradients is made later
 
@@ -87,8 +90,9 @@ class Curvature:
 
     def blocker(self, graph: GraphInfo, closure: Closure | None) -> Blocker | None:
         """What is known beforehand to stop the product of a loss with this graph; see `backward`."""
+        wrong = [blocker for blocker in graph.blockers if blocker.wrong]
         if self._loss.blocker is not None or closure is not None:
-            return self._loss.blocker
+            return self._loss.blocker or next(iter(wrong), None)
         return graph.blockers[0] if graph.blockers else None
 
     def backward(
@@ -126,13 +130,17 @@ class Curvature:
             value = loss.detach() if scale is None else loss.detach() / scale
             tolerance = loss_tolerance(coarsest_epsilon(loss))
             again = SideLoss(self._loss.beside(closure), value, rng, self._module, tolerance)
-        part = _Part(again, scale, graph.blockers, source, loss)
+        root = get_gradient_edge(loss), torch.ones_like(loss, requires_grad=False)
+        part = _Part(again, scale, graph.blockers, source, root)
         self._parts.append(part)
-        if self._reduction.factor is not None:
-            self._backward(loss, part, graph)
-            return
-        with self._reduction.watching(graph.leaves):
-            self._backward(loss, part, graph)
+        try:
+            known = self._reduction.factor is not None
+            with contextlib.nullcontext() if known else self._reduction.watching(graph.leaves):
+                self._backward(loss, part, graph)
+        except BaseException:  # such as out of memory, which a script may catch
+            if part in self._parts:
+                self._parts.remove(part)
+            raise
 
     def product(self, vectors: Sequence[Tensor | None], *, keep: bool = False) -> list[Tensor]:
         """``H v`` of the summed losses since the last `product` or `discard`.
@@ -175,11 +183,12 @@ class Curvature:
         wanted = [tensor for tensor in tensors if tensor.requires_grad]
         total = [torch.zeros_like(tensor, requires_grad=False) for tensor in wanted]
         shares: Sequence[Tensor | None] = self._shares(self._parts) or [None] * len(self._parts)
-        with keep_state(self._module), silence_hooks(wanted):
+        with keep_state(self._module), silence_hooks(wanted), explaining():
             for part, share in zip(self._parts, shares, strict=True):
-                assert part.loss is not None
+                assert part.root is not None
+                edge, one = part.root
                 found = torch.autograd.grad(
-                    part.loss, wanted, retain_graph=True, allow_unused=True, materialize_grads=True
+                    edge, wanted, one, retain_graph=True, allow_unused=True, materialize_grads=True
                 )
                 dense = [g.to_dense() if g.is_sparse else g for g in found]
                 total = [t + (g if share is None else g * share.to(g.dtype)) for t, g in zip(total, dense, strict=True)]

@@ -35,7 +35,7 @@ from geomprobe.probe.evidence import Mark, evidence, mark
 from geomprobe.probe.hooks.global_hooks import unscaled
 from geomprobe.probe.probe import Probe
 from geomprobe.reproducibility.isolation import RNGState, capture_rng
-from geomprobe.trace.absence import ELSEWHERE, HOOKED, LATE, NOT_CAUGHT
+from geomprobe.trace.absence import ELSEWHERE, GIVEN_UP, HOOKED, LATE, NOT_CAUGHT
 from geomprobe.trace.schema import parameter_column, product_column
 
 
@@ -78,7 +78,7 @@ class StepCurvature(Events):
         epsilon: machine epsilon of the coarsest type that the first of the losses passes through.
     """
 
-    ABSENT = (ELSEWHERE, NOT_CAUGHT, LATE, HOOKED)
+    ABSENT = (ELSEWHERE, NOT_CAUGHT, LATE, HOOKED, GIVEN_UP)
 
     def __init__(
         self, probe: Probe, options: MeasureOptions, layout: Layout, sources: GradientSources | None = None
@@ -98,7 +98,7 @@ class StepCurvature(Events):
         self._same_use_checked = layout.world_size == 1
         self._blocked: CurvatureUnavailable | None = None
         self._rng: RNGState | None = None
-        self._saved_otherwise = False
+        self._saved_otherwise = self._calls_seen = False
         self._seen: list[_Weights] = []  # since the last backward pass, when the model was called
         self._evaluated: list[tuple[BackwardPass | None, list[_Weights]]] = []  # of each backward pass of the step
 
@@ -109,7 +109,22 @@ class StepCurvature(Events):
     def saved_otherwise(self) -> None:
         self._saved_otherwise = True
 
+    def begin(self) -> None:
+        self.after_update()
+
+    def after_update(self) -> None:
+        # Where the script calls only parts of its model, nothing tells when; its weights may move at any time.
+        self._seen = []
+        if not self._calls_seen and self._wanted():
+            self._see_weights()
+
+    def part_entered(self) -> None:
+        if not self._calls_seen and self._wanted():
+            self._seen.append(_Weights.of(self._parameters))  # in whatever way they were moved since
+
     def entered(self, inputs: Any) -> None:
+        if not self._calls_seen:
+            self._calls_seen, self._seen = True, []
         if not self._wanted():
             return
         if self._rng is None:
@@ -176,10 +191,12 @@ class StepCurvature(Events):
 
     def absent(self) -> Tensor | None:
         """For each of `ABSENT`, 1 where it holds at the step that was settled; None where no Hessian is wanted."""
-        if not self._wanted():
+        if not self._due():
             return None
         device = self._parameters[0].device
         elsewhere = torch.zeros((), dtype=torch.float64, device=device)
+        if self.curvature is None:
+            return torch.cat([elsewhere.new_zeros(4), elsewhere.new_ones(1)])
         now = _Weights.of(self._parameters) if self.ready is not None else None
         for source, seen in self._evaluated if now is not None else ():
             assert now is not None
@@ -192,7 +209,7 @@ class StepCurvature(Events):
         seen_some = self._caught > 0 or not self._complete
         late = lost and not seen_some and self.sources is not None and self.sources.found
         hooked = self._saved_otherwise or any(source.hooked for source, _ in self._evaluated if source is not None)
-        host = [float(each) for each in (lost and seen_some, late, hooked)]
+        host = [float(each) for each in (lost and seen_some, late, hooked, False)]
         return torch.cat([elsewhere.reshape(1), elsewhere.new_tensor(host)])
 
     def _see_weights(self) -> None:
@@ -206,7 +223,8 @@ class StepCurvature(Events):
     def gradients_dropped(self) -> None:
         """Free the losses' graphs: the gradients so far were thrown away, or their step is measured."""
         self._complete, self._caught, self.ready = True, 0, None
-        self._seen, self._evaluated, self._saved_otherwise = [], [], False
+        self._evaluated, self._saved_otherwise = [], False
+        self.after_update()
         if self.curvature is not None:
             self.curvature.discard()
 
@@ -225,9 +243,12 @@ class StepCurvature(Events):
             print(f"geomprobe: from step {self._probe.step} on, Hg is left out: {error}", file=sys.stderr)
 
     def _wanted(self) -> bool:
-        """Whether this step's own losses are wanted."""
+        """Whether this step's own losses are wanted, and can be had."""
+        return self.curvature is not None and self._due()
+
+    def _due(self) -> bool:
         step, options = self._probe.step, self._options
-        if self.curvature is None or step % options.every:
+        if step % options.every:
             return False
         if options.curvature_interval and not step % options.curvature_interval:
             return True

@@ -18,12 +18,12 @@ TIMES = 5
 
 
 def default_interval(num_steps: int | None) -> int:
-    """Steps between two of `TIMES` checks in a run of so many steps.
+    """Steps between two of `TIMES` checks in a run of so many steps; 0, for no check, where there is no run.
 
-    >>> default_interval(1000), default_interval(3)
-    (200, 1)
+    >>> default_interval(1000), default_interval(3), default_interval(None)
+    (200, 1, 0)
     """
-    return max(1, (num_steps or 0) // TIMES)
+    return 0 if num_steps is None else max(1, num_steps // TIMES)
 
 
 def direction(like: Sequence[Tensor], seed: int) -> list[Tensor]:

@@ -204,9 +204,9 @@ def _untagged(entry: dict[str, Any]) -> Any:
         if layout == torch.sparse_coo:
             coalesced = entry["coalesced"]
             indices, values = value
-            return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=coalesced, check_invariants=False)
+            return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=coalesced, check_invariants=True)
         compressed, plain, values = value
-        return torch.sparse_compressed_tensor(compressed, plain, values, shape, layout=layout, check_invariants=False)
+        return torch.sparse_compressed_tensor(compressed, plain, values, shape, layout=layout, check_invariants=True)
     if kind == "Tensor":
         tensor = value.to(entry.get("device", "cpu"))
         if entry.get("parameter"):
@@ -244,5 +244,5 @@ def _imported(module: str, name: str) -> Any:
     """A class by its name, in a module that is there already: reading a checkpoint imports nothing."""
     found: Any = sys.modules.get(module)
     for part in name.split("."):
-        found = getattr(found, part, None)
+        found = vars(found).get(part) if hasattr(found, "__dict__") else None
     return found

@@ -61,9 +61,11 @@ class Resumer(Events):
         if position is None or goal is None:
             self._begun_loop = (loader, streams([loader])) if position is not None else None
             return 0
-        then = self._stored[self.name]
-        restore_streams([loader], then["streams"])
-        self._begun_loop = loader, then["streams"]
+        assert self._point.checkpoint is not None
+        with checkpoint.nonsense_named(self._point.checkpoint):
+            then = self._stored[self.name]
+            restore_streams([loader], then["streams"])
+            self._begun_loop = loader, then["streams"]
         if then["loader"] is None:
             return goal.batch
         loader.load_state_dict(then["loader"])
@@ -80,11 +82,14 @@ class Resumer(Events):
         """
         contents, step = self._stored, self._point.step
         del self._stored
-        restore(self._probe, self._loaders(self._begun_loop), contents[TRAINING])
-        self._session.load_state_dict(contents)
-        self._probe.resume_from(step)
-        self._session.goal = None
-        if (different := self._fingerprint.differs_from(self._point.digests or {})) is not None:
+        assert self._point.checkpoint is not None
+        with checkpoint.nonsense_named(self._point.checkpoint):
+            restore(self._probe, self._loaders(self._begun_loop), contents[TRAINING])
+            self._session.load_state_dict(contents)
+            self._probe.resume_from(step)
+            self._session.goal = None
+            different = self._fingerprint.differs_from(self._point.digests or {})
+        if different is not None:
             raise RunError(
                 f"{self._point.checkpoint} was put back, but the {different[0]} ({different[1]}) is not what it was. "
                 "Build the model, optimizer and attached objects as they were built when the run began."

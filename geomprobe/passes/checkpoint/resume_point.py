@@ -13,8 +13,12 @@ from geomprobe.distributed.ranks import Ranks
 from geomprobe.errors import RunError
 from geomprobe.passes.checkpoint import store as checkpoint
 from geomprobe.probe.loops import Position
+from geomprobe.trace.json_values import require_form
+from geomprobe.trace.printable import show
 from geomprobe.trace.run_folder import RunFolder
 from geomprobe.trace.stream.reader import Header
+
+_FACTS = {"position": [int], "digests": dict, "buckets": list}
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,13 @@ def _last_whole(run: RunFolder, latest: int) -> tuple[int, dict[str, Any] | None
     for step in reversed(checkpoint.saved(run.checkpoints)):
         if 0 < step <= latest:
             try:
-                return step, checkpoint.verify(checkpoint.folder(run.checkpoints, step))
+                path = checkpoint.folder(run.checkpoints, step)
+                facts = require_form(checkpoint.verify(path), _FACTS, f"checkpoint {path}")
+                if facts.keys() >= _FACTS.keys() and 2 <= len(facts["position"] or ()) <= 4:
+                    return step, facts
+                raise RunError(f"checkpoint {path} does not say where the script's loops were")
             except RunError as error:
-                print(f"geomprobe: {error}: an earlier one is taken", file=sys.stderr)
+                show(f"geomprobe: {error}: an earlier one is taken", file=sys.stderr)
     return 0, None
 
 

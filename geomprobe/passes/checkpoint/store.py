@@ -5,26 +5,35 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
 from geomprobe.distributed.ranks import Ranks
-from geomprobe.errors import RunError
+from geomprobe.errors import GeomprobeError, RunError
 from geomprobe.passes.checkpoint.plain_values import decode, encode
 from geomprobe.trace.atomic_file import atomic_file, write_json
+from geomprobe.trace.json_values import require_form
+from geomprobe.trace.regular_file import open_regular, read_bytes
 
 FACTS, STATE = "geomprobe.json", "state.pt"
 
 _PREFIX = "step-"
+_NAME = re.compile(rf"{_PREFIX}([0-9]{{8,16}})")
+_SHARED = {"part": [str], "digest": str, "checkpoint": str}
+_DESCRIPTION = {
+    "sha256": str,
+    "facts": dict,
+    "shared": _SHARED,
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,8 @@ def folder(checkpoints: Path, step: int) -> Path:
 
 def saved(checkpoints: Path) -> list[int]:
     """The steps of the checkpoints that were written to their end, in order."""
-    return sorted(int(path.parent.name.removeprefix(_PREFIX)) for path in checkpoints.glob(f"{_PREFIX}*[0-9]/{FACTS}"))
+    named = (_NAME.fullmatch(path.parent.name) for path in checkpoints.glob(f"{_PREFIX}*/{FACTS}"))
+    return sorted(int(found[1]) for found in named if found)
 
 
 def write(
@@ -76,12 +86,31 @@ def read(path: Path) -> dict[str, Any]:
     """
     described = _description(path)
     contents = _load(path, described["sha256"])
-    if (holder := _holder(path, described)) is not None:
-        other, theirs = holder
-        part = described["shared"]["part"]
-        _at(contents, part[:-1])[part[-1]] = _at(_load(other, theirs["sha256"]), part)
-    found: dict[str, Any] = decode(contents)
+    with nonsense_named(path):
+        if (holder := _holder(path, described)) is not None:
+            other, theirs = holder
+            part = described["shared"]["part"]
+            _at(contents, part[:-1])[part[-1]] = _at(_load(other, theirs["sha256"]), part)
+        found: dict[str, Any] = decode(contents)
     return found
+
+
+@contextmanager
+def nonsense_named(path: Path) -> Iterator[None]:
+    """Turn what a checkpoint's contents raise, where they are not those of a training, into an error that names it.
+
+    Raises:
+        RunError: they raised.
+    """
+    try:
+        yield
+    except GeomprobeError:
+        raise
+    except Exception as error:  # whatever stands where a state should
+        raise RunError(
+            f"checkpoint {path} is whole, but what it holds is not the state of this training "
+            f"({type(error).__name__}: {error}). Remove it, and continue with --resume"
+        ) from error
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -244,20 +273,27 @@ def _write(
 
 def _description(path: Path) -> dict[str, Any]:
     try:
-        outer = json.loads((path / FACTS).read_text())
+        outer = json.loads(read_bytes(path / FACTS))
         if hashlib.sha256(outer["text"].encode()).hexdigest() != outer["sha256"]:
             raise ValueError
-        found: dict[str, Any] = json.loads(outer["text"])
+        found: dict[str, Any] = require_form(json.loads(outer["text"]), dict, FACTS)
     except OSError as error:
         raise RunError(f"checkpoint {path} cannot be read: {FACTS}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RunError(f"checkpoint {path} is damaged: {FACTS} is not what was written") from error
     if "sha256" not in found:
         raise RunError(
             f"checkpoint {path} was written by an older geomprobe, in a format that this one does not read. Use that "
             "version, or record again with --force"
         )
-    return found
+    require_form(found, _DESCRIPTION, f"checkpoint {path}")
+    shared = found.get("shared")
+    if found.get("facts") is None or (shared is not None and shared.keys() != _SHARED.keys()):
+        raise RunError(f"checkpoint {path} is damaged: {FACTS} is not what a pass writes")
+    # What it leaves out is in rank 0's checkpoint of the same step, and nowhere else.
+    if shared is not None and shared["checkpoint"] not in (None, f"../{path.name}"):
+        raise RunError(f"checkpoint {path} is damaged: {shared['checkpoint']} does not hold what it left out")
+    return {"shared": None, **found}
 
 
 def _holder(path: Path, described: Mapping[str, Any]) -> tuple[Path, dict[str, Any]] | None:
@@ -277,7 +313,7 @@ def _holder(path: Path, described: Mapping[str, Any]) -> tuple[Path, dict[str, A
 def _whole(path: Path, digest: str) -> Iterator[IO[bytes]]:
     """The file of a checkpoint, open, with the digest that it was written with."""
     try:
-        with open(path / STATE, "rb") as file:
+        with os.fdopen(open_regular(path / STATE), "rb") as file:
             found = hashlib.sha256()
             while block := file.read(1 << 20):
                 found.update(block)
@@ -292,8 +328,9 @@ def _whole(path: Path, digest: str) -> Iterator[IO[bytes]]:
 def _load(path: Path, digest: str) -> dict[str, Any]:
     with _whole(path, digest) as file:
         try:
-            found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        except (UnpicklingError, RuntimeError, EOFError) as error:
+            with torch.sparse.check_sparse_tensor_invariants():
+                found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # pickle, zip and torch each raise their own
             raise RunError(
                 f"checkpoint {path} cannot be read: {STATE} holds more than tensors and plain values, and no pickled "
                 "code is run"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from types import CellType
 from typing import Any
@@ -177,13 +178,13 @@ def _register_hook(
 ) -> Any:
     if tensor.is_leaf:  # see `watching_hooks`
         return original(tensor, hook)
-    owner = id(tensor)
+    owner = weakref.ref(tensor)
 
     def reported(gradient: Tensor) -> Tensor | None:
         version = gradient._version
         result = hook(gradient)
         if (result is not None and result is not gradient) or gradient._version != version:
-            observer.gradient_changed(owner)
+            observer.gradient_changed(owner())
         return result
 
     return original(tensor, reported)
@@ -351,7 +352,8 @@ class ModelCalls:
 
     def __init__(self, model: nn.Module | None, report: Callable[[Any], None]) -> None:
         self._model, self._report = model, report
-        self._seen = model is None
+        self._seen = False
+        self._parts = None if model is None else {id(part) for part in model.modules()}
         self._handles: list[RemovableHandle] = [] if model is None else [self._follow(model)]
 
     def met(self, module: nn.Module, inputs: Any) -> bool:
@@ -363,6 +365,10 @@ class ModelCalls:
         self._handles.append(self._follow(module))
         self._entered(module, inputs, {})  # of this call, the hooks are gathered already
         return False
+
+    def is_part(self, module: nn.Module) -> bool:
+        """Whether a module is a part of the model, or may be, where the model is not known."""
+        return self._parts is None or id(module) in self._parts
 
     def remove(self) -> None:
         """See no more of them."""

@@ -30,6 +30,8 @@ def watching_hooks(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     changed: list[Tensor] = []
     with contextlib.ExitStack() as stack:
         for tensor in tensors:
+            if not tensor.requires_grad:
+                continue
             if tensor._backward_hooks:
                 _watch_gradient(stack, tensor, changed)
             if getattr(tensor, "_post_accumulate_grad_hooks", None):

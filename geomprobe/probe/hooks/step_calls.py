@@ -128,10 +128,8 @@ class StepHook:
 
     def _before_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         if nested_step(optimizer):
-            # A subclass's step calls its parent's: what it has changed by now is what the update uses.
-            if self._measured and self._marks and self._marks != self._now(gradients=True):
-                self._measure()
-            self._marks = []  # a second call of it begins where the first has moved the weights
+            if self._measured and not self._skipped:
+                self._in_parent()
             return None
         self._moves(optimizer)
         self._begin()
@@ -167,6 +165,27 @@ class StepHook:
                     f"without the outer one."
                 )
         probe.moving = next(i for i, each in enumerate(probe.optimizers) if each is optimizer)
+
+    def _in_parent(self) -> None:
+        """A subclass's step calls its parent's: what it has made of the gradients by now is what the update uses.
+
+        Raises:
+            UnsupportedTraining: it has changed the weights too.
+        """
+        self._observer.parent_stepping()
+        before, self._marks = self._marks, []  # a second call begins where the first has moved the weights
+        now = self._now(gradients=True)
+        count = len(self._probe.parameters)
+        if not before or before[count:] == now[count:]:
+            return
+        if before[:count] != now[:count]:
+            name = type(self._probe.optimizer).__name__
+            raise UnsupportedTraining(
+                f"{name}.step changed the weights and the gradients before it called its parent's, in step "
+                f"{self._probe.step}: which gradient belongs to which weights is not defined. Change the gradients "
+                "before the weights, or call backward outside of the step."
+            )
+        self._measure()
 
     @torch.no_grad()
     def _measure(self) -> None:

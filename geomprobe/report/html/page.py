@@ -18,6 +18,7 @@ from geomprobe.report.output import refuse_existing, written_aside
 from geomprobe.report.summary.summary import Summary, summarize
 from geomprobe.report.summary.text import Verdict, absences, again, facts, next_command, verdict
 from geomprobe.report.table import number, percent, size
+from geomprobe.trace.printable import printable
 from geomprobe.trace.reader import open_trace
 from geomprobe.trace.schema import describe
 
@@ -64,6 +65,7 @@ def _template() -> Template:
         loader=PackageLoader("geomprobe.report.html"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=lambda value: printable(value, lines=True) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
     ).get_template("page.html")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from geomprobe.errors import UsageError
+from geomprobe.trace.printable import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,7 +75,7 @@ def inline(draw: Callable[[], Figure], name: str, alt: str) -> str:
         element.attrib = {key: _placed(key, value, name) for key, value in attributes.items()}
     for size in ("width", "height", "version"):
         root.attrib.pop(size)
-    root.attrib.update({"role": "img", "aria-label": alt, "style": _STROKES})
+    root.attrib.update({"role": "img", "aria-label": printable(alt), "style": _STROKES})
     return ElementTree.tostring(root, encoding="unicode", short_empty_elements=False)
 
 

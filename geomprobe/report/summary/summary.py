@@ -6,15 +6,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from geomprobe.errors import RunError
+from geomprobe.trace.locate import NothingThere, kind_of
 from geomprobe.trace.reader import Trace, open_trace
 from geomprobe.trace.record import Record, open_record
 from geomprobe.trace.schema import COMPONENTS, RECORD_SCHEMA, describe
-from geomprobe.trace.stream.reader import part_state, read_header
 
 Summary = dict[str, Any]
 
@@ -22,15 +21,15 @@ Summary = dict[str, Any]
 def summarize(path: Path) -> Summary:
     """What a run folder, a trace file or a record file holds, as JSON values.
 
-    ``record`` and ``trace`` are each None where ``path`` is a file of the other kind, and ``{"error": why}``
-    where that pass left nothing that can be read. Columns' numbers are over their finite values; what does
-    not exist is None.
+    ``record`` and ``trace`` are each None where ``path`` is a file of the other kind. Where that pass left nothing that
+    can be read, they hold ``error``, the reason, and ``damaged``, whether it is there. Columns' numbers are over their
+    finite values; what does not exist is None.
 
     Raises:
         RunError: there is nothing of geomprobe at ``path``.
     """
     is_file = path.is_file()
-    is_record = is_file and _is_record(path)
+    is_record = is_file and kind_of(path) == RECORD_SCHEMA
     record = None if is_file and not is_record else _read(_record, path)
     trace = None if is_record else _read(_trace, path)
     readable = [each for each in (record, trace) if each and "error" not in each]
@@ -45,21 +44,19 @@ def summarize(path: Path) -> Summary:
     }
 
 
-def _is_record(path: Path) -> bool:
-    try:
-        if part_state(path) != "closed":
-            return read_header(path).schema == RECORD_SCHEMA
-        with h5py.File(path, "r") as file:
-            return bool(file.attrs.get("schema") == RECORD_SCHEMA)
-    except (OSError, RunError):
-        return False  # what is wrong with it, open_trace says
+def damage(summary: Summary) -> str:
+    """What of a run is there and cannot be read; empty where nothing is."""
+    passes = (summary["record"] or {}, summary["trace"] or {})
+    return "; ".join(each["error"] for each in passes if each.get("damaged"))
 
 
 def _read(read: Callable[[Path], Summary], path: Path) -> Summary:
     try:
         return read(path)
+    except NothingThere as nothing:
+        return {"error": str(nothing), "damaged": False}
     except RunError as error:
-        return {"error": str(error)}
+        return {"error": str(error), "damaged": True}
 
 
 def _record(path: Path) -> Summary:
@@ -116,7 +113,7 @@ def _files(path: Path) -> Mapping[str, int]:
         return {path.name: path.stat().st_size}
     sizes: dict[str, int] = {}
     for file in sorted(path.rglob("*")):
-        if file.is_file():
+        if file.is_file() and not file.is_symlink():
             place = file.relative_to(path).parts
             name = f"{place[0]}/" if len(place) > 2 else "/".join(place)
             sizes[name] = sizes.get(name, 0) + file.stat().st_size

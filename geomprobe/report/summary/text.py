@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from geomprobe.report.curves import without_file
-from geomprobe.report.summary.summary import Summary
+from geomprobe.report.summary.summary import Summary, damage
 from geomprobe.report.table import number, size, table
 from geomprobe.trace.certificate import Certificate
+from geomprobe.trace.printable import printable
 from geomprobe.trace.schema import SEALING_PREFIX, STREAM_DIR
 
 
@@ -39,7 +40,11 @@ def _passes(summary: Summary) -> dict[str, str]:
     for name in ("record", "trace"):
         if entry := summary[name]:
             epochs = f", {entry['num_epochs']} epochs" if entry.get("num_epochs") else ""
-            found[name] = entry.get("error") or f"{entry['status']}, {entry['num_steps']} steps{epochs}"
+            found[name] = (
+                printable(entry["error"])
+                if "error" in entry
+                else f"{entry['status']}, {entry['num_steps']} steps{epochs}"
+            )
     return found
 
 
@@ -117,11 +122,11 @@ def facts(summary: Summary) -> dict[str, str]:
     manifest, record, trace = summary["manifest"], summary["record"] or {}, summary["trace"] or {}
     script, model = manifest.get("script") or {}, manifest.get("model") or {}
     flag = "-m " if script.get("kind") == "module" else ""
-    dtype = model.get("dtype", "")
+    dtype = model.get("dtype") or ""
     # Only the replay has references that came from files.
     references = dict.fromkeys([*record.get("references", []), *trace.get("references", [])])
     found = {
-        "script": f"{flag}{' '.join([script.get('path', ''), *script.get('argv', [])])}".strip(),
+        "script": f"{flag}{' '.join([script.get('path') or '', *(script.get('argv') or [])])}".strip(),
         "seed": manifest.get("seed"),
         "strict": manifest.get("strict"),
         "optimizer": _optimizer(manifest.get("optimizer") or {}),
@@ -133,21 +138,21 @@ def facts(summary: Summary) -> dict[str, str]:
         "software": ", ".join(f"{name} {v}" for name, v in (manifest.get("software") or {}).items() if v),
         "fingerprints": ", ".join(f"{name} {n}" for name, n in record.get("fingerprints", {}).items()),
     }
-    return {name: str(fact) for name, fact in found.items() if fact not in (None, "")}
+    return {name: printable(str(fact)) for name, fact in found.items() if fact not in (None, "")}
 
 
 def _optimizer(optimizer: Mapping[str, Any]) -> str:
     shown = ("lr", "momentum", "betas", "weight_decay")
     groups = [
         ", ".join(f"{key} {json.dumps(group[key])}" for key in shown if group.get(key) not in (None, 0))
-        for group in optimizer.get("groups", [])
+        for group in optimizer.get("groups") or []
     ]
     return f"{optimizer.get('class', '')} {'; '.join(groups)}".strip()
 
 
 def _updates(updates: Mapping[str, Any]) -> dict[str, str]:
     """Which gradient G is, and how many attempts at a step led to one, where not all did."""
-    if not updates:
+    if not updates.keys() >= {"gradient", "clipped_by", "attempted", "applied"}:
         return {}
     found = {"gradient": ", after ".join([updates["gradient"], *updates["clipped_by"]])}
     attempted, applied = updates["attempted"], updates["applied"]
@@ -160,7 +165,7 @@ def _measured(trace: Summary) -> str:
     if "measure" not in trace:
         return ""
     options = trace["measure"]
-    every = options.get("every", 1)
+    every = options.get("every") or 1
     rows = ["each step" if every == 1 else f"each {every}th step"]
     if tensors := len(trace["per_parameter"]):
         rows.append(f"and per parameter ({tensors} tensors)")
@@ -181,12 +186,14 @@ class Verdict:
         headline: the verdict in a few words.
         lines: the reasons.
         passes: the state of ``"record"`` and ``"trace"``.
+        damage: what of the run is there and cannot be read; empty where nothing is.
     """
 
     mark: str
     headline: str
     lines: list[str]
     passes: dict[str, str]
+    damage: str = ""
 
 
 def verdict(summary: Summary) -> Verdict:
@@ -201,7 +208,7 @@ def verdict(summary: Summary) -> Verdict:
     """
     trace = summary["trace"] or {}
     judged = _of_trace(trace) if "status" in trace else _of_record(summary["record"] or {})
-    return Verdict(*judged, _passes(summary))
+    return Verdict(*judged, _passes(summary), damage(summary))
 
 
 def _of_record(record: Summary) -> tuple[str, str, list[str]]:
@@ -266,13 +273,13 @@ def again(summary: Summary) -> list[str]:
     run = run.with_suffix("") if run.is_file() else run
     new = run.with_name(f"{run.name}-again")
     flag = ["-m"] if script["kind"] == "module" else []
-    processes = (manifest.get("ranks") or {}).get("world_size", 1)
+    processes = (manifest.get("ranks") or {}).get("world_size") or 1
     program = ["torchrun", "--nproc-per-node", processes, "-m", "geomprobe"] if processes > 1 else ["geomprobe"]
     record = (manifest.get("recording") or {}).get("argv") or []
     replay = ((summary["trace"] or {}).get("measure") or {}).get("argv") or []
     lines = [
         ["cd", script.get("cwd") or "."],
-        [*program, "record", "-o", new, *record, *flag, script["path"], *script.get("argv", [])],
+        [*program, "record", "-o", new, *record, *flag, script.get("path") or "", *(script.get("argv") or [])],
         [*program, "replay", new, *replay],
         ["geomprobe", "diff", run, new],
     ]

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import h5py
 import numpy as np
 
 from geomprobe.report.verify.check import (
@@ -27,9 +26,7 @@ from geomprobe.trace.schema import (
     ORACLES,
     REFERENCE_COLUMNS,
     STEP_COLUMNS,
-    TRACE_FILE,
     Column,
-    canonical,
     escape,
     input_path,
     parameter_column,
@@ -104,7 +101,7 @@ class Columns:
 
 def columns(trace: Trace) -> Columns:
     """The columns of a trace; rows are measured at each ``manifest["measure"]["every"]``-th step."""
-    every = (trace.manifest.get("measure") or {}).get("every", 1)
+    every = (trace.manifest.get("measure") or {}).get("every") or 1
     return Columns(trace, trace["step"] % every == 0)
 
 
@@ -301,16 +298,10 @@ def _check_final(c: Columns) -> Check:
     name = "references/final = steps"
     if c.trace.status == "incomplete":
         return skipped(name, "not sealed yet")
-    path = c.trace.path
-    with h5py.File(path / TRACE_FILE if path.is_dir() else path, "r") as file:
-        unlike = [path for path in FINAL_LINKS if not _same_numbers(file, path, canonical(path))]
+    stored = c.trace.stored_final()
+    same = {path: np.array_equal(values, c[path], equal_nan=True) for path, values in stored.items()}
+    unlike = [path for path in FINAL_LINKS if not same.get(path)]
     return held(name, not unlike, f"{', '.join(unlike)} differ" if unlike else "")
-
-
-def _same_numbers(file: Any, path: str, other: str) -> bool:
-    if path not in file or other not in file:
-        return False
-    return file[path] == file[other] or np.array_equal(file[path][:], file[other][:], equal_nan=True)
 
 
 def _check_parameters(c: Columns, p: Precision) -> Check:

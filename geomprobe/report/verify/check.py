@@ -157,7 +157,7 @@ def precision(manifest: Mapping[str, Any], num_parameters: int) -> Precision:
     >>> precision({}, num_parameters=100).dtype
     'float32'
     """
-    stated = (manifest.get("model") or {}).get("dtype", "float32")
+    stated = (manifest.get("model") or {}).get("dtype") or "float32"
     dtypes = stated if isinstance(stated, list) else [stated]
     unknown = [dtype for dtype in dtypes if dtype not in _DTYPES]
     if unknown:

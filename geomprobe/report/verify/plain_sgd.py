@@ -40,7 +40,7 @@ def why_not_plain_sgd(manifest: Mapping[str, Any]) -> str:
     optimizer = manifest.get("optimizer") or {}
     if optimizer.get("class") != "SGD":
         return f"the optimizer is {optimizer.get('class', 'unknown')}"
-    for group in optimizer.get("groups", []):
+    for group in optimizer.get("groups") or []:
         for setting in ("momentum", "weight_decay", "nesterov", "maximize"):
             if group.get(setting):
                 return f"{setting} is {group[setting]}"
@@ -68,7 +68,7 @@ def _settled(c: Columns) -> tuple[Rows, str]:
     """Rows whose update is ``-lr G`` with one lr for all weights, and why the others are not."""
     lr = c["steps/lr"]
     same_lr, plain = np.isfinite(lr), np.ones(len(lr), bool)
-    for i in range(len(c.trace.manifest["optimizer"].get("groups", []))):
+    for i in range(len(c.trace.manifest["optimizer"].get("groups") or [])):
         same_lr &= ~(np.isfinite(c[f"groups/{i}/lr"]) & (c[f"groups/{i}/lr"] != lr))
         for setting in ("momentum", "weight_decay"):
             plain &= ~(np.abs(c[f"groups/{i}/{setting}"]) > 0)

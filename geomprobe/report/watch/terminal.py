@@ -14,6 +14,7 @@ from geomprobe.report.curves import WIDE, column_name
 from geomprobe.report.table import number
 from geomprobe.report.watch.snapshot import COLUMNS, SAME, Snapshot
 from geomprobe.trace.derive import Array
+from geomprobe.trace.printable import printable
 from geomprobe.trace.run_lock import Writer
 
 if TYPE_CHECKING:
@@ -55,13 +56,13 @@ def render(snapshot: Snapshot) -> RenderableType:
     from rich.text import Text
 
     blocks: list[RenderableType] = [
-        Text(f"{snapshot.path}: {_PASSES[snapshot.kind]}", style="bold"),
-        Text(_condition(snapshot), style="" if snapshot.state in ("running", "sealed") else "yellow"),
+        Text(printable(f"{snapshot.path}: {_PASSES[snapshot.kind]}"), style="bold"),
+        Text(printable(_condition(snapshot)), style="" if snapshot.state in ("running", "sealed") else "yellow"),
     ]
     if snapshot.total:
         blocks.append(_Bar(snapshot.covered, snapshot.total))
     blocks.append(Text(_progress(snapshot)))
-    blocks += [Text(line, style="red") for line in _doubts(snapshot)]
+    blocks += [Text(printable(line), style="red") for line in _doubts(snapshot)]
     blocks.append(Columns([Text(value, no_wrap=True) for value in _values(snapshot)], padding=(0, 2)))
     for name, (x, y) in snapshot.curves.items():
         if len(x):

@@ -1,34 +1,43 @@
-"""The child process that reads parts: a torn file can hang or crash HDF5, so nobody else may open one.
+"""The child process that opens files first: a torn or crafted one can hang or crash HDF5.
+
+Parts are read here alone, and a sealed file is opened elsewhere only once it was found good here.
 
 `geomprobe.trace.stream.reader` starts it and keeps it for the next request. The two talk over a
-`multiprocessing.connection.Connection`. A request is a dictionary. The answer is the part's header, a dictionary; then,
-block by block, a list of arrays, ``step`` and each table asked for; and at last None. Where the part cannot be read,
-the answer ends with the reason, as text. The first row that is not what its checksum says ends the blocks, so that no
-wrong row ever leaves this process.
+`multiprocessing.connection.Connection`. A request is a dictionary. The answer begins with what the
+file says of itself, a dictionary, as `geomprobe.trace.validation` found it. Of a part follow, block by block, lists of
+arrays, ``step`` and each table asked for. The answer ends with None or, where the file is refused, with a
+`Refusal`. The first row that is not what its checksum says ends the blocks, so that no wrong row ever leaves here.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import os
+import resource
 import signal
 import traceback
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from geomprobe.errors import RunError
+from geomprobe.trace import validation
 from geomprobe.trace.stream.checksum import row_checksums
 
 _BLOCK_BYTES = 4 << 20
+_MEMORY_BYTES = 2 << 30  # beside what the process has at its start
 
 
 def serve(descriptor: int) -> None:
     """Answer requests until the other end is closed, as it is when the parent is gone, or until one has failed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for number in (signal.SIGALRM, signal.SIGPROF):
+        signal.signal(number, signal.SIG_DFL)
+    _limit_memory()
     parent: Connection[Any, Any] = Connection(descriptor)
     while True:
         try:
@@ -36,24 +45,61 @@ def serve(descriptor: int) -> None:
         except EOFError:
             return
         # A parent that was killed cannot end a child that hangs inside HDF5; an alarm does.
-        limit = int(request["timeout_s"]) + 10
-        signal.alarm(limit)
+        _limit_time(request)
         try:
             for answer in _answers(request):
-                signal.alarm(0)  # the parent may take its time with a block
+                _limit_time(None)  # the parent may take its time with a block
                 parent.send(answer)
-                signal.alarm(limit)
+                _limit_time(request)
+        except RunError as error:  # a file that could be read, and was closed
+            _limit_time(None)
+            parent.send(Refusal(str(error), ends=False))
         except Exception as error:
-            parent.send(traceback.format_exception_only(error)[-1].strip())
+            parent.send(Refusal(traceback.format_exception_only(error)[-1].strip(), ends=True))
             return  # HDF5 may still hold pieces of a damaged file
-        signal.alarm(0)
-        parent.send(None)
+        else:
+            _limit_time(None)
+            parent.send(None)
+
+
+class Refusal(NamedTuple):
+    """Why a file cannot be read, and whether this process ends with it."""
+
+    why: str
+    ends: bool
+
+
+def _limit_time(request: dict[str, Any] | None) -> None:
+    """End this process when the time of an answer is over, by the clock or at work; None for no limit."""
+    signal.alarm(int(request["timeout_s"]) + 10 if request else 0)
+    # A damaged file may keep HDF5 busy for ever. Its own work is measured, so that a slow disk is no reason.
+    signal.setitimer(signal.ITIMER_PROF, request["work_s"] if request else 0)
+
+
+def _limit_memory() -> None:
+    """Let a file that declares sizes beyond all measure end in an error, not in the memory of the machine."""
+    with contextlib.suppress(OSError, ValueError):  # where there is no such file, or a lower limit already
+        with open("/proc/self/statm") as file:
+            pages = int(file.read().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + _MEMORY_BYTES,) * 2)
 
 
 def _answers(asked: dict[str, Any]) -> Iterator[Any]:
-    """The header and the blocks; asked are ``path``, ``tables`` (None: all), ``start``, ``stop``, ``block_rows``."""
+    """What a file says of itself, and a part's blocks.
+
+    Asked are ``path`` and ``as``, what the file should be; of a sealed file also ``columns``, the known ones of
+    ``/steps``; of a part ``tables`` (None: all), ``start``, ``stop`` and ``block_rows``.
+    """
+    size = os.stat(asked["path"]).st_size
+    if asked["as"] != "part":
+        with h5py.File(asked["path"], "r") as file:
+            if asked["as"] == "sealed":
+                yield validation.sealed_facts(file, size, asked["columns"])
+            else:
+                yield validation.reference_names(file, size)
+        return
     with h5py.File(asked["path"], "r", libver="latest", swmr=True) as file:
-        header = _header(file)
+        header = validation.part_header(file, size)
         yield header
         yield from _whole_blocks(file, header, asked)
 
@@ -76,18 +122,6 @@ def _whole_blocks(file: Any, header: dict[str, Any], asked: dict[str, Any]) -> I
             return
 
 
-def _header(file: Any) -> dict[str, Any]:
-    attributes: dict[str, Any] = {key: _plain(value) for key, value in file.attrs.items()}
-    header = {key: attributes.pop(key) for key in ("schema", "schema_version", "first_step")}
-    tables = json.loads(attributes.pop("tables"))
-    rows = _committed(file["step"][:], header["first_step"])
-    return {**header, "attributes": attributes, "tables": tables, "rows": rows}
-
-
-def _committed(step: NDArray[np.int64], first_step: int) -> int:
-    return _leading(step == first_step + np.arange(len(step)))
-
-
 def _good(
     step: NDArray[np.int64], tables: Sequence[NDArray[Any]], checks: NDArray[np.int64], places: Sequence[int]
 ) -> int:
@@ -102,7 +136,3 @@ def _good(
 def _leading(true: NDArray[np.bool_]) -> int:
     wrong = np.flatnonzero(~true)
     return int(wrong[0]) if len(wrong) else len(true)
-
-
-def _plain(value: Any) -> str | int | float:
-    return value if isinstance(value, str) else value.item()

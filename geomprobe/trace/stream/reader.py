@@ -1,4 +1,4 @@
-"""Read a part, live, closed or cut off by a kill: only committed rows, and never a hang."""
+"""Read a part, live, closed or cut off by a kill, and check a sealed file: only committed rows, and never a hang."""
 
 from __future__ import annotations
 
@@ -19,9 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geomprobe.errors import RunError
+from geomprobe.trace import schema
+from geomprobe.trace.regular_file import open_regular
 from geomprobe.trace.stream.writer import Table
 
 TIMEOUT_S = 20.0
+WORK_S = 10.0
+"""Processor time that an answer about a small file may take: a damaged file may keep HDF5 busy for ever."""
+_BYTES_A_SECOND = 1 << 22
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _CHILD = (
@@ -77,7 +82,7 @@ def part_state(path: Path) -> Literal["new", "streaming", "closed", "foreign"]:
     >>> part_state(path)
     'new'
     """
-    with open(path, "rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         head = file.read(12)
     if not head.strip(b"\0"):
         return "new"
@@ -88,6 +93,22 @@ def part_state(path: Path) -> Literal["new", "streaming", "closed", "foreign"]:
     if version < 3 or not flags & 1:
         return "closed"
     return "streaming" if flags & 4 else "new"
+
+
+def checked(path: Path, what: Literal["sealed", "reference"]) -> dict[str, Any]:
+    """What a file that is no part says of itself, once all of it was found good; see `geomprobe.trace.validation`.
+
+    Raises:
+        RunError: it is not what a pass writes.
+        FileNotFoundError: it is not there.
+    """
+    os.close(open_regular(path))
+    columns = [column.name for column in (*schema.STEP_COLUMNS, *schema.OPTIONAL_STEP_COLUMNS)]
+    request = {"as": what, "columns": columns, "timeout_s": TIMEOUT_S, **_file(path)}
+    child, facts = _ask(request, path)
+    child.receive()
+    child.release()
+    return facts
 
 
 def read_header(path: Path, timeout_s: float = TIMEOUT_S) -> Header:
@@ -168,21 +189,44 @@ def stream_part(
     >>> import tempfile
     >>> from geomprobe.trace.stream.writer import PartWriter
     >>> path = Path(tempfile.mkdtemp()) / "part.h5"
-    >>> table = Table("fingerprints/loss", ("loss",), "int64")
-    >>> with PartWriter(path, schema="geomprobe-record", tables=[table], attributes={}) as writer:
-    ...     writer.append({"fingerprints/loss": np.array([[7], [8], [9]])})
+    >>> table = Table("values", ("steps/loss",), "float64")
+    >>> with PartWriter(path, schema="geomprobe-trace", tables=[table], attributes={}) as writer:
+    ...     writer.append({"values": np.array([[7.0], [8.0], [9.0]])})
     >>> with stream_part(path, start=1) as (header, blocks):
-    ...     [block["fingerprints/loss"].tolist() for block in blocks]
-    [[[8], [9]]]
+    ...     [block["values"].tolist() for block in blocks]
+    [[[8.0], [9.0]]]
     """
     path = Path(path)
     _refuse_unreadable(path)
-    request = {"path": str(path), "tables": tables, "start": start, "stop": stop, "block_rows": block_rows}
-    child, header = _ask({**request, "timeout_s": timeout_s}, path)
+    wanted = {"tables": tables, "start": start, "stop": stop, "block_rows": block_rows}
+    request = {"as": "part", **wanted, "timeout_s": timeout_s, **_file(path)}
+    child, fields = _ask(request, path)
     try:
+        layout = fields.pop("tables")
+        kinds = {name: Table(name, tuple(table["columns"]), table["dtype"]) for name, table in layout.items()}
+        header = Header(path=path, tables=kinds, **fields)
+        if header.schema == schema.TRACE_SCHEMA and schema.VALUES in kinds:
+            _require_raw(path, kinds[schema.VALUES].columns)
         yield header, _blocks(header, child, tables)
     finally:
         child.release()
+
+
+def _require_raw(path: Path, columns: Iterable[str]) -> None:
+    try:
+        for column in columns:
+            schema.check_raw(column)
+    except schema.UnknownColumn as error:
+        raise RunError(f"{path} is damaged: {error}") from error
+
+
+def _file(path: Path) -> dict[str, Any]:
+    """Of a request: the file, which the child may know by its whole path only, its name, and the processor's time.
+
+    The larger a file, the more names and blocks there may be in it.
+    """
+    work_s = WORK_S + path.stat().st_size / _BYTES_A_SECOND
+    return {"path": os.path.abspath(path), "name": str(path), "work_s": work_s}
 
 
 def end_readers() -> None:
@@ -205,8 +249,8 @@ def _refuse_unreadable(path: Path) -> None:
         raise RunError(f"{path} is no HDF5 file, so it is no part of a run")
 
 
-def _ask(request: Mapping[str, Any], path: Path) -> tuple[_Child, Header]:
-    """The child that answers a request, and the header that it answers with."""
+def _ask(request: Mapping[str, Any], path: Path) -> tuple[_Child, dict[str, Any]]:
+    """The child that answers a request, and what the file says of itself, with which every answer begins."""
     while True:
         try:
             child, used = _idle.pop(), True
@@ -214,15 +258,13 @@ def _ask(request: Mapping[str, Any], path: Path) -> tuple[_Child, Header]:
             child, used = _Child(), False
         try:
             child.ask(request)
-            fields = child.receive()
+            facts: dict[str, Any] = child.receive()
         except BaseException as error:
-            child.end()
+            child.release()
             if not (used and isinstance(error, _Died)):
                 raise
             continue  # it was killed, or harmed by an earlier file, since its last answer: ask a new one
-        layout = fields.pop("tables")
-        tables = {name: Table(name, tuple(table["columns"]), table["dtype"]) for name, table in layout.items()}
-        return child, Header(path=path, tables=tables, **fields)
+        return child, facts
 
 
 def _blocks(header: Header, child: _Child, names: Sequence[str] | None) -> Iterator[Block]:
@@ -269,15 +311,19 @@ class _Child:
 
     def receive(self) -> Any:
         """The next answer: see `geomprobe.trace.stream.child`."""
-        path, limit = self._request["path"], self._request["timeout_s"]
+        path, limit = self._request["name"], self._request["timeout_s"]
         if not self._connection.poll(limit):
-            raise RunError(f"reading {path} did not end within {limit:g} s: it is damaged. {_ADVICE}")
+            raise RunError(f"reading {path} did not end within {limit:g} s: it is damaged. {self._advice}")
         try:
             answer = self._connection.recv()
         except (EOFError, OSError):
-            raise _Died(_unreadable(path, self._last_words())) from None
-        if isinstance(answer, str):
-            raise RunError(_unreadable(path, answer))
+            words = self._unreadable(self._last_words())
+            over = self._process.wait() in (-signal.SIGPROF, -signal.SIGALRM)  # its time: another would take as long
+            raise (RunError if over else _Died)(words) from None
+        if isinstance(answer, tuple):
+            why, ends = answer
+            self._done = not ends
+            raise RunError(self._unreadable(why))
         self._done = answer is None
         return answer
 
@@ -307,6 +353,17 @@ class _Child:
         self.close()
         self._process.returncode = 0  # so that nobody waits for it here, or warns that it still runs
 
+    @property
+    def _advice(self) -> str:
+        part = self._request["as"] == "part"
+        return (
+            "Its rows cannot be recovered; run the pass again" if part else "Restore it from a copy, or make it again"
+        )
+
+    def _unreadable(self, cause: str) -> str:
+        names = {"part": "a part of a run", "sealed": "a sealed pass", "reference": "a reference"}
+        return f"{self._request['name']} cannot be read as {names[self._request['as']]} ({cause}). {self._advice}"
+
     def _last_words(self) -> str:
         assert self._process.stderr is not None
         lines = self._process.stderr.read().decode(errors="replace").strip().splitlines()
@@ -314,14 +371,8 @@ class _Child:
         return lines[-1] if lines else signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
-_ADVICE = "Its rows cannot be recovered; run the pass again"
-
 _living: list[_Child] = []
 _idle: list[_Child] = []  # waiting for the next request; append and pop are atomic, so threads may share it
-
-
-def _unreadable(path: str, cause: str) -> str:
-    return f"{path} cannot be read as a part of a run ({cause}). {_ADVICE}"
 
 
 def _disown_all() -> None:

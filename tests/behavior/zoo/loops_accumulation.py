@@ -658,7 +658,11 @@ def evolution_strategy(witness: Witness) -> None:
         optimizer.step()
 
 
-@loop("accumulation", "loss.backward(create_graph=True), and the diagonal of the Hessian for the log (AdaHessian)", HG)
+@loop(
+    "accumulation",
+    "loss.backward(create_graph=True), and the diagonal of H for the log (AdaHessian)",
+    ALL_OF_LOSS,
+)
 def backward_with_create_graph(witness: Witness) -> None:
     model, optimizer, _ = simple(witness)
     log = []

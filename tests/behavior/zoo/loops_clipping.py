@@ -483,3 +483,45 @@ def retained_for_a_log(witness: Witness) -> None:
         log.append(torch.autograd.grad(loss, out)[0].norm().item())
         witness.truth(lambda: mse_loss(model(x), y))
         optimizer.step()
+
+
+def hooked_and_frozen(witness: Witness, hook: Callable[..., Any], changed: bool, thaw: bool) -> None:
+    """A loop whose first layer, whose gradients have hooks, is frozen in the middle."""
+    model, optimizer, _ = simple(witness)
+    on_each(hook)(model)
+    for step, (x, y) in enumerate(batches(5)):
+        if step == 2:
+            model[0].requires_grad_(False)
+        if step == 4 and thaw:
+            model[0].requires_grad_(True)
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        witness.truth(lambda: mse_loss(model(x), y), changed=changed)
+        optimizer.step()
+
+
+@loop("clipping", "hooks that log, on parameters of which some are frozen later")
+def logging_hooks_then_frozen(witness: Witness) -> None:
+    log: list[float] = []
+    hooked_and_frozen(witness, lambda g: log.append(g.norm().item()), changed=False, thaw=False)
+
+
+@loop("clipping", "hooks that clamp, on parameters of which some are frozen for two steps", ALL_OF_LOSS)
+def clamping_hooks_while_frozen(witness: Witness) -> None:
+    hooked_and_frozen(witness, lambda g: g.clamp(-0.05, 0.05), changed=True, thaw=True)
+
+
+@loop("clipping", "hooks put on for each step and taken off after it (gradient norms of some steps)")
+def hooks_of_one_step(witness: Witness) -> None:
+    model, optimizer, probe = simple(witness)
+    log: list[float] = []
+    for step, (x, y) in enumerate(batches()):
+        optimizer.zero_grad()
+        handles = []
+        if step % 2:
+            handles = [p.register_hook(lambda g: log.append(g.norm().item())) for p in model.parameters()]
+        probe.backward(mse_loss(model(x), y))
+        for handle in handles:
+            handle.remove()
+        witness.truth(lambda: mse_loss(model(x), y))
+        optimizer.step()

@@ -266,12 +266,20 @@ def changed_after_last_step(witness: Witness) -> None:
     after_last_step(witness, torch.no_grad()(lambda model: [p.mul_(0.98) for p in model.parameters()]))
 
 
-@loop("weights", "p.data clamped after the last step, no attach (WGAN)", refused="the final iterate is lost")
+@loop(
+    "weights",
+    "p.data clamped after the last step, no attach (WGAN)",
+    refused="iterate is lost|through .data",
+)
 def data_changed_after_last_step(witness: Witness) -> None:
     after_last_step(witness, lambda model: [p.data.clamp_(-0.3, 0.3) for p in model.parameters()])
 
 
-@loop("weights", "p.data clamped after the last step of probe.epochs")
+@loop(
+    "weights",
+    "p.data clamped after the last step of probe.epochs",
+    refused="iterate is lost|through .data",
+)
 def data_changed_after_last_step_of_epochs(witness: Witness) -> None:
     model, optimizer, probe = simple(witness)
     for epoch in probe.epochs(2):

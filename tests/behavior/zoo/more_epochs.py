@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import mse_loss
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Subset
 
 from behavior.zoo.witness import HG, Witness, batches, loader, loop, mlp, sgd
 
@@ -122,7 +122,7 @@ def endless_generator_ahead(witness: Witness) -> None:
         batch = ahead
 
 
-@loop("epochs", "a prefetcher that is one batch ahead within each epoch")
+@loop("epochs", "a prefetcher that is one batch ahead within each epoch", EPOCH)
 def prefetched(witness: Witness) -> None:
     training, data = Training(witness), loader(count=3)
     for epoch in range(2):
@@ -149,7 +149,7 @@ def listed_once(witness: Witness) -> None:
             training.step(batch, epoch=epoch)
 
 
-@loop("epochs", "the batches are taken into a list each epoch")
+@loop("epochs", "the batches are taken into a list each epoch", EPOCH)
 def listed_each_epoch(witness: Witness) -> None:
     training, data = Training(witness), loader(count=2, shuffle=True)
     for epoch in range(3):
@@ -175,7 +175,7 @@ def new_loader_each_epoch(witness: Witness) -> None:
             training.step(batch, epoch=epoch)
 
 
-@loop("epochs", "a pass over the loader for the mean of the data, before training")
+@loop("epochs", "a pass over the loader for the mean of the data, before training", EPOCH)
 def statistics_first(witness: Witness) -> None:
     data = loader(count=2)
     mean = torch.stack([x.mean(0) for x, _ in data]).mean(0)
@@ -185,7 +185,7 @@ def statistics_first(witness: Witness) -> None:
             training.step((x - mean, y), epoch=epoch)
 
 
-@loop("epochs", "an epoch in which a sanity check leaves after one batch, before training")
+@loop("epochs", "an epoch in which a sanity check leaves after one batch, before training", EPOCH)
 def sanity_check_first(witness: Witness) -> None:
     training, data = Training(witness, attach=True), loader(count=2)
     for x, _ in data:
@@ -217,7 +217,7 @@ def several_steps_a_batch(witness: Witness) -> None:
                 training.step(batch, epoch=epoch)
 
 
-@loop("epochs", "several batches a step")
+@loop("epochs", "several batches a step", EPOCH)
 def several_batches_a_step(witness: Witness) -> None:
     training, data = Training(witness), loader(count=4)
     for epoch in range(2):
@@ -506,3 +506,244 @@ def maml_first_order(witness: Witness) -> None:
             loss = lambda: mse_loss(functional_call(model, moved(), (x,)), y)  # noqa: E731
             witness.truth(loss, epoch=epoch, hessian=False)
             optimizer.step()
+
+
+# Named, and then not
+
+
+@loop("named epochs", "steps after the loop over probe.epochs are of no epoch")
+def steps_after_named_epochs(witness: Witness) -> None:
+    training, parts = Training(witness, attach=True), batches()
+    for epoch in training.probe.epochs(2):
+        for batch in parts[:2]:
+            training.step(batch, epoch=epoch)
+    for batch in parts[2:]:
+        training.step(batch)
+
+
+@loop("named epochs", "steps before the loop over probe.epochs are of no epoch")
+def steps_before_named_epochs(witness: Witness) -> None:
+    training, parts = Training(witness, attach=True), batches()
+    for batch in parts[2:]:
+        training.step(batch)
+    for epoch in training.probe.epochs(2):
+        for batch in parts[:2]:
+            training.step(batch, epoch=epoch)
+
+
+@loop("named epochs", "after probe.epochs a second stage goes over its loader by range", EPOCH)
+def second_stage_not_named(witness: Witness) -> None:
+    training, data = Training(witness, attach=True), loader(count=2)
+    for epoch in training.probe.epochs(2):
+        for batch in data:
+            training.step(batch, epoch=epoch)
+    for epoch in range(2):
+        for batch in data:
+            training.step(batch, epoch=epoch)
+
+
+@loop("named epochs", "probe.epochs is left by break, and another loop over it follows")
+def named_epochs_broken_off(witness: Witness) -> None:
+    training, data = Training(witness, attach=True), loader(count=2)
+    for epoch in training.probe.epochs(5):
+        for batch in data:
+            training.step(batch, epoch=epoch)
+        if epoch == 1:
+            break
+    for epoch in training.probe.epochs(1):
+        for batch in data:
+            training.step(batch, epoch=epoch)
+
+
+@loop("named epochs", "evaluation through probe.batches too, without probe.epochs")
+def evaluated_by_probe_batches(witness: Witness) -> None:
+    training, data, held_out = Training(witness, attach=True), loader(count=2), loader(count=2, shuffle=True)
+    for epoch in range(2):
+        for batch in training.probe.batches(data):
+            training.step(batch, epoch=epoch)
+        for batch in training.probe.batches(held_out):
+            training.loss(batch).item()
+
+
+@loop("named epochs", "evaluation through probe.batches in the middle of an epoch of probe.batches", EPOCH)
+def evaluated_by_probe_batches_inside(witness: Witness) -> None:
+    training, data, held_out = Training(witness, attach=True), loader(count=2), loader(count=2, shuffle=True)
+    for epoch in range(2):
+        for batch in training.probe.batches(data):
+            for other in training.probe.batches(held_out):
+                training.loss(other).item()
+            training.step(batch, epoch=epoch)
+
+
+@loop("named epochs", "probe.batches over two zipped loaders")
+def probe_batches_zipped(witness: Witness) -> None:
+    training, first, second = Training(witness, attach=True), loader(count=2), loader(count=2, shuffle=True)
+    for epoch in range(2):
+        for one, other in training.probe.batches(zip(first, second, strict=True)):
+            training.step(one, other, epoch=epoch)
+
+
+@loop("named epochs", "an inner loop over probe.batches in each batch of an outer one", EPOCH)
+def probe_batches_nested(witness: Witness) -> None:
+    training, tasks, support = Training(witness, attach=True), loader(count=2), loader(count=2, shuffle=True)
+    for epoch in range(2):
+        for task in training.probe.batches(tasks):
+            for batch in training.probe.batches(support):
+                training.step(task, batch, epoch=epoch)
+
+
+@loop("named epochs", "probe.batches over a list, each epoch, and steps between the epochs by other data", EPOCH)
+def steps_between_probe_batches(witness: Witness) -> None:
+    training, parts = Training(witness, attach=True), batches()
+    for epoch in range(2):
+        for batch in training.probe.batches(parts[:2]):
+            training.step(batch, epoch=epoch)
+        training.step(parts[3], epoch=epoch)
+
+
+# More ways to go over data
+
+
+@loop("epochs", "each epoch goes over the data twice: where they have no names, passes are epochs", EPOCH)
+def two_passes_an_epoch(witness: Witness) -> None:
+    training, data = Training(witness), loader(count=2)
+    for epoch in range(2):
+        for part in range(2):
+            for batch in data:
+                training.step(batch, epoch=2 * epoch + part)
+
+
+@loop("epochs", "an epoch without a step: the layers are frozen, and only looked at", EPOCH)
+def an_epoch_without_steps(witness: Witness) -> None:
+    training, data = Training(witness), loader(count=2)
+    for epoch in range(3):
+        for batch in data:
+            if epoch == 0:
+                training.loss(batch)
+            else:
+                training.step(batch, epoch=epoch)
+
+
+@loop("epochs", "the last batch of each pass is kept for the first step of the next", EPOCH)
+def one_batch_late(witness: Witness) -> None:
+    training, data = Training(witness), loader(count=3)
+    late = None
+    for epoch in range(2):
+        for batch in data:
+            if late is not None:
+                training.step(late, epoch=epoch)
+            late = batch
+
+
+@loop("epochs", "a replay buffer: steps on batches of earlier passes", EPOCH)
+def replay_buffer(witness: Witness) -> None:
+    training, data = Training(witness), loader(count=2)
+    buffer: list[Any] = []
+    for epoch in range(3):
+        for batch in data:
+            buffer.append(batch)
+            if epoch:
+                training.step(buffer[len(buffer) // 2], epoch=epoch)
+
+
+@loop("epochs", "hard examples: losses of a whole pass choose the batches of the steps", EPOCH)
+def hard_examples(witness: Witness) -> None:
+    training, data = Training(witness), loader(count=3)
+    for epoch in range(2):
+        found = [(training.loss(batch).item(), batch) for batch in data]
+        for _, batch in sorted(found, key=lambda each: -each[0])[:2]:
+            training.step(batch, epoch=epoch)
+
+
+@loop("epochs", "a loader of the training data for batches, and another for its order, both used once an epoch")
+def one_loader_for_labels(witness: Witness) -> None:
+    training, data, weights = Training(witness), loader(count=2), loader(count=2)
+    for epoch in range(3):
+        total = sum(float(y.sum()) for _, y in weights)
+        for x, y in data:
+            training.step((x, y - 0.01 * total), epoch=epoch)
+
+
+@loop("epochs", "a loader with a batch sampler, and drop_last")
+def batch_sampler(witness: Witness) -> None:
+    training = Training(witness)
+    source = loader(count=3).dataset
+    data = DataLoader(source, batch_sampler=BatchSampler(RandomSampler(source), 4, drop_last=True))
+    for epoch in range(2):
+        for batch in data:
+            training.step(batch, epoch=epoch)
+
+
+@loop("epochs", "one long pass, whose sampler goes over the data several times", EPOCH)
+def sampler_of_many_epochs(witness: Witness) -> None:
+    training = Training(witness)
+    source = loader(count=2).dataset
+    data = DataLoader(source, 6, sampler=RandomSampler(source, replacement=False, num_samples=3 * len(source)))
+    for batch in data:
+        training.step(batch, epoch=0)
+
+
+@loop("epochs", "K folds: a training and a validation loader for each fold, one model", EPOCH)
+def folds(witness: Witness) -> None:
+    training, source = Training(witness), loader(count=3).dataset
+    for fold in range(3):
+        chosen = [i for i in range(18) if i % 3 != fold]
+        for batch in DataLoader(Subset(source, chosen), 6):
+            training.step(batch, epoch=fold)
+        with torch.no_grad():
+            for batch in DataLoader(Subset(source, range(fold, 18, 3)), 6):
+                training.loss(batch)
+
+
+@loop("named epochs", "a framework sets probe.epoch")
+def epoch_set(witness: Witness) -> None:
+    training, data = Training(witness, attach=True), loader(count=2)
+    for epoch in range(3, 6):
+        training.probe.epoch = epoch
+        for batch in data:
+            training.step(batch, epoch=epoch)
+
+
+@loop("epochs", "two loaders over one data set take turns, with samplers of their own", EPOCH)
+def samplers_in_turn(witness: Witness) -> None:
+    training = Training(witness)
+    source = loader(count=3).dataset
+    pair = DataLoader(source, 6), DataLoader(source, 6, shuffle=True)
+    for epoch in range(2):
+        iterators = [iter(data) for data in pair]
+        for t in range(6):
+            training.step(next(iterators[t % 2]), epoch=epoch)
+
+
+@loop("epochs", "full batches: a pass over the loader is a step")
+def full_batches(witness: Witness) -> None:
+    training, data = Training(witness), loader(count=1)
+    for epoch in range(4):
+        for batch in data:
+            training.step(batch, epoch=epoch)
+
+
+@loop("epochs", "a dry run: each epoch ends after one batch", EPOCH)
+def one_batch_an_epoch(witness: Witness) -> None:
+    training, data = Training(witness), loader(count=3)
+    for epoch in range(4):
+        for batch in data:
+            training.step(batch, epoch=epoch)
+            break
+
+
+@loop(
+    "epochs",
+    "one loader, evaluated with gradients after the third step of each epoch on another of the same data",
+    EPOCH,
+)
+def evaluated_on_the_same_data(witness: Witness) -> None:
+    training, data = Training(witness), loader(count=4)
+    other = DataLoader(data.dataset, 12)
+    for epoch in range(2):
+        for t, batch in enumerate(data):
+            training.step(batch, epoch=epoch)
+            if t == 2:
+                for held_out in other:
+                    training.loss(held_out).item()
+                    break

@@ -7,16 +7,19 @@ Hg is of the loss as the script evaluates it. Where the second derivative of the
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import mse_loss, sigmoid
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy, gumbel_softmax, linear, mse_loss, scaled_dot_product_attention, sigmoid
+from torch.nn.utils import parametrizations
 
-from behavior.zoo.witness import HG, Witness, batches, loop, mlp, sgd
+from behavior.zoo.witness import ALL_OF_LOSS, HG, Witness, batches, loop, mlp, sgd
 
 
 class Body(nn.Module):
@@ -230,7 +233,7 @@ class StraightThrough(Function):
         return gradient
 
 
-@loop("functions", "a function that saves its input for backward")
+@loop("functions", "a function that saves its input for backward", HG)
 def function_saves_input(witness: Witness) -> None:
     train(witness, SavedInput.apply)
 
@@ -260,7 +263,7 @@ def function_intermediate_no_attach(witness: Witness) -> None:
     train(witness, IntermediateOnContext.apply, attach=False)
 
 
-@loop("functions", "a function that saves its output for backward")
+@loop("functions", "a function that saves its output for backward", HG)
 def function_saves_output(witness: Witness) -> None:
     train(witness, SavedOutput.apply)
 
@@ -270,7 +273,7 @@ def function_output_on_ctx(witness: Witness) -> None:
     train(witness, OutputOnContext.apply)
 
 
-@loop("functions", "a function with a constant on ctx")
+@loop("functions", "a function with a constant on ctx", HG)
 def function_constant_on_ctx(witness: Witness) -> None:
     train(witness, lambda x: torch.tanh(ConstantOnContext.apply(x)))
 
@@ -313,17 +316,21 @@ def function_used_late(witness: Witness) -> None:
         calls.append(1)
 
 
-# Estimators: the gradient is not that of the value
-
-
-def _estimated(witness: Witness, between: Callable[[Tensor], Tensor], attach: bool = True) -> None:
-    """There is no loss whose gradient this is, so none whose Hessian could be meant."""
-    train(witness, between, attach, hessian=False)
+# Estimators: the gradient is that of a surrogate, in which what is detached is a constant
 
 
 @loop("estimators", "a straight-through estimator as a function", HG)
 def rounding_function(witness: Witness) -> None:
-    _estimated(witness, StraightThrough.apply)
+    model = Body(StraightThrough.apply)
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for x, y in batches():
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        h = model.first(x).detach()
+        rest = StraightThrough.apply(h) - h
+        witness.truth(lambda: mse_loss(model.second(model.first(x) + rest), y))
+        optimizer.step()
 
 
 @loop("estimators", "quantized weights with straight-through gradients", HG)
@@ -332,14 +339,15 @@ def quantization_aware(witness: Witness) -> None:
     optimizer = sgd(model)
     witness.watch(model, optimizer)
 
-    def loss(x: Tensor, y: Tensor) -> Tensor:
-        weights = {k: StraightThrough.apply(p) for k, p in model.named_parameters()}
-        return mse_loss(torch.func.functional_call(model, weights, (x,)), y)
+    def loss(x: Tensor, y: Tensor, quantized: Callable[[str, Tensor], Tensor]) -> Tensor:
+        weights = {name: quantized(name, p) for name, p in model.named_parameters()}
+        return mse_loss(functional_call(model, weights, (x,)), y)
 
     for x, y in batches():
         optimizer.zero_grad()
-        loss(x, y).backward()
-        witness.truth(lambda: loss(x, y), hessian=False)
+        loss(x, y, lambda name, p: StraightThrough.apply(p)).backward()
+        rest = {name: (StraightThrough.apply(p) - p).detach() for name, p in model.named_parameters()}
+        witness.truth(lambda: loss(x, y, lambda name, p: p + rest[name]))
         optimizer.step()
 
 
@@ -562,7 +570,7 @@ def learned_inner_rate(witness: Witness) -> None:
         weights = dict(model.named_parameters())
         slopes = torch.autograd.grad(mse_loss(model(x), y), list(weights.values()), create_graph=True)
         after = {k: p - rate * g for (k, p), g in zip(weights.items(), slopes, strict=True)}
-        return mse_loss(torch.func.functional_call(model, after, (x.flip(0),)), y.flip(0))
+        return mse_loss(functional_call(model, after, (x.flip(0),)), y.flip(0))
 
     for x, y in batches():
         optimizer.zero_grad()
@@ -583,3 +591,407 @@ def adversarial_by_grad(witness: Witness) -> None:
         mse_loss(model(bad), y).backward()
         witness.truth(lambda: mse_loss(model(bad), y))
         optimizer.step()
+
+
+@loop("higher order", "a penalty on the Jacobian by torch.func.jacrev of the model")
+def jacobian_by_func(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model, lr=0.05)
+    witness.watch(model, optimizer)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        slopes = torch.func.vmap(torch.func.jacrev(lambda one: model(one)))(x)
+        return mse_loss(model(x), y) + 0.1 * slopes.square().mean()
+
+    for x, y in batches():
+        optimizer.zero_grad()
+        loss(x, y).backward()
+        witness.truth(lambda: loss(x, y))
+        optimizer.step()
+
+
+@loop("higher order", "a penalty on a directional derivative by forward-mode differentiation", HG)
+def directional_derivative(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model, lr=0.05)
+    witness.watch(model, optimizer)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        with warnings.catch_warnings(), forward_ad.dual_level():
+            warnings.simplefilter("ignore")  # torch's, of its own
+            out, slope = forward_ad.unpack_dual(model(forward_ad.make_dual(x, torch.ones_like(x))))
+            return mse_loss(out, y) + 0.1 * slope.square().mean()
+
+    for x, y in batches():
+        optimizer.zero_grad()
+        loss(x, y).backward()
+        witness.truth(lambda: loss(x, y))
+        optimizer.step()
+
+
+@loop("higher order", "a Hessian-vector product inside the loss")
+def curvature_penalty(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model, lr=0.02)
+    witness.watch(model, optimizer, attach=False)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        value, weights = mse_loss(model(x), y), list(model.parameters())
+        slopes = torch.autograd.grad(value, weights, create_graph=True)
+        turned = torch.autograd.grad(sum(s.sum() for s in slopes), weights, create_graph=True)
+        return value + 0.01 * sum(t.square().sum() for t in turned)
+
+    for x, y in batches():
+        optimizer.zero_grad()
+        loss(x, y).backward()
+        witness.truth(lambda: loss(x, y))
+        optimizer.step()
+
+
+@loop("estimators", "a variational autoencoder's own noise")
+def variational(witness: Witness) -> None:
+    encoder, decoder = mlp(3, 4), mlp(2, 3)
+    model = nn.ModuleList([encoder, decoder])
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    witness.watch(model, optimizer)
+
+    def loss(x: Tensor) -> Tensor:
+        mean, log = encoder(x).chunk(2, 1)
+        out = decoder(mean + (0.5 * log).exp() * torch.randn_like(mean))
+        return mse_loss(out, x) + 0.1 * (mean**2 + log.exp() - log - 1).mean()
+
+    for x, _ in batches():
+        optimizer.zero_grad()
+        state = torch.get_rng_state()
+        loss(x).backward()
+
+        def again() -> Tensor:
+            torch.set_rng_state(state)
+            return loss(x)
+
+        witness.truth(again)
+        optimizer.step()
+
+
+@loop("estimators", "hard Gumbel samples with the gradient of soft ones", HG)
+def gumbel_hard(witness: Witness) -> None:
+    model = mlp(3, 4, 3)
+    table = torch.linspace(-1.0, 1.0, 3).double()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+
+    def samples(x: Tensor, state: Tensor, hard: bool) -> Tensor:
+        torch.set_rng_state(state)
+        return gumbel_softmax(model(x), tau=0.7, hard=hard)
+
+    for x, y in batches():
+        optimizer.zero_grad()
+        state = torch.get_rng_state()
+        mse_loss(samples(x, state, hard=True) @ table, y[:, 0]).backward()
+        rest = (samples(x, state, hard=True) - samples(x, state, hard=False)).detach()
+        witness.truth(lambda: mse_loss((samples(x, state, hard=False) + rest) @ table, y[:, 0]))
+        optimizer.step()
+
+
+@loop("estimators", "each loss is divided by its own detached value")
+def balanced_losses(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+
+    def losses(x: Tensor, y: Tensor) -> Tensor:
+        out = model(x)
+        return torch.stack([mse_loss(out, y), (out - y.roll(1, 0)).abs().sqrt().mean()])
+
+    for x, y in batches():
+        optimizer.zero_grad()
+        found = losses(x, y)
+        sizes = found.detach().clone()
+        (found / found.detach()).sum().backward()
+        witness.truth(lambda: (losses(x, y) / sizes).sum())
+        optimizer.step()
+
+
+@loop("estimators", "spectral normalization by hand, whose norm is detached", HG)
+def detached_norm(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer, attach=False)
+
+    def run(x: Tensor, norm: Tensor) -> Tensor:
+        return model[1:](linear(x, model[0].weight / norm, model[0].bias))
+
+    for x, y in batches():
+        norm = torch.linalg.matrix_norm(model[0].weight, 2).detach()
+        optimizer.zero_grad()
+        mse_loss(run(x, norm), y).backward()
+        witness.truth(lambda: mse_loss(run(x, norm), y))
+        optimizer.step()
+
+
+@loop("memory", "hidden values are written into one buffer at each step, and read from it by the loss", HG)
+def hidden_in_one_buffer(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    table = torch.zeros(6, 5, dtype=torch.float64)
+    for x, y in batches():
+        optimizer.zero_grad()
+        table = table.detach()
+        table[:] = torch.tanh(model[0](x))
+        mse_loss(model[2](table), y).backward()
+        witness.truth(lambda: mse_loss(model(x), y))
+        optimizer.step()
+
+
+@loop("memory", "a class weight that lives in a buffer is updated through .data before the step", HG)
+def class_weights_in_buffer(witness: Witness) -> None:
+    model = mlp(3, 4, 3)
+    model.register_buffer("weights", torch.ones(3, dtype=torch.float64))
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for x, y in batches():
+        labels = (y[:, 0] > 0).long() + (y[:, 0] > 1).long()
+        optimizer.zero_grad()
+        weights = model.weights.clone()
+        cross_entropy(model(x), labels, weight=model.weights).backward()
+        model.weights.data.add_(torch.bincount(labels, minlength=3))
+        witness.truth(lambda: cross_entropy(model(x), labels, weight=weights))
+        optimizer.step()
+
+
+@loop("memory", "the loss's own weight is a tensor that is written over before the step", HG)
+def loss_weight_written_over(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer, attach=False)
+    weight = torch.tensor(1.0, dtype=torch.float64)
+    for t, (x, y) in enumerate(batches()):
+        optimizer.zero_grad()
+        (weight * mse_loss(model(x), y)).backward()
+        weight.data.fill_(1.0 / (t + 2))
+        witness.truth(lambda: mse_loss(model(x), y) / (t + 1))
+        optimizer.step()
+
+
+@loop("functions", "two functions with hidden intermediates in one graph", HG)
+def functions_in_a_row(witness: Witness) -> None:
+    train(witness, lambda x: SavedIntermediate.apply(IntermediateOnContext.apply(x)))
+
+
+@loop("functions", "a hidden term that is 0 at the first step, and not later", HG)
+def function_with_late_error(witness: Witness) -> None:
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.gate = mlp(3, 4, 1), nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x) + self.gate.square() * SavedIntermediate.apply(self.body[0](x)).sum(1, keepdim=True)
+
+    model = Late()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for t, (x, y) in enumerate(batches()):
+        if t == 1:
+            with torch.no_grad():
+                model.gate.fill_(1.0)
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        witness.truth(lambda: mse_loss(model(x), y))
+        optimizer.step()
+
+
+@loop("functions", "torch's own weight_norm of a convolution, no attach", HG)
+def weight_norm_of_convolution(witness: Witness) -> None:
+    model = nn.Sequential(parametrizations.weight_norm(nn.Conv1d(1, 2, 2)), nn.Tanh(), nn.Flatten(), nn.Linear(4, 1))
+    model = model.double()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer, attach=False)
+    for x, y in batches():
+        optimizer.zero_grad()
+        mse_loss(model(x[:, None]), y).backward()
+        witness.truth(lambda: mse_loss(model(x[:, None]), y))
+        optimizer.step()
+
+
+@loop("functions", "attention by the kernel that torch chooses", HG)
+def fused_attention(witness: Witness) -> None:
+    model = nn.ModuleDict({"qkv": nn.Linear(3, 6), "out": nn.Linear(2, 1)}).double()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+
+    def run(x: Tensor) -> Tensor:
+        q, k, v = model["qkv"](x)[None].chunk(3, 2)
+        return model["out"](scaled_dot_product_attention(q, k, v))[0]
+
+    for x, y in batches():
+        optimizer.zero_grad()
+        mse_loss(run(x), y).backward()
+        witness.truth(lambda: mse_loss(run(x), y))
+        optimizer.step()
+
+
+@loop(
+    "estimators", "feedback alignment: other weights are in p.data for the backward pass, and only there", ALL_OF_LOSS
+)
+def feedback_alignment(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    fixed = torch.linspace(-0.5, 0.7, model[2].weight.numel()).double().view_as(model[2].weight)
+    for x, y in batches():
+        optimizer.zero_grad()
+        loss = mse_loss(model(x), y)
+        kept = model[2].weight.detach().clone()
+        model[2].weight.data.copy_(fixed)
+        loss.backward()
+        model[2].weight.data.copy_(kept)
+        witness.truth(lambda: mse_loss(model(x), y), changed=True, hessian=False)
+        optimizer.step()
+
+
+@loop("estimators", "gradients are reversed through .data; those of the first token are 0", ALL_OF_LOSS)
+def reversed_with_zero_first(witness: Witness) -> None:
+    model = nn.Embedding(5, 2).double()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for _, y in batches():
+        tokens = torch.arange(6) % 4 + 1  # 0 is for padding
+        loss = lambda: mse_loss(model(tokens).prod(1, keepdim=True), y)  # noqa: E731
+        optimizer.zero_grad()
+        loss().backward()
+        model.weight.grad.data.neg_()
+        witness.truth(lambda: -loss())
+        optimizer.step()
+
+
+@loop("functions", "a function after one linear layer: what its second derivative lacks is symmetric", HG)
+def function_at_the_end(witness: Witness) -> None:
+    model = nn.Linear(3, 1).double()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for x, y in batches():
+        optimizer.zero_grad()
+        mse_loss(SavedIntermediate.apply(model(x)), y).backward()
+        witness.truth(lambda: mse_loss(SavedIntermediate.apply(model(x)), y))
+        optimizer.step()
+
+
+@loop("functions", "torch's weight_norm in a second head, which is used at each second step", HG)
+def weight_norm_at_each_second_step(witness: Witness) -> None:
+    model = nn.ModuleList([mlp(3, 4, 1), nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 4)), nn.Linear(4, 1))])
+    model = model.double()
+    optimizer = sgd(model, lr=0.02)
+    witness.watch(model, optimizer)
+    for t, (x, y) in enumerate(batches(10)):
+        head = model[t % 2]
+        optimizer.zero_grad()
+        mse_loss(head(x).tanh(), y).backward()
+        witness.truth(lambda: mse_loss(head(x).tanh(), y))
+        optimizer.step()
+
+
+@loop(
+    "memory", "a target network's soft update through .data between backward pass and step, which the loss has used", HG
+)
+def target_network_moved(witness: Witness) -> None:
+    model, target = mlp(), mlp().requires_grad_(False)
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for x, y in batches():
+        kept = {name: p.detach().clone() for name, p in target.named_parameters()}
+        loss = lambda weights: mse_loss(functional_call(target, weights, (model(x) * x,)), y)  # noqa: E731
+        optimizer.zero_grad()
+        mse_loss(target(model(x) * x), y).backward()
+        for p, q in zip(target.parameters(), model.parameters(), strict=True):
+            p.data.mul_(0.9).add_(q.data, alpha=0.1)
+        witness.truth(lambda: loss(kept))
+        optimizer.step()
+
+
+def _clamp_data(gradient: Tensor) -> None:
+    gradient.data.clamp_(-0.02, 0.02)
+
+
+@loop("model hooks", "a parameter's hook clamps gradient.data", ALL_OF_LOSS)
+def hook_clamps_data(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for p in model.parameters():
+        p.register_hook(_clamp_data)
+    for x, y in batches():
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        witness.truth(lambda: mse_loss(model(x), y), changed=True)
+        optimizer.step()
+
+
+@loop("model hooks", "a hook after accumulation clamps p.grad.data, no attach", ALL_OF_LOSS)
+def accumulated_hook_clamps_data(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer, attach=False)
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: _clamp_data(p.grad))
+    for x, y in batches():
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        witness.truth(lambda: mse_loss(model(x), y), changed=True)
+        optimizer.step()
+
+
+@loop("model hooks", "a hook on a hidden tensor clamps gradient.data", HG)
+def hidden_hook_clamps_data(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for x, y in batches():
+        optimizer.zero_grad()
+        hidden = model[:2](x)
+        hidden.register_hook(_clamp_data)
+        mse_loss(model[2](hidden), y).backward()
+        witness.truth(lambda: mse_loss(model(x), y), changed=True, hessian=False)
+        optimizer.step()
+
+
+def _noise_in_forward(witness: Witness, module: bool, back_before_backward: bool) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model if module else None, optimizer)
+    for x, y in batches():
+        optimizer.zero_grad()
+        kept = [p.detach().clone() for p in model.parameters()]
+        if back_before_backward:
+            for p in model.parameters():
+                p.data.mul_(1.2)
+        h = x
+        for layer in model:  # by parts
+            h = layer(h)
+        loss = mse_loss(h, y)
+        if back_before_backward:
+            for p, value in zip(model.parameters(), kept, strict=True):
+                p.data.copy_(value)
+        else:
+            for p in model.parameters():
+                p.data.mul_(1.2)
+        loss.backward()
+        value = loss.detach()
+        witness.truth(lambda: value + 0.0 * sum(p.sum() for p in model.parameters()), changed=True, hessian=False)
+        optimizer.step()
+
+
+@loop("memory", "layers are called with noise in p.data, which is gone before the backward pass", ALL_OF_LOSS)
+def noise_in_forward_by_parts(witness: Witness) -> None:
+    _noise_in_forward(witness, module=True, back_before_backward=True)
+
+
+@loop("memory", "the same with attach(None)", ALL_OF_LOSS)
+def noise_in_forward_no_module(witness: Witness) -> None:
+    _noise_in_forward(witness, module=False, back_before_backward=True)
+
+
+@loop("memory", "p.data moves between the calls of the layers and the backward pass", ALL_OF_LOSS)
+def moved_after_forward_by_parts(witness: Witness) -> None:
+    _noise_in_forward(witness, module=True, back_before_backward=False)

@@ -19,8 +19,6 @@ from torch.optim import Optimizer
 
 from behavior.zoo.witness import ALL_OF_LOSS, Witness, batches, loop, mlp, sgd
 
-OFFSET = frozenset({"distance", "grad_dot_offset", "rsi", "eb", "cosine", "lolr"})
-
 
 def train(
     witness: Witness, model: nn.Module, optimizer: Optimizer, attach: bool = True, lr: float | None = None
@@ -405,7 +403,11 @@ def lookahead_attached(witness: Witness) -> None:
     train(witness, model, Lookahead(torch.optim.Adam(model.parameters(), lr=0.05), every=3))
 
 
-@loop("optimizers", "Lookahead whose last step goes back, no attach", refused="the final iterate is lost")
+@loop(
+    "optimizers",
+    "Lookahead whose last step goes back, no attach",
+    refused="iterate is lost|through .data",
+)
 def lookahead_no_attach(witness: Witness) -> None:
     model = mlp()
     wrapper = Lookahead(sgd(model), every=2)
@@ -489,7 +491,7 @@ class Perturbed(torch.optim.SGD):
         return loss
 
 
-@loop("optimizers", "a step that evaluates its closure at other weights than it steps from", ALL_OF_LOSS | OFFSET)
+@loop("optimizers", "a step that evaluates its closure at other weights than it steps from", refused="at other weights")
 def closure_at_other_weights(witness: Witness) -> None:
     model = mlp()
     optimizer = Perturbed(model.parameters(), lr=0.1)
@@ -700,3 +702,80 @@ def closure_zeroed_outside(witness: Witness) -> None:
 
         model.zero_grad(set_to_none=False)
         optimizer.step(closure)
+
+
+@loop("optimizers", "a new optimizer each epoch", refused="Two optimizers step")
+def optimizer_made_each_epoch(witness: Witness) -> None:
+    model = mlp()
+    witness.watch(model, sgd(model), attach=False)
+    for _ in range(2):
+        optimizer = sgd(model)
+        for x, y in batches(2):
+            optimizer.zero_grad()
+            mse_loss(model(x), y).backward()
+            optimizer.step()
+
+
+@loop("optimizers", "the dictionary of a group is replaced by another")
+def group_replaced(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for t, (x, y) in enumerate(batches()):
+        optimizer.param_groups[0] = {**optimizer.param_groups[0], "lr": 0.1 / (t + 1)}
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        witness.truth(lambda: mse_loss(model(x), y), lr=0.1 / (t + 1))
+        optimizer.step()
+
+
+@loop(
+    "optimizers",
+    "the optimizer's state is cleared between two steps with one gradient",
+    ALL_OF_LOSS,
+)
+def state_cleared(witness: Witness) -> None:
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    witness.watch(model, optimizer)
+    for x, y in batches():
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        witness.truth(lambda: mse_loss(model(x), y))
+        optimizer.step()
+        optimizer.state.clear()
+        witness.truth(None)  # the gradient is of the weights before
+        optimizer.step()
+
+
+class DecaysFirst(torch.optim.SGD):
+    """SGDW: decays the weights, and takes the parent's step."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(1 - 0.1 * group["lr"])
+        return super().step(closure)
+
+
+class DecaysFirstByData(torch.optim.SGD):
+    """The same through p.data."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.mul_(1 - 0.1 * group["lr"])
+        return super().step(closure)
+
+
+@loop("optimizers", "a subclass that decays the weights before the parent's step", ALL_OF_LOSS)
+def own_decay_first(witness: Witness) -> None:
+    model = mlp()
+    train(witness, model, DecaysFirst(model.parameters(), lr=0.5))
+
+
+@loop("optimizers", "a subclass that decays p.data before the parent's step, no attach", ALL_OF_LOSS)
+def own_decay_first_by_data(witness: Witness) -> None:
+    model = mlp()
+    train(witness, model, DecaysFirstByData(model.parameters(), lr=0.5), attach=False)

@@ -169,7 +169,11 @@ def tied_weights(witness: Witness) -> None:
     train(witness, model, sgd(model), attach=False)
 
 
-@loop("shared parameters", "weights are tied after attach, and the optimizer holds the one that is left out")
+@loop(
+    "shared parameters",
+    "weights are tied after attach, and the optimizer holds the one that is left out",
+    refused="another tensor",
+)
 def tied_after_attach(witness: Witness) -> None:
     first, last = nn.Linear(3, 3).double(), nn.Linear(3, 3).double()
     model = nn.Sequential(first, nn.Tanh(), last, nn.Linear(3, 1).double())
@@ -259,7 +263,9 @@ def plain_tensors_no_attach(witness: Witness) -> None:
 
 
 @loop(
-    "replaced parameters", "load_state_dict(assign=True) before the first step, the optimizer holds the old tensors", HG
+    "replaced parameters",
+    "load_state_dict(assign=True) before the first step, the optimizer holds the old tensors",
+    refused="The parameters changed before step",
 )
 def assigned_before_training(witness: Witness) -> None:
     model = mlp()
@@ -277,7 +283,9 @@ def assigned_before_training(witness: Witness) -> None:
 
 
 @loop(
-    "replaced parameters", "load_state_dict(assign=True) of a layer between steps, its old gradients stay", ALL_OF_LOSS
+    "replaced parameters",
+    "load_state_dict(assign=True) of a layer between steps, its old gradients stay",
+    refused="The parameters changed before step",
 )
 def assigned_between_steps(witness: Witness) -> None:
     model = mlp()
@@ -297,13 +305,21 @@ def _replace_first(model: nn.Sequential) -> nn.Parameter:
     return model[0].weight
 
 
-@loop("replaced parameters", "module.weight = Parameter(...) between steps, the optimizer holds the old one")
+@loop(
+    "replaced parameters",
+    "module.weight = Parameter(...) between steps, the optimizer holds the old one",
+    refused="another tensor",
+)
 def parameter_replaced(witness: Witness) -> None:
     model = mlp()
     train(witness, model, sgd(model), before=lambda t: _replace_first(model) if t == 2 else None)
 
 
-@loop("replaced parameters", "module.weight = Parameter(...) between steps, and the optimizer is given the new one")
+@loop(
+    "replaced parameters",
+    "module.weight = Parameter(...) between steps, and the optimizer is given the new one",
+    refused="The parameters changed before step",
+)
 def parameter_replaced_in_both(witness: Witness) -> None:
     model = mlp()
     optimizer = sgd(model)
@@ -315,7 +331,7 @@ def parameter_replaced_in_both(witness: Witness) -> None:
     train(witness, model, optimizer, before=replace)
 
 
-@loop("replaced parameters", "the same before the first step")
+@loop("replaced parameters", "the same before the first step", refused="The parameters changed before step")
 def parameter_replaced_before_training(witness: Witness) -> None:
     model = mlp()
     optimizer = sgd(model)
@@ -327,7 +343,7 @@ def parameter_replaced_before_training(witness: Witness) -> None:
     train(witness, model, optimizer, before=replace)
 
 
-@loop("replaced parameters", "the same without attach")
+@loop("replaced parameters", "the same without attach", refused="The parameters changed before step")
 def parameter_replaced_in_both_no_attach(witness: Witness) -> None:
     model = mlp()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
@@ -339,7 +355,11 @@ def parameter_replaced_in_both_no_attach(witness: Witness) -> None:
     train(witness, model, optimizer, before=replace, attach=False)
 
 
-@loop("replaced parameters", "load_state_dict(assign=True), and the optimizer is given the new tensors")
+@loop(
+    "replaced parameters",
+    "load_state_dict(assign=True), and the optimizer is given the new tensors",
+    refused="The parameters changed before step",
+)
 def assigned_in_both(witness: Witness) -> None:
     model = mlp()
     optimizer = sgd(model, momentum=0.5)
@@ -370,7 +390,7 @@ class Quantized(nn.Module):
         return self.decoder(z + (code - z).detach()), mse_loss(code, z)
 
 
-@loop("replaced parameters", "VQ-VAE: the codebook is a new Parameter in each forward pass", HG)
+@loop("replaced parameters", "VQ-VAE: the codebook is a new Parameter in each forward pass", refused="another tensor")
 def codebook_replaced_in_forward(witness: Witness) -> None:
     model = Quantized()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
@@ -589,7 +609,7 @@ def sparse_adam(witness: Witness) -> None:
         step_on(witness, lambda x: model(x).exp(), optimizer, (torch.arange(6) * (t + 1)) % 5, y)
 
 
-@loop("kinds of parameters", "an embedding that the forward pass itself renormalizes")
+@loop("kinds of parameters", "an embedding that the forward pass itself renormalizes", HG)
 def renormalized_embedding(witness: Witness) -> None:
     model = nn.Sequential(nn.Embedding(5, 3, max_norm=0.5), nn.Tanh(), nn.Linear(3, 1)).double()
     optimizer = sgd(model, lr=0.5)
@@ -674,7 +694,11 @@ def new_leaf_each_step(witness: Witness) -> None:
         optimizer.step()
 
 
-@loop("kinds of parameters", "a lazy layer, which the first forward pass after attach gives its shape")
+@loop(
+    "kinds of parameters",
+    "a lazy layer, which the first forward pass after attach gives its shape",
+    refused="does not know its shape yet",
+)
 def lazy_layer(witness: Witness) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -694,7 +718,11 @@ def lazy_layer_no_attach(witness: Witness) -> None:
     train(witness, model, sgd(model), attach=False)
 
 
-@loop("kinds of parameters", "torch's pruning in the middle: the parameter has another name from then on")
+@loop(
+    "kinds of parameters",
+    "torch's pruning in the middle: the parameter has another name from then on",
+    refused="buffers changed",
+)
 def pruned_by_torch(witness: Witness) -> None:
     model = mlp()
 
@@ -780,7 +808,7 @@ def initialized_after_attach(witness: Witness) -> None:
         step_on(witness, model, optimizer, x, y)
 
 
-@loop("moved parameters", "a forward pass that normalizes its weights through .data")
+@loop("moved parameters", "a forward pass that normalizes its weights through .data", HG)
 def normalized_in_forward(witness: Witness) -> None:
     class Normalized(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
@@ -868,3 +896,105 @@ def frozen_for_an_attack_after_zero_grad(witness: Witness) -> None:
         mse_loss(model(bad), y).backward()
         witness.truth(lambda: mse_loss(model(bad), y))
         optimizer.step()
+
+
+@loop("kinds of parameters", "real parameters that the model reads as complex ones")
+def complex_by_real_parameters(witness: Witness) -> None:
+    w = nn.Parameter(torch.randn(3, 1, 2, dtype=torch.float64))
+
+    def model(x: Tensor) -> Tensor:
+        return (x.to(torch.complex128) @ torch.view_as_complex(w)).abs().square()
+
+    train(witness, model, torch.optim.SGD([w], lr=0.01))
+
+
+@loop(
+    "kinds of parameters",
+    "an integer parameter without gradients, which the optimizer is given too",
+    refused="only dense real parameters",
+)
+def integer_parameter(witness: Witness) -> None:
+    class Indexed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = mlp()
+            self.order = nn.Parameter(torch.tensor([2, 0, 1]), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x[:, self.order])
+
+    model = Indexed()
+    train(witness, model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+@loop("kinds of parameters", "a subclass of Parameter")
+def parameter_subclass(witness: Witness) -> None:
+    class Decayed(nn.Parameter):
+        decay = 0.1
+
+    model = mlp()
+    model[0].weight = Decayed(model[0].weight.detach().clone())
+    train(witness, model, sgd(model), attach=False)
+
+
+@loop("kinds of parameters", "gradients that are expanded from one number, set by hand", ALL_OF_LOSS)
+def expanded_gradients(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for x, y in batches():
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        for p in model.parameters():
+            p.grad = p.grad.mean().expand_as(p)
+        witness.truth(lambda: mse_loss(model(x), y), changed=True)
+        optimizer.step()
+
+
+@loop("kinds of parameters", "attach to a model that the optimizer does not train")
+def attached_to_another_model(witness: Witness) -> None:
+    model, other = mlp(), mlp()
+    optimizer = sgd(model)
+    witness.watch(other, optimizer)
+    for x, y in batches():
+        step_on(witness, lambda x: model(x) + other(x), optimizer, x, y)
+
+
+@loop("kinds of parameters", "the weight of a penalty is a plain number, read off the weights")
+def penalty_by_item(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for x, y in batches():
+        size = model[0].weight.norm().item()
+        optimizer.zero_grad()
+        (mse_loss(model(x), y) + 0.1 * size * model[2].weight.square().sum()).backward()
+        witness.truth(lambda: mse_loss(model(x), y) + 0.1 * size * model[2].weight.square().sum())
+        optimizer.step()
+
+
+@loop("freezing", "every second step is without a gradient: momentum moves on")
+def every_second_without_gradient(witness: Witness) -> None:
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    witness.watch(model, optimizer)
+    for t, (x, y) in enumerate(batches()):
+        optimizer.zero_grad(set_to_none=False)
+        if t % 2:
+            witness.truth(None)
+        else:
+            mse_loss(model(x), y).backward()
+            witness.truth(lambda: mse_loss(model(x), y))
+        optimizer.step()
+
+
+@loop("freezing", "a parameter goes over to another group in the middle", refused="parameter groups held")
+def moved_to_another_group(witness: Witness) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD([{"params": model[0].parameters()}, {"params": model[2].parameters()}], lr=0.1)
+    witness.watch(model, optimizer)
+    for t, (x, y) in enumerate(batches()):
+        if t == 2:
+            first, second = optimizer.param_groups
+            second["params"].append(first["params"].pop())
+        step_on(witness, model, optimizer, x, y)

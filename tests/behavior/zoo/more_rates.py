@@ -488,7 +488,7 @@ def clamp_post_hook_first(witness: Witness) -> None:
     _clamped(witness, lambda p: p.detach().clamp_(-0.3, 0.3), first=True)
 
 
-@loop("hooks", "weights are clamped in a step post-hook, registered after attach", refused="after the last step")
+@loop("hooks", "weights are clamped in a step post-hook, registered after attach")
 def clamp_post_hook_last(witness: Witness) -> None:
     _clamped(witness, lambda p: p.detach().clamp_(-0.3, 0.3), first=False)
 
@@ -524,4 +524,39 @@ def rate_and_momentum_by_hand(witness: Witness) -> None:
         optimizer.zero_grad()
         mse_loss(model(x), y).backward()
         witness.truth(lambda: mse_loss(model(x), y), lr=0.1 / (1 + t))
+        optimizer.step()
+
+
+class Borrows(torch.optim.SGD):
+    """Halves its rate for the parent's step, and puts it back."""
+
+    def step(self, closure: Any = None) -> Any:
+        kept = rate(self)
+        set_rate(self, 0.5 * kept)
+        found = super().step(closure)
+        set_rate(self, kept)
+        return found
+
+
+@loop("rates", "an optimizer that halves its rate within step, and puts it back", absent={"lr"})
+def borrows_within_step(witness: Witness) -> None:
+    _own_schedule(witness, Borrows, [0.05] * 4, attach=True)
+
+
+@loop("rates", "the same without attach", absent={"lr"})
+def borrows_within_step_no_attach(witness: Witness) -> None:
+    _own_schedule(witness, Borrows, [0.05] * 4, attach=False)
+
+
+@loop("hooks", "a pre-hook doubles the rate and a post-hook halves it, registered before attach")
+def rate_hooks_in_pairs(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    optimizer.register_step_pre_hook(lambda optimizer, *_: set_rate(optimizer, 2.0 * rate(optimizer)))
+    optimizer.register_step_post_hook(lambda optimizer, *_: set_rate(optimizer, 0.5 * rate(optimizer)))
+    witness.watch(model, optimizer)
+    for x, y in batches():
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        witness.truth(lambda: mse_loss(model(x), y), lr=0.2)
         optimizer.step()

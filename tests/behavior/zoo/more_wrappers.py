@@ -13,6 +13,7 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn.functional import mse_loss
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
 
 from behavior.zoo.more_parts import Opaque
 from behavior.zoo.witness import ALL_OF_LOSS, HG, Witness, batches, loop, mlp, sgd
@@ -451,3 +452,194 @@ def equilibrium_by_hook(witness: Witness) -> None:
         mse_loss(run(x), y).backward()
         witness.truth(lambda: mse_loss(run(x), y))
         optimizer.step()
+
+
+@loop("recurrence", "the state is kept with its graph over steps of an optimizer that moves p.data", ALL_OF_LOSS)
+def state_not_detached(witness: Witness) -> None:
+    class ByData(Optimizer):
+        def __init__(self, parameters: Any) -> None:
+            super().__init__(parameters, {"lr": 0.1})
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for p in self.param_groups[0]["params"]:
+                p.data.add_(p.grad.data, alpha=-0.1)
+
+    model = Recurrent()
+    optimizer = ByData(model.parameters())
+    witness.watch(model, optimizer)
+    h = torch.zeros(6, 2, dtype=torch.float64)
+    for x, y in batches():
+        optimizer.zero_grad()
+        before = h.detach()
+        out, h = model(x, h)
+        mse_loss(out, y).backward(retain_graph=True)
+        witness.truth(lambda: mse_loss(model(x, before)[0], y), changed=True, hessian=False)
+        optimizer.step()
+
+
+@loop("checkpointing", "checkpoint(use_reentrant=False) around dropout and BatchNorm")
+def checkpoint_of_noise(witness: Witness) -> None:
+    block = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Tanh())
+    model = nn.Sequential(block, nn.Linear(4, 1)).double()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for t, (x, y) in enumerate(batches(5)):
+        model.train(t < 4)  # at last the running statistics count
+        optimizer.zero_grad()
+        state = torch.get_rng_state()
+        mse_loss(model[1](checkpoint(block, x, use_reentrant=False)), y).backward()
+
+        def again() -> Tensor:
+            torch.set_rng_state(state)
+            return mse_loss(model(x), y)
+
+        witness.truth(again)
+        optimizer.step()
+
+
+@loop("modes", "evaluation under inference_mode between the forward pass and the backward pass")
+def inference_in_between(witness: Witness) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1)).double()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer, attach=False)
+    for x, y in batches():
+        optimizer.zero_grad()
+        loss = mse_loss(model(x), y)
+        with torch.inference_mode():
+            model.eval()
+            model(x)
+            model.train()
+        loss.backward()
+        witness.truth(lambda: mse_loss(model(x), y))
+        optimizer.step()
+
+
+@loop("modes", "two forward passes through BatchNorm, and the loss of the second")
+def two_forward_passes(witness: Witness) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1)).double()
+    optimizer = sgd(model)
+    witness.watch(model, optimizer)
+    for x, y in batches():
+        hard = (model(x) - y).detach().abs().argsort(0)[2:, 0]
+        optimizer.zero_grad()
+        mse_loss(model(x[hard]), y[hard]).backward()
+        witness.truth(lambda: mse_loss(model(x[hard]), y[hard]))
+        optimizer.step()
+
+
+@loop("wrappers", "the model is called by parts, never as a whole, no attach")
+def called_by_parts(witness: Witness) -> None:
+    model = mlp(3, 3, 3, 1)
+    optimizer = sgd(model)
+    witness.watch(model, optimizer, attach=False)
+    for x, y in batches():
+        optimizer.zero_grad()
+        h = x
+        for layer in model:
+            h = layer(h)
+        mse_loss(h, y).backward()
+        witness.truth(lambda: mse_loss(model(x), y))
+        optimizer.step()
+
+
+@loop("wrappers", "the loss module holds the model and returns a dictionary, as in transformers")
+def loss_in_the_model(witness: Witness) -> None:
+    class WithLoss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = mlp()
+
+        def forward(self, *, inputs: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+            out = self.body(inputs)
+            return {"out": out} if labels is None else {"out": out, "loss": mse_loss(out, labels)}
+
+    model = WithLoss()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    witness.watch(model, optimizer)
+    for x, y in batches():
+        model(inputs=x, labels=y)["loss"].backward()
+        witness.truth(lambda: model(inputs=x, labels=y)["loss"])
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@loop("precision", "a GradScaler whose scale is large enough to overflow at each second step", ALL_OF_LOSS)
+def scaler_of_every_second(witness: Witness) -> None:
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1, growth_factor=4.0, backoff_factor=0.5)
+    witness.watch(model, optimizer, scaler=scaler)
+    for t, (x, y) in enumerate(batches(6)):
+        optimizer.zero_grad(set_to_none=False)
+        loss = mse_loss(model(x), y)
+        scaler.scale(loss * float("inf") if t % 2 else loss).backward()
+        witness.truth(lambda: mse_loss(model(x), y), scale=scaler.get_scale())
+        scaler.step(optimizer)
+        scaler.update()
+
+
+@loop("precision", "a GradScaler that is not enabled, no attach")
+def scaler_not_enabled(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    witness.watch(model, optimizer, attach=False)
+    for x, y in batches():
+        optimizer.zero_grad()
+        scaler.scale(mse_loss(model(x), y)).backward()
+        scaler.unscale_(optimizer)
+        witness.truth(lambda: mse_loss(model(x), y))
+        scaler.step(optimizer)
+        scaler.update()
+
+
+@loop("precision", "a scaled loss beside one that is not", ALL_OF_LOSS)
+def scaled_and_unscaled(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**3)
+    witness.watch(model, optimizer, scaler=scaler)
+    for x, y in batches():
+        optimizer.zero_grad()
+        scaler.scale(mse_loss(model(x), y)).backward()
+        (0.1 * model[0].weight.square().sum()).backward()
+        scaler.unscale_(optimizer)
+        witness.truth(lambda: mse_loss(model(x), y) + 0.1 * model[0].weight.square().sum() / 2.0**3)
+        scaler.step(optimizer)
+        scaler.update()
+
+
+@loop(
+    "precision",
+    "the gradients are divided by the scaler's scale by hand, and the optimizer steps by itself",
+    ALL_OF_LOSS,
+)
+def unscaled_by_hand(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**3)
+    witness.watch(model, optimizer, attach=False)
+    for x, y in batches():
+        optimizer.zero_grad()
+        scaler.scale(mse_loss(model(x), y)).backward()
+        for p in model.parameters():
+            p.grad /= scaler.get_scale()
+        witness.truth(lambda: mse_loss(model(x), y))
+        optimizer.step()
+
+
+@loop("precision", "a GradScaler's scale changes between two micro-batches of a step", ALL_OF_LOSS)
+def scale_changed_within_step(witness: Witness) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    witness.watch(model, optimizer, scaler=scaler)
+    for x, y in batches():
+        optimizer.zero_grad()
+        scaler.scale(mse_loss(model(x[:3]), y[:3])).backward()
+        scaler.update(new_scale=16.0)
+        scaler.scale(mse_loss(model(x[3:]), y[3:])).backward()
+        scaler.unscale_(optimizer)
+        witness.truth(lambda: 0.25 * mse_loss(model(x[:3]), y[:3]) + mse_loss(model(x[3:]), y[3:]))
+        scaler.step(optimizer)
+        scaler.update(new_scale=4.0)

@@ -16,13 +16,14 @@ def cells(loop: Loop, folder: Path) -> tuple[str, str]:
         verdict = examine(loop, folder)
     except GeomprobeError as error:
         return "", f"refused: {str(error).partition('.')[0]}" + ("" if loop.refused else " **unexpectedly**")
+    except Exception as error:  # the rest of the table is wanted all the same
+        return "", f"**CRASH** {type(error).__name__}: {error}"
     absent: dict[str, list[str]] = {}
     for column, reasons in verdict.absent.items():
         absent.setdefault("; ".join(sorted(reasons)), []).append(column)
     notes = [", ".join(names) + (f" ({why})" if why else "") for why, names in absent.items()]
     notes += [f"**WRONG** {line}" for line in verdict.wrong]
-    total = len(verdict.right) + len(verdict.absent)
-    return (f"all {total}" if not notes else str(len(verdict.right))), "; ".join(notes)
+    return (f"all {len(verdict.right)}" if not notes else str(len(verdict.right))), "; ".join(notes)
 
 
 def main() -> None:

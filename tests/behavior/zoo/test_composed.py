@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, smooth_l1_loss
@@ -253,6 +253,9 @@ def judged(recipe: Recipe) -> None:
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(recipes())
+@example(Recipe(hook="log", freeze=True))
+@example(Recipe(scaler=True, overflow=True, zero="model.zero_grad(set_to_none=False)"))
+@example(Recipe(scaler=True, overflow=True, zero="p.grad.zero_()", zeroed="after", clip="norm"))
 def test_composed_loop(recipe: Recipe) -> None:
     judged(recipe)
 

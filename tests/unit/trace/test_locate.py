@@ -60,7 +60,7 @@ CASES = {
         lambda folder: (folder / "trace.h5").write_text("text, only"),
         "is no HDF5 file",
     ),
-    "a file that lost its end": (cut_off, "the header in .* is damaged .*truncated"),
+    "a file that lost its end": (cut_off, "cannot be read as a sealed pass .*truncated"),
 }
 
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -12,7 +13,7 @@ from support.part_cases import TRACE_TABLES, assert_right, blocks, expected, ope
 
 from geomprobe.errors import RunError
 from geomprobe.trace.stream import reader as part_module
-from geomprobe.trace.stream.reader import PartNotBegun, part_state, read_header, read_part, stream_part
+from geomprobe.trace.stream.reader import PartNotBegun, checked, part_state, read_header, read_part, stream_part
 
 KIND = "geomprobe-record"
 
@@ -227,7 +228,7 @@ def test_the_read_after_a_file_that_is_no_part_works(tmp_path, started):
     with h5py.File(tmp_path / "other.h5", "w") as file:
         file["a"] = 1
     for _ in range(2):
-        with pytest.raises(RunError, match=r"cannot be read as a part of a run \(KeyError"):
+        with pytest.raises(RunError, match=r"cannot be read as a part of a run \(schema is damaged"):
             read_part(tmp_path / "other.h5")
         assert_right(read_part(path))
 
@@ -269,3 +270,15 @@ print(reader._living[0]._process.pid)
 def test_a_table_without_columns_keeps_its_dtype(tmp_path):
     path = write_part(tmp_path / "p.h5", KIND)
     assert read_part(path).tables["fingerprints/buffers"][1].dtype == np.int64
+
+
+def test_a_relative_path_is_that_of_the_folder_of_today(tmp_path, monkeypatch):
+    """The process that reads was started in another folder than the one that the script has gone to since."""
+    for name, stop in (("a", 3), ("b", 5)):
+        (tmp_path / name).mkdir()
+        write_part(tmp_path / name / "p.h5", stop=stop)
+        monkeypatch.chdir(tmp_path / name)
+        assert read_header(Path("p.h5")).rows == stop
+    (tmp_path / "b" / "p.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(200))
+    with pytest.raises(RunError, match=r"^p\.h5 cannot be read as a sealed pass"):
+        checked(Path("p.h5"), "sealed")
