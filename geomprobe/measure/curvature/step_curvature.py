@@ -219,10 +219,13 @@ class StepCurvature(Events):
         self.fixed_loss = closure
 
     def gradients_dropped(self) -> None:
+        self.discard()
+        self.after_update()
+
+    def discard(self) -> None:
         """Free the losses' graphs: the gradients so far were thrown away, or their step is measured."""
         self._complete, self._caught, self.ready = True, 0, None
-        self._evaluated, self._saved_otherwise = [], False
-        self.after_update()
+        self._seen, self._evaluated, self._saved_otherwise = [], [], False
         if self.curvature is not None:
             self.curvature.discard()
 
@@ -232,7 +235,7 @@ class StepCurvature(Events):
         Raises:
             CurvatureUnavailable: Hg was required.
         """
-        self.gradients_dropped()
+        self.discard()
         self.curvature = self._blocked = None
         self.missing = str(error)
         if self._options.curvature_required:
