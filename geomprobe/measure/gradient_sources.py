@@ -179,7 +179,7 @@ class GradientSources(Events):
             return no.reshape(1) + torch.nan, torch.stack([yes if of is UNSEEN else no for of in self.REASONS])
         shares, written = self._shares(device)
         alike = [self._scaled_alike(each, self._passes[-1]) for each in self._passes]
-        shares = [torch.where(same, share, torch.nan * share) for share, same in zip(shares, alike, strict=True)]
+        shares = [torch.where(same | (share == 0), share, torch.nan) for share, same in zip(shares, alike, strict=True)]
         written = torch.maximum(written, torch.stack(shares).isnan().any().double())
         none = torch.stack(shares).eq(0).all()
         total, holds = no, dict.fromkeys(self.REASONS, no) | {WRITTEN: written}
@@ -276,11 +276,11 @@ class GradientSources(Events):
         written = after.isnan().any() | torch.stack(shares).isnan().any()
         return shares[::-1], written.double()
 
-    @staticmethod
-    def _scaled_alike(one: BackwardPass, other: BackwardPass) -> Tensor:
+    def _scaled_alike(self, one: BackwardPass, other: BackwardPass) -> Tensor:
         """Whether two passes' losses were multiplied by the same number: one division makes up for both."""
         if one.factor is None or other.factor is None:
-            return torch.tensor(one.factor is other.factor)
+            device = self._parameters[0].device
+            return torch.tensor(one.factor is other.factor, device=device)
         return one.factor == other.factor
 
     def _look(self) -> None:
