@@ -222,6 +222,9 @@ class StepCurvature(Events):
         self.discard()
         self.after_update()
 
+    def step_skipped(self) -> None:
+        self.discard()  # its gradients have overflowed: no later one is finite with them
+
     def discard(self) -> None:
         """Free the losses' graphs: the gradients so far were thrown away, or their step is measured."""
         self._complete, self._caught, self.ready = True, 0, None
