@@ -261,8 +261,7 @@ class GradientSources(Events):
         shares, written = self._shares(device)
         last = next((each for each in reversed(self._passes) if self._reached(each)), self._passes[-1])
         alike = [self._scaled_alike(each, last) for each in self._passes]
-        pairs = zip(shares, alike, strict=True)
-        shares = [torch.where((share == 0) | same.to(device), share, torch.nan) for share, same in pairs]
+        shares = [torch.where(same | (share == 0), share, torch.nan) for share, same in zip(shares, alike, strict=True)]
         written = torch.maximum(written, torch.stack(shares).isnan().any().double())
         none = torch.stack(shares).eq(0).all()
         total, holds = no, dict.fromkeys(self.REASONS, no) | {WRITTEN: written}
@@ -401,11 +400,11 @@ class GradientSources(Events):
         written = own.isnan().any() | torch.stack(shares).isnan().any()
         return shares[::-1], written.double()
 
-    @staticmethod
-    def _scaled_alike(one: BackwardPass, other: BackwardPass) -> Tensor:
+    def _scaled_alike(self, one: BackwardPass, other: BackwardPass) -> Tensor:
         """Whether two passes' losses were multiplied by the same number: one division makes up for both."""
         if one.factor is None or other.factor is None:
-            return torch.tensor(one.factor is other.factor)
+            device = self._parameters[0].device
+            return torch.tensor(one.factor is other.factor, device=device)
         return one.factor == other.factor
 
     def _look(self) -> None:

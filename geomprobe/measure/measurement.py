@@ -172,7 +172,7 @@ class Measurement(Events):
         with muted():
             parts = self._parts(number, gradients, grad_scale)
             holds, numbers = self._absent(absent)
-            self._curvature.gradients_dropped()
+            self._curvature.discard()
             self.gradients_dropped()
             for name, values in {**(means or {}), "absent": holds}.items():
                 parts[name] = {name: Part(values, Combine.MEAN)}

@@ -164,7 +164,7 @@ def _check(path: Path, kind: str, attributes: Mapping[str, Any]) -> None:
     if found not in schema.FILES:
         raise RunError(f"{path} is an HDF5 file, but geomprobe did not make it; name a run folder")
     if found != kind:
-        raise RunError(f"{path} holds {found}, not {kind}; name the run folder or its {schema.FILES[kind]}")
+        raise NothingThere(f"{path} holds {found}, not {kind}; name the run folder or its {schema.FILES[kind]}")
     if version != schema.SCHEMA_VERSION:
         raise RunError(
             f"{path} is of schema version {version}, and this geomprobe reads version {schema.SCHEMA_VERSION}. "

@@ -221,10 +221,16 @@ class StepCurvature(Events):
         self.fixed_loss = closure
 
     def gradients_dropped(self) -> None:
+        self.discard()
+        self.after_update()
+
+    def step_skipped(self) -> None:
+        self.discard()  # its gradients have overflowed: no later one is finite with them
+
+    def discard(self) -> None:
         """Free the losses' graphs: the gradients so far were thrown away, or their step is measured."""
         self._complete, self._caught, self.ready = True, 0, None
-        self._evaluated, self._saved_otherwise = [], False
-        self.after_update()
+        self._seen, self._evaluated, self._saved_otherwise = [], [], False
         if self.curvature is not None:
             self.curvature.discard()
 
@@ -234,7 +240,7 @@ class StepCurvature(Events):
         Raises:
             CurvatureUnavailable: Hg was required.
         """
-        self.gradients_dropped()
+        self.discard()
         self.curvature = self._blocked = None
         self.missing = str(error)
         if self._options.curvature_required:

@@ -162,7 +162,7 @@ class StepHook:
                 raise UnsupportedTraining(
                     f"{type(optimizer).__name__}.step was called within {type(other).__name__}.step (at step "
                     f"{probe.step}), so the two are one update, and have no rows of their own. Call geomprobe.attach "
-                    f"without the outer one."
+                    "without the outer one."
                 )
         probe.moving = next(i for i, each in enumerate(probe.optimizers) if each is optimizer)
 

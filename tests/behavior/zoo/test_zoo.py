@@ -9,8 +9,15 @@ import pytest
 from behavior.zoo.witness import Loop, all_loops, examine
 from geomprobe.errors import GeomprobeError
 
+EACH = 3  # of so many loops the quick checks run one; which one, the order of their names decides
 
-@pytest.mark.parametrize("loop", all_loops().values(), ids=str)
+LOOPS = [
+    pytest.param(loop, id=str(loop), marks=() if i % EACH == 0 else pytest.mark.slow)
+    for i, loop in enumerate(sorted(all_loops().values(), key=str))
+]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
 def test_loop(loop: Loop, tmp_path: Path) -> None:
     if loop.refused is not None:
         with pytest.raises(GeomprobeError, match=loop.refused):
