@@ -225,7 +225,8 @@ class StepCurvature(Events):
         self.after_update()
 
     def step_skipped(self) -> None:
-        self.discard()  # its gradients have overflowed: no later one is finite with them
+        if len(self._probe.optimizers) == 1:  # else those of the others may be finite
+            self.discard()  # its gradients have overflowed: no later one is finite with them
 
     def discard(self) -> None:
         """Free the losses' graphs: the gradients so far were thrown away, or their step is measured."""
