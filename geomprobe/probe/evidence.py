@@ -54,7 +54,7 @@ def evidence(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
             row.append(value)
     every = [value for row in rows for value in row]
     if len({t.dtype for t in every}) > 1 or any(t.device != device for t in every):
-        every = [t.to(device, torch.float64) for t in every]
+        every = [(t.real if t.is_complex() else t).to(device, torch.float64) for t in every]
     return torch.stack(every).view(4, -1)
 
 
