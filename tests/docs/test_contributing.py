@@ -71,8 +71,8 @@ def test_a_quantity_that_is_added_as_it_says_is_in_the_trace(tmp_path, monkeypat
     exec(code, names)
     (described,) = re.findall(r"^ +\| (grad_l1 \| .*) \|$", TEXT, re.MULTILINE)
     column = schema.Column(*described.split(" | "))
-    layout, quantities = Measurement.__init__.__defaults__
-    monkeypatch.setattr(Measurement.__init__, "__defaults__", (layout, (*quantities, names["GradientL1"])))
+    *others, quantities = Measurement.__init__.__defaults__
+    monkeypatch.setattr(Measurement.__init__, "__defaults__", (*others, (*quantities, names["GradientL1"])))
     monkeypatch.setattr(schema, "OPTIONAL_STEP_COLUMNS", (*schema.OPTIONAL_STEP_COLUMNS, column))
     sums.clear()
     trace = geomprobe.two_pass(train, tmp_path / "run", seed=0)
