@@ -390,15 +390,19 @@ class GradientSources(Events):
             after = torch.where(zeroed, after, left * after)
             zeroed = zeroed | (left == 0)
             reaches = [reached and moved for reached, moved in zip(each.reaches, moves, strict=True)]
-            reached = after if all(reaches) else after[reaches]
-            if not len(reached):
+            if not any(reaches):
                 shares.append(after.new_zeros(()))
                 continue
-            whole, none = (reached == 1).all(), (reached == 0).all()
+            beside = self._not(reaches, device)
+            whole, none = ((after == 1) | beside).all(), ((after == 0) | beside).all()
             shares.append(torch.where(whole, 1.0, torch.where(none, 0.0, torch.nan)))
-        own = after if all(moves) else after[moves]
-        written = own.isnan().any() | torch.stack(shares).isnan().any()
+        written = (after.isnan() & ~self._not(moves, device)).any() | torch.stack(shares).isnan().any()
         return shares[::-1], written.double()
+
+    @staticmethod
+    def _not(chosen: Sequence[bool], device: torch.device) -> Tensor:
+        """A mask of the parameters that are not chosen; to index by one would wait for the device."""
+        return torch.tensor([not each for each in chosen], device=device)
 
     def _scaled_alike(self, one: BackwardPass, other: BackwardPass) -> Tensor:
         """Whether two passes' losses were multiplied by the same number: one division makes up for both."""
