@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from geomprobe.distributed.dtensor import is_dtensor
 from geomprobe.probe.events import Events, Weight
-from geomprobe.probe.evidence import Mark, evidence, mark
+from geomprobe.probe.evidence import Mark, evidence, marks
 from geomprobe.probe.graph import leaves_of
 from geomprobe.probe.hooks.global_hooks import unscaled
 from geomprobe.probe.hooks.gradient_hooks import watching_hooks
@@ -231,7 +231,7 @@ class GradientSources(Events):
             raise
         finally:
             self._roots = ()
-            before, self._marks = self._marks, [mark(p.grad) for p in self._parameters]
+            before, self._marks = self._marks, marks([p.grad for p in self._parameters])
             running.reaches = [a != b for a, b in zip(before, self._marks, strict=True)]
             if self._unfollowed:
                 running.reaches = [True] * len(self._parameters)
@@ -350,7 +350,7 @@ class GradientSources(Events):
         if self._unfollowed:
             if self._none_left():
                 self._passes, self._left = [], []
-            self._marks = [mark(p.grad) for p in self._parameters]
+            self._marks = marks([p.grad for p in self._parameters])
             return
         if all(p.grad is None for p in self._parameters):
             self._passes, self._left = [], []
@@ -412,7 +412,7 @@ class GradientSources(Events):
         return one.factor == other.factor
 
     def _look(self) -> None:
-        self._marks = [mark(p.grad) for p in self._parameters]
+        self._marks = marks([p.grad for p in self._parameters])
         self._evidence = self._looked()
 
     def _looked(self) -> Tensor:

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from geomprobe.distributed.dtensor import local
 
 Mark = tuple[int, int, int] | None
 _HALF = (torch.float16, torch.bfloat16)
+_PLAIN = (Tensor, nn.Parameter)
 
 
-def mark(tensor: Tensor | None) -> Mark:
+def marks(tensors: Iterable[Tensor | None]) -> list[Mark]:
     """What changes where a tensor is replaced, its memory exchanged, or it is written to; None for no tensor.
 
     A write through ``.data`` or NumPy leaves it as it is.
 
-    >>> weight = torch.zeros(2); before = mark(weight)
-    >>> _ = weight.add_(1); mark(weight) == before
+    >>> weight = torch.zeros(2); before = marks([weight])
+    >>> _ = weight.add_(1); marks([weight]) == before
     False
     """
-    if tensor is None:
-        return None
-    own = local(tensor)
-    return id(tensor), own._version, 0 if own.is_sparse else own.data_ptr()
+    found: list[Mark] = []
+    for tensor in tensors:  # called several times a step for each parameter: no function of ours for a plain one
+        if tensor is None:
+            found.append(None)
+            continue
+        own = tensor if type(tensor) in _PLAIN else local(tensor)
+        found.append((id(tensor), own._version, 0 if own.is_sparse else own.data_ptr()))
+    return found
 
 
 def evidence(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
@@ -39,7 +44,10 @@ def evidence(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
             [ 0.,  0.],
             [-4.,  0.]])
     """
-    values = [None if t is None else _values(t) for t in tensors]
+    values: list[Tensor | None] = []
+    for t in tensors:
+        own = None if t is None else t.detach() if type(t) in _PLAIN else local(t.detach())
+        values.append(own if own is None or (own.is_floating_point() and not own.is_sparse) else _dense(own))
     present = [t for t in values if t is not None and t.numel()]
     if not present:
         return torch.zeros(4, len(tensors), device=device)
@@ -47,15 +55,20 @@ def evidence(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
     dtype = None if types.isdisjoint(_HALF) else torch.float64 if torch.float64 in types else torch.float32
     norms = iter(torch._foreach_norm(present, 2, dtype=dtype))
     zero = torch.zeros((), device=device)
-    rows: list[list[Tensor]] = [[], [], [], []]
+    rows: list[list[Tensor]] = []
     for t in values:
-        there = [zero] * 4 if t is None or not t.numel() else [next(norms), *_places(t)]
-        for row, value in zip(rows, there, strict=True):
-            row.append(value)
+        if t is None or not t.numel():
+            rows.append([zero, zero, zero, zero])
+        elif t.is_contiguous():
+            start, count = t.storage_offset(), t.numel()
+            places = [t.as_strided((), (), start), t.as_strided((), (), start + count // 2)]
+            rows.append([next(norms), *places, t.as_strided((), (), start + count - 1)])
+        else:
+            rows.append([next(norms), *_places(t)])
     every = [value for row in rows for value in row]
-    if len({t.dtype for t in every}) > 1 or any(t.device != device for t in every):
+    if len(types) > 1 or dtype is not None or zero.dtype not in types or len({t.device for t in every}) > 1:
         every = [(t.real if t.is_complex() else t).to(device, torch.float64) for t in every]
-    return torch.stack(every).view(4, -1)
+    return torch.stack(every).view(-1, 4).T
 
 
 def _places(tensor: Tensor) -> list[Tensor]:
@@ -66,7 +79,6 @@ def _places(tensor: Tensor) -> list[Tensor]:
     return [tensor.as_strided((), (), start + place) for place in (0, middle, last)]
 
 
-def _values(tensor: Tensor) -> Tensor:
-    own = local(tensor.detach())
-    dense = own._values() if own.is_sparse else own
+def _dense(tensor: Tensor) -> Tensor:
+    dense = tensor._values() if tensor.is_sparse else tensor
     return dense if dense.is_floating_point() or dense.is_complex() else dense.double()

@@ -31,7 +31,7 @@ from geomprobe.measure.inner_products import dots
 from geomprobe.measure.options import MeasureOptions
 from geomprobe.measure.quantity import Combine, Part, Quantity, Recorded, Step
 from geomprobe.probe.events import Closure, Events
-from geomprobe.probe.evidence import Mark, evidence, mark
+from geomprobe.probe.evidence import Mark, evidence, marks
 from geomprobe.probe.hooks.global_hooks import unscaled
 from geomprobe.probe.probe import Probe
 from geomprobe.reproducibility.isolation import RNGState, capture_rng
@@ -47,7 +47,7 @@ class _Weights(NamedTuple):
 
     @classmethod
     def of(cls, parameters: Sequence[Tensor]) -> _Weights:
-        return cls([mark(p) for p in parameters], evidence(parameters, parameters[0].device))
+        return cls(marks(parameters), evidence(parameters, parameters[0].device))
 
     def differ_from(self, other: _Weights) -> Tensor:
         """Whether they are, on their device."""
@@ -214,7 +214,7 @@ class StepCurvature(Events):
 
     def _see_weights(self) -> None:
         """Note the weights that a loss is evaluated at: at the model's first call, and at others where they changed."""
-        if not self._seen or [mark(p) for p in self._parameters] != self._seen[-1].marks:
+        if not self._seen or marks(self._parameters) != self._seen[-1].marks:
             self._seen.append(_Weights.of(self._parameters))
 
     def sharpness_of(self, closure: Closure) -> None:

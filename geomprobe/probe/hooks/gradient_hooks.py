@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from geomprobe.probe.evidence import Mark, mark
+from geomprobe.probe.evidence import Mark, marks
 
 
 @contextlib.contextmanager
@@ -58,10 +58,10 @@ def _watch_accumulated(stack: contextlib.ExitStack, leaf: Tensor, changed: list[
     given: list[Mark] = []
 
     def before(_: Tensor) -> None:
-        given.append(mark(leaf.grad))
+        given.extend(marks([leaf.grad]))
 
     def after(_: Tensor) -> None:
-        if mark(leaf.grad) != given.pop():
+        if marks([leaf.grad]) != [given.pop()]:
             changed.append(leaf)
 
     hooks = leaf._post_accumulate_grad_hooks  # type: ignore[attr-defined]

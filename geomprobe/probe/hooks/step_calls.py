@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from geomprobe.errors import UnsupportedTraining
-from geomprobe.probe.evidence import Mark, mark
+from geomprobe.probe.evidence import Mark, marks
 from geomprobe.probe.hooks.global_hooks import muted
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ class StepHook:
 
     def _now(self, gradients: bool = False) -> list[Mark]:
         parameters = list(self._probe.parameters.values())
-        return [mark(p) for p in parameters] + [mark(p.grad) for p in parameters if gradients]
+        return marks(parameters) + (marks([p.grad for p in parameters]) if gradients else [])
 
     def _stepped(self, optimizer: Optimizer, *_: Any) -> None:
         if self._measured and not self._skipped and not nested_step(optimizer):

@@ -251,7 +251,7 @@ def judged(recipe: Recipe) -> None:
     assert not verdict.wrong, "\n".join([str(recipe), *verdict.wrong])
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
 @given(recipes())
 @example(Recipe(hook="log", freeze=True))
 @example(Recipe(scaler=True, overflow=True, zero="model.zero_grad(set_to_none=False)"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from geomprobe.probe.evidence import evidence, mark
+from geomprobe.probe.evidence import evidence, marks
 
 CPU = torch.device("cpu")
 
@@ -25,20 +25,20 @@ UNMARKED: dict[str, Callable[[Tensor], object]] = {
 @pytest.mark.parametrize("write", UNMARKED.values(), ids=UNMARKED)
 def test_a_write_that_leaves_no_mark_is_seen(write: Callable[[Tensor], object]) -> None:
     tensor = torch.tensor([0.5, -2.0, 3.0])
-    before, marked = evidence([tensor], CPU), mark(tensor)
+    before, marked = evidence([tensor], CPU), marks([tensor])
     write(tensor)
-    assert mark(tensor) == marked
+    assert marks([tensor]) == marked
     assert not torch.equal(evidence([tensor], CPU), before)
 
 
 def test_a_write_or_another_memory_changes_the_mark() -> None:
     tensor = torch.ones(3)
-    marks = [mark(tensor)]
+    found = marks([tensor])
     tensor.mul_(1.0)
-    marks.append(mark(tensor))
+    found += marks([tensor])
     tensor.data = torch.ones(3)
-    marks.append(mark(tensor))
-    assert len(set(marks)) == 3
+    found += marks([tensor])
+    assert len(set(found)) == 3
 
 
 @pytest.mark.parametrize("other", [torch.float16, torch.bfloat16, torch.float64])
@@ -51,4 +51,4 @@ def test_sparse_and_strided_tensors() -> None:
     sparse = torch.tensor([[0.0, 3.0], [4.0, 0.0]]).to_sparse()
     turned = torch.tensor([[1.0, 2.0], [2.0, 4.0]]).t()
     assert evidence([sparse, turned], CPU).tolist() == [[5.0, 5.0], [3.0, 1.0], [4.0, 4.0], [4.0, 4.0]]
-    assert mark(sparse) is not None
+    assert marks([sparse])[0] is not None
