@@ -20,6 +20,11 @@ def changed_by(put_on: Callable[[torch.Tensor], Any]) -> bool:
     return bool(changed)
 
 
+def _write(w: torch.Tensor) -> None:
+    assert w.grad is not None
+    w.grad.mul_(2)
+
+
 def _assign(w: torch.Tensor) -> None:
     assert w.grad is not None
     w.grad = w.grad * 2
@@ -34,7 +39,7 @@ LOOKING: dict[str, Callable[[torch.Tensor], Any]] = {
 CHANGING: dict[str, Callable[[torch.Tensor], Any]] = {
     "a clamp": lambda w: w.register_hook(lambda g: g.clamp(-1, 1)),
     "an assignment": lambda w: w.register_post_accumulate_grad_hook(_assign),
-    "a write": lambda w: w.register_post_accumulate_grad_hook(lambda p: p.grad.mul_(2).sum().item() and None),
+    "a write": lambda w: w.register_post_accumulate_grad_hook(_write),
 }
 
 
