@@ -17,13 +17,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from geomprobe.errors import RunError
 from geomprobe.report import corridors
 from geomprobe.report.summary.summary import damage, summarize
 from geomprobe.report.summary.text import next_command, render
-from geomprobe.trace.printable import show
+from geomprobe.report.table import table
+from geomprobe.trace.path_folders import path_folders
+from geomprobe.trace.printable import printable, show
 from geomprobe.trace.reader import open_trace
 
 
@@ -50,12 +54,34 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the summary."""
     if arguments.corridors:
         return _show_corridors(arguments)
+    if paths := path_folders(arguments.run):
+        return _show_paths(arguments, paths)
     summary = summarize(arguments.run)
     show(json.dumps(summary, indent=2) if arguments.json else render(summary))
     if why := damage(summary):  # what can be read is shown all the same
         raise RunError(why)
     show(f"Next: {next_command(summary)}", file=sys.stderr)
     return 0
+
+
+def _show_paths(arguments: argparse.Namespace, paths: Mapping[str, Path]) -> int:
+    """What each of several paths is, in a line; as JSON, the whole summary of each."""
+    found = {name: summarize(path) for name, path in paths.items()}
+    if arguments.json:
+        show(json.dumps({"path": str(arguments.run), "optimizers": found}, indent=2))
+    else:
+        lines = [[name, *(_in_short(each[kind]) for kind in ("record", "trace"))] for name, each in found.items()]
+        show(f"{printable(str(arguments.run))}: the paths of {len(paths)} optimizers, each a run by itself")
+        show(table(["optimizer", "recorded", "measured"], lines))
+    name, path = next(iter(paths.items()))
+    show(f"Next: geomprobe inspect {path}, or in Python open_trace({str(arguments.run)!r}, {name!r})", file=sys.stderr)
+    if why := "; ".join(filter(None, map(damage, found.values()))):
+        raise RunError(why)
+    return 0
+
+
+def _in_short(of_pass: Mapping[str, Any]) -> str:
+    return "no" if "error" in of_pass else f"{of_pass['status']}, {of_pass['num_steps']} steps"
 
 
 def _show_corridors(arguments: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ of the file sets the format (png, pdf, svg). Needs matplotlib: pip install 'geom
     geomprobe plot runs/a -o corridor.png --columns loss,hg_norm,relative_residual (CG figure 7)
     geomprobe plot runs/a runs/b -o occupancy.png --occupancy --smooth 25
 
+Of a run that `record --optimizer all` made, all paths are drawn.
 With --occupancy, the figure shows which share of the measured steps is below each threshold of the relative residual.
 """
 
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from geomprobe.report.output import refuse_existing
 from geomprobe.report.plot import COLUMNS, figure, occupancy_figure, save
+from geomprobe.trace.path_folders import path_folders
 from geomprobe.trace.printable import show
 from geomprobe.trace.reader import open_trace
 
@@ -49,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Draw the figure and write it."""
     output: Path = arguments.output
     refuse_existing(output, arguments.force)
-    traces = [open_trace(run) for run in arguments.runs]
+    traces = [open_trace(path) for run in arguments.runs for path in path_folders(run).values() or [run]]
     if arguments.occupancy:
         drawing = occupancy_figure(traces, arguments.smooth)
     else:

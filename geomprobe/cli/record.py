@@ -8,6 +8,7 @@ RUN.
     geomprobe record -o runs/a --seed 0 --reference-steps 100,200 -m project.train
     geomprobe record -o runs/a --resume train.py --lr 0.1
     geomprobe record -o runs/g --optimizer Generator gan.py
+    geomprobe record -o runs/g --optimizer all gan.py        each path, into runs/g/optimizers/NAME
 
 A checkpoint of the whole state is written at each epoch of `for epoch in probe.epochs(n)`. With --resume, a
 recording that was cut off continues from its last checkpoint, and one that does not exist yet starts, so that a
@@ -26,7 +27,7 @@ from typing import Any
 
 from geomprobe.cli import launch
 from geomprobe.errors import RunError, UsageError
-from geomprobe.passes.options import RecordOptions
+from geomprobe.passes.options import ALL, RecordOptions
 from geomprobe.trace.printable import show
 from geomprobe.trace.record import Record, open_record
 from geomprobe.trace.schema import RECORD_FILE, STREAM_DIR
@@ -53,6 +54,13 @@ def run(arguments: argparse.Namespace) -> int:
     options = RecordOptions.of_arguments(arguments)
     command = arguments.module or arguments.script
     folder = Path(arguments.output).absolute()
+    if options.optimizer == ALL:
+        from geomprobe.cli import every_path
+
+        if not command:
+            raise UsageError("Name the script to record: geomprobe record -o RUN --optimizer all train.py [ARGS...]")
+        kept = [*["--trust"] * arguments.trust, *["--debug"] * arguments.debug]
+        return every_path.record(folder, options, [*kept, *["-m"] * bool(arguments.module), *command])
     if options.resume:
         launch.require_trust(folder, arguments.trust)
     if options.resume and _complete(folder):

@@ -7,6 +7,8 @@ with a certificate that it was the same run.
     geomprobe replay runs/a
     geomprobe replay runs/a --every 10 --per-parameter
 
+Where `record --optimizer all` has recorded several paths, each of them is replayed.
+
 A long replay can be split at the recording's checkpoints, and ends in the same trace:
 
     geomprobe replay runs/a --jobs 4              four processes here, each on a GPU of its own where there are several
@@ -30,6 +32,7 @@ from geomprobe.errors import RunError
 from geomprobe.measure.option_fields import whole
 from geomprobe.passes.options import ReplayOptions
 from geomprobe.trace.certificate import Certificate
+from geomprobe.trace.path_folders import path_folders
 from geomprobe.trace.printable import show
 from geomprobe.trace.reader import Trace, open_trace
 from geomprobe.trace.record import open_record
@@ -54,6 +57,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Replay, and print what was written and whether the replay was the recorded run."""
     options = ReplayOptions.of_arguments(arguments)
     folder, count = arguments.folder, arguments.jobs
+    if path_folders(folder):
+        from geomprobe.cli import every_path
+
+        kept = [*["--trust"] * arguments.trust, *["--debug"] * arguments.debug]
+        return every_path.replay(Path(folder), options, [*kept, *(["--jobs", str(count)] if count > 1 else [])])
     launch.require_trust(folder, arguments.trust)
     _restart_early(folder)
     from geomprobe.cli import jobs

@@ -24,7 +24,7 @@ from geomprobe.passes.lease import (
     replayed_before,
     unfinished_recording,
 )
-from geomprobe.passes.options import RecordOptions, ReplayOptions, require_same_options
+from geomprobe.passes.options import ALL, RecordOptions, ReplayOptions, require_same_options
 from geomprobe.passes.recording import recording
 from geomprobe.passes.references.loaded import References
 from geomprobe.passes.replaying import SegmentEnded, replaying
@@ -104,6 +104,8 @@ def record(train: Train, run: RunPath, **options: Any) -> Record:
 def run_record(train: Train, run: RunPath, options: RecordOptions, script: Mapping[str, Any]) -> Record:
     """Record ``train()``, as `record` does and `geomprobe record` too; ``script`` goes into the manifest."""
     target = RunFolder(run)
+    if options.optimizer == ALL:
+        raise UsageError("optimizer='all' is of the command line. Record a run for each optimizer, with one seed.")
     _require_startable(options.seed or 0)
     ranks = here(options.patience)
     lease = unfinished_recording(target) if options.resume else target.recording(options.force)

@@ -16,6 +16,9 @@ from geomprobe.errors import RunError, UsageError
 from geomprobe.measure.option_fields import Options, option, parser, whole
 from geomprobe.measure.options import MeasureOptions
 
+ALL, FIRST = "all", "first"
+"""Choices of an optimizer: each of them, by a pass for each; the one that steps first, whatever the others do."""
+
 
 def interval(text: str) -> tuple[int, str]:
     """How often checkpoints are written, as a number and its unit; 0 for an epoch or never.
@@ -75,8 +78,9 @@ class RecordOptions(Options):
     optimizer: str | None = option(
         None,
         "of a script without attach whose optimizers train different models, as a GAN's do: measure the one of this "
-        "class, of the model of this class, or of this number, counted from 0 in the order in which they are made",
-        metavar="NAME|INDEX",
+        "class, of the model of this class, or of this number, counted from 0 in the order in which they are made; first "
+        "is the one that steps first; all records each, into RUN/optimizers/NAME, by a training for each",
+        metavar="NAME|INDEX|first|all",
         parse=parser(str, bool, "is no class and no number"),
     )
     checkpoint_every: str = option(

@@ -170,6 +170,8 @@ class Session(Observer):
             if measured:
                 self._refuse_within_backward()
                 return None
+            if self._chosen is not None:
+                self._paths.stepping(optimizer)
             if self.probe is not None:
                 chosen = self.probe.explicit or self._chosen is not None
                 refuse_another(self.probe, optimizer, chosen, self._listed)
@@ -256,6 +258,8 @@ class Session(Observer):
                 raise UsageError(f"--optimizer {self._chosen} is true of no optimizer that stepped.{self._listed}")
             if self.probe is None:
                 raise self._without_steps()
+            if "paths" in self.manifest:
+                self.manifest["paths"]["stepped"] = self._paths.stepped
             self._call["complete"]()
 
     def fail(self, failure: BaseException | None) -> None:
@@ -345,6 +349,8 @@ class Session(Observer):
     def _attach(self, optimizer: Optimizer) -> Probe:
         self._listed = self._paths.listed()
         optimizers = self._paths.of(optimizer)
+        if self._chosen is not None:
+            self.manifest["paths"] = self._paths.described(optimizers)
         probe = Probe(self._models.trained_by(optimizers), optimizers, {}, self)
         if self._in_backward:
             self._refuse_within_backward()

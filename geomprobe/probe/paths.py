@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import re
+from collections.abc import Sequence
+from typing import Any
 from weakref import ref
 
 from torch import nn
@@ -21,16 +24,36 @@ class OptimizerPaths:
     Args:
         models: that were called so far.
         chosen: of which optimizer the path is wanted: its class, its model's class, or its number in the order in
-            which they were made; None where the first one's is wanted.
+            which they were made; ``"first"``, or None where there is only one path, for the one that steps first.
     """
 
     def __init__(self, models: ModelDiscovery, chosen: str | None = None) -> None:
         self._models, self._chosen = models, chosen
         self._made: list[ref[Optimizer]] = []
+        self._stepped: dict[int, None] = {}
 
     def add(self, optimizer: Optimizer) -> None:
         """An optimizer was made."""
         self._made.append(ref(optimizer))
+
+    def stepping(self, optimizer: Optimizer) -> None:
+        """An optimizer steps."""
+        self._stepped.setdefault(self._number(optimizer))
+
+    def described(self, path: Sequence[Optimizer]) -> dict[str, Any]:
+        """For the manifest: the name of a path, and the numbers of its optimizers; -1 for one that was copied."""
+        models = {id(model): type(_unwrapped(model)).__name__ for each in path for model in self._models.of(each)}
+        name = "_".join(models.values()) or type(path[0]).__name__
+        measured = [self._number(each) for each in path]
+        return {"name": re.sub(r"\W", "_", name), "measured": measured}
+
+    @property
+    def stepped(self) -> list[int]:
+        """The numbers of the optimizers that have stepped so far, beside those of the path that is measured, in order.
+
+        Of the latter, only the one that stepped first is among them.
+        """
+        return list(self._stepped)
 
     def of(self, optimizer: Optimizer) -> list[Optimizer]:
         """The optimizers on the path of one that steps: this one, and the others in the order in which they were made.
@@ -47,7 +70,7 @@ class OptimizerPaths:
         Raises:
             UsageError: the choice is true of optimizers on several paths.
         """
-        if self._chosen is None:
+        if self._chosen in (None, "first"):
             return True
         named = [each for number, each in self._alive.items() if self._is_named(number, each)]
         path = self._path(optimizer)
@@ -66,6 +89,9 @@ class OptimizerPaths:
             models = [type(_unwrapped(module)).__name__ for module in self._models.of(each)]
             lines.append(f"{number}: {described(each)}" + (f" of {', '.join(models)}" if models else ""))
         return f" There are {'; '.join(lines)}." if lines else ""
+
+    def _number(self, optimizer: Optimizer) -> int:
+        return next((number for number, made in enumerate(self._made) if made() is optimizer), -1)
 
     @property
     def _alive(self) -> dict[int, Optimizer]:

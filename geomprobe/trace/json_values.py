@@ -51,6 +51,7 @@ MANIFEST: dict[str, Any] = {
         "full_gradient_every": COUNT,
         "files": dict,
     },
+    "paths": {"name": str, "measured": [range(-1, 1 << 53)], "stepped": [range(-1, 1 << 53)]},
     "ranks": {"kind": str, "world_size": range(1, 1 << 16)},
     "missed_reference_steps": [COUNT],
 }

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from geomprobe.errors import RunError
 from geomprobe.trace import schema
+from geomprobe.trace.path_folders import path_folders
 from geomprobe.trace.stream.reader import Header, begun_parts, checked, part_state, read_header, stream_part
 from geomprobe.trace.stream.writer import Table
 
@@ -173,6 +174,9 @@ def _check(path: Path, kind: str, attributes: Mapping[str, Any]) -> None:
 
 
 def _nothing(path: Path, kind: str, headers: list[Header]) -> NothingThere:
+    if folders := path_folders(path):
+        named = ", ".join(map(str, folders.values()))
+        return NothingThere(f"{path} holds the paths of {len(folders)} optimizers, each a run by itself: {named}")
     if kind == schema.TRACE_SCHEMA and (path / schema.RECORD_FILE).exists():
         return NothingThere(f"{path} was recorded, but not replayed yet. Run: geomprobe replay {path}")
     if kind == schema.TRACE_SCHEMA and headers:

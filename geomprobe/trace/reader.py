@@ -19,6 +19,7 @@ from geomprobe.trace.absence import Absence, steps_of
 from geomprobe.trace.derive import Array, Derived
 from geomprobe.trace.hdf5_errors import damage_named
 from geomprobe.trace.locate import Source, read_rows, read_settled, spans
+from geomprobe.trace.path_folders import path_folder
 
 
 @dataclass(frozen=True)
@@ -172,11 +173,12 @@ class Trace:
         return schema.UnknownColumn(f"{self.path} has no column {name!r}; {hint}")
 
 
-def open_trace(path: str | os.PathLike[str]) -> Trace:
+def open_trace(path: str | os.PathLike[str], optimizer: str | None = None) -> Trace:
     """Open a trace: ``trace.h5`` where the replay is sealed, else the rows that it has committed so far.
 
     Args:
         path: a run folder, or a file. The writer may be alive, dead or done; nothing stays open.
+        optimizer: of a run that ``record --optimizer all`` made, the name of the path to open.
 
     Raises:
         RunError: there is no trace; the message says what there is instead.
@@ -192,7 +194,8 @@ def open_trace(path: str | os.PathLike[str]) -> Trace:
     >>> trace.status, trace["rsi"].tolist(), trace["references/final/distance"].tolist()
     ('incomplete', [1.5, 3.0], [2.0, 1.0])
     """
-    return read_settled(Path(path), schema.TRACE_SCHEMA, _read)
+    found = Path(path) if optimizer is None else path_folder(path, optimizer)
+    return read_settled(found, schema.TRACE_SCHEMA, _read)
 
 
 def _read(source: Source) -> Trace:

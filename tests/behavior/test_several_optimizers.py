@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch.nn.functional import mse_loss
 from torch.optim import Optimizer
 
 import geomprobe
-from geomprobe.errors import UnsupportedTraining, UsageError
+from geomprobe.errors import RunError, UnsupportedTraining, UsageError
 from geomprobe.trace.record import open_record
 
 GAN = """
@@ -66,6 +68,106 @@ def test_the_command_names_the_optimizers_where_none_is_chosen(tmp_path: Path) -
     ambiguous = run("record", "--optimizer", "SGD", "-o", "again", "gan.py", cwd=tmp_path)
     assert ambiguous.code == 2
     assert "Choose one by its number" in ambiguous.err
+
+
+HYBRID_GAN = GAN.replace(
+    "for _ in",
+    """optimizers[0] = torch.optim.SGD([generator.weight], lr=0.1)
+bias = torch.optim.Adam([generator.bias])
+for _ in""",
+).replace("    optimizers[0].step()\n", "    optimizers[0].step()\n    bias.step()\n")
+
+
+def columns(file: Path) -> dict[str, bytes]:
+    """Every dataset of a trace, bit for bit."""
+    found: dict[str, bytes] = {}
+    with h5py.File(file) as trace:
+        trace.visititems(lambda name, each: found.update({name: each[:].tobytes()} if hasattr(each, "dtype") else {}))
+    return found
+
+
+@pytest.fixture(scope="module")
+def every_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``gan.py``, and all paths of it, recorded and replayed."""
+    folder = tmp_path_factory.mktemp("paths")
+    (folder / "gan.py").write_text(HYBRID_GAN)
+    recorded = run("record", "--seed", "0", "--optimizer", "all", "-o", "run", "gan.py", cwd=folder)
+    assert recorded.code == 0, recorded.err
+    assert "2 paths, each a run by itself: Critic, Generator" in recorded.out
+    replayed = run("replay", "run", "--per-parameter", cwd=folder)
+    assert replayed.code == 0, replayed.err
+    return folder
+
+
+@pytest.mark.parametrize(("name", "rows"), [("Critic", 3), ("Generator", 6)])
+def test_each_of_all_paths_is_what_its_name_alone_gives(name: str, rows: int, every_path: Path) -> None:
+    assert run("record", "--seed", "0", "--optimizer", name, "-o", name, "gan.py", cwd=every_path).code == 0
+    assert run("replay", name, "--per-parameter", cwd=every_path).code == 0
+    alone, among = (columns(every_path / run / "trace.h5") for run in (name, f"run/optimizers/{name}"))
+    assert among == alone
+    assert "parameters/weight/g.g" in among
+    trace = geomprobe.open_trace(every_path / "run", optimizer=name)
+    assert (trace.num_steps, trace.status) == (rows, "complete")
+
+
+def test_readers_name_the_paths(every_path: Path) -> None:
+    inspected = run("inspect", "run", cwd=every_path)
+    assert (inspected.code, inspected.out.count("complete, 6 steps")) == (0, 2)
+    found = json.loads(run("inspect", "run", "--json", cwd=every_path).out)
+    assert [each["trace"]["num_steps"] for each in found["optimizers"].values()] == [3, 6]
+    verified = run("verify", "run", cwd=every_path)
+    assert (verified.code, verified.out.count("checks held")) == (0, 2)
+    assert set(json.loads(run("verify", "run", "--json", cwd=every_path).out)["optimizers"]) == {"Critic", "Generator"}
+    assert run("plot", "run", "-o", "all.svg", cwd=every_path).code == 0
+    exported = run("export", "run", "--format", "csv", "-o", "x.csv", cwd=every_path)
+    assert exported.code == 1
+    assert "holds the paths of 2 optimizers" in exported.err
+    with pytest.raises(RunError, match="has no path 'Lion'; it has Critic, Generator"):
+        geomprobe.open_trace(every_path / "run", "Lion")
+    with pytest.raises(RunError, match="no paths of its own"):
+        geomprobe.open_trace(every_path / "run/optimizers/Critic", "Critic")
+
+
+def test_all_paths_are_replaced_only_by_force(every_path: Path) -> None:
+    again = run("record", "--optimizer", "all", "-o", "run", "gan.py", cwd=every_path)
+    assert again.code == 2
+    assert "exists and is not empty" in again.err
+    (every_path / "mine").mkdir()
+    (every_path / "mine/notes").touch()
+    mine = run("record", "--force", "--optimizer", "all", "-o", "mine", "gan.py", cwd=every_path)
+    assert mine.code == 2
+    assert "something else than paths" in mine.err
+
+
+def test_all_paths_that_were_cut_off_go_on(tmp_path: Path) -> None:
+    stop = """    from pathlib import Path
+    if Path("run/optimizers/Critic").exists() and not Path("stopped").exists():
+        Path("stopped").touch()
+        raise SystemExit(1)
+"""
+    (tmp_path / "gan.py").write_text(GAN.replace("range(3):\n", f"range(3):\n{stop}"))
+    record = ("record", "--seed", "0", "--optimizer", "all", "-o", "run")
+    assert run(*record, "gan.py", cwd=tmp_path).code == 1
+    assert sorted(each.name for each in (tmp_path / "run/optimizers").iterdir()) == ["Critic", "being-recorded"]
+    resumed = run(*record, "--resume", "gan.py", cwd=tmp_path)
+    assert resumed.code == 0, resumed.err
+    assert sorted(each.name for each in (tmp_path / "run/optimizers").iterdir()) == ["Critic", "Generator"]
+
+
+def test_a_failed_recording_of_all_paths_has_its_own_exit_code(tmp_path: Path) -> None:
+    (tmp_path / "gan.py").write_text(
+        GAN.replace("optimizers = ", "import geomprobe\noptimizers = ", 1).replace(
+            "for _ in", "geomprobe.attach(critic, optimizers[1])\nfor _ in"
+        )
+    )
+    failed = run("record", "--optimizer", "all", "-o", "run", "gan.py", cwd=tmp_path)
+    assert failed.code == 2
+    assert "the script says by attach what is measured" in failed.err
+
+
+def test_in_python_each_path_is_a_run(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is of the command line"):
+        geomprobe.record(lambda: None, tmp_path / "run", optimizer="all")
 
 
 class Wrapped(Optimizer):

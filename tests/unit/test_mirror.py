@@ -13,6 +13,7 @@ TESTED_BY: dict[tuple[str, ...], str] = {
     # Modules that only a command, a pass or a report as a whole gives a meaning to.
     ("behavior/test_cli_passes.py", "behavior/test_unmodified_script.py"): "cli/launch cli/record cli/replay",
     ("behavior/test_cli_reports.py",): "cli/diff cli/inspect cli/plot cli/verify",
+    ("behavior/test_several_optimizers.py",): "cli/every_path trace/path_folders",
     ("behavior/test_two_pass.py",): "passes/api passes/replaying probe/loops",
     ("behavior/test_bad_input.py",): "errors",
     ("behavior/test_faults.py",): "reproducibility/comparison reproducibility/fingerprint",

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import itertools
-import os
 import re
 import sys
 import tempfile
@@ -25,14 +25,17 @@ from geomprobe.trace.absence import ABSENCES
 
 START = """# The zoo of training loops
 
-Made by `PYTHONPATH=tests python -m behavior.zoo.table > docs/zoo.md`. Each line is a training loop of `tests/behavior/zoo`, with a truth of its own in
-float64, found without geomprobe ([how](right-or-absent.md#how-it-is-tested)). Each cell of each column was compared with it in every row.
+Made by `PYTHONPATH=tests python -m behavior.zoo.table > docs/zoo.md`. Each line is a training loop of
+`tests/behavior/zoo`, with a truth of its own in float64, found without geomprobe
+([how](right-or-absent.md#how-it-is-tested)). Each cell of each column was compared with it in every row.
 
 {counts}
 
-- **right**: how many of the {most} columns (`epoch`, `loss`, `lr`, `grad_norm`, `distance`, `grad_dot_offset`, `rsi`, `eb`, `cosine`, `lolr`, `clr`, `hg_norm`, `g_hg`, and `optimizer`
-  where several step) are the truth in every row. A column that has no truth in a loop, as the epoch of a loop without epochs, does not count.
-- **absent**: columns with NaN in at least one row, and the numbers of the reasons [why](right-or-absent.md#where-it-is-said). `Hg` is both `hg_norm` and `g_hg`. No other row of theirs is wrong.
+- **right**: how many of the {most} columns are the truth in every row: `epoch`, `loss`, `lr`, `grad_norm`, `distance`,
+  `grad_dot_offset`, `rsi`, `eb`, `cosine`, `lolr`, `clr`, `hg_norm`, `g_hg`, and `optimizer` where several step. A
+  column that has no truth in a loop, as the epoch of a loop without epochs, does not count.
+- **absent**: columns with NaN in at least one row, and the numbers of the reasons
+  [why](right-or-absent.md#where-it-is-said). `Hg` is both `hg_norm` and `g_hg`. Their other rows are right.
 """
 
 
@@ -48,9 +51,8 @@ def line_of(name: str) -> Line:
     """Examine a loop."""
     loop = all_loops()[name]
     try:
-        with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nothing:
-            with contextlib.redirect_stderr(nothing), contextlib.redirect_stdout(nothing):
-                found = _told(examine(loop, Path(folder) / "run"))
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+            found = _told(examine(loop, Path(folder) / "run"))
     except GeomprobeError as error:
         expected = loop.refused is not None and re.search(loop.refused, str(error))
         reason = str(error).partition(". ")[0].replace("\n", " ")

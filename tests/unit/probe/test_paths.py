@@ -50,6 +50,25 @@ def test_a_path_goes_over_all_models_that_one_of_its_optimizers_trains() -> None
     assert script.paths.of(script.adam) == [script.adam, script.sgd, script.other, joint]
 
 
+def test_a_path_is_described_by_its_models_and_numbers() -> None:
+    script = Script()
+    assert script.paths.described([script.sgd, script.other]) == {"name": "Generator", "measured": [0, 2]}
+    unknown = torch.optim.Adam([nn.Parameter(torch.zeros(1))])
+    assert script.paths.described([unknown]) == {"name": "Adam", "measured": [-1]}
+
+
+def test_each_optimizer_that_steps_is_noted_once() -> None:
+    script = Script()
+    for each in (script.other, script.adam, script.other):
+        script.paths.stepping(each)
+    assert script.paths.stepped == [2, 1]
+
+
+def test_the_first_path_is_that_of_whichever_steps_first() -> None:
+    script = Script("first")
+    assert script.paths.is_chosen(script.adam)
+
+
 def test_the_same_parameters_without_a_model_are_a_path() -> None:
     weight = nn.Parameter(torch.zeros(1))
     paths = OptimizerPaths(ModelDiscovery())
