@@ -78,8 +78,8 @@ class RecordOptions(Options):
     optimizer: str | None = option(
         None,
         "of a script without attach whose optimizers train different models, as a GAN's do: measure the one of this "
-        "class, of the model of this class, or of this number, counted from 0 in the order in which they are made; first "
-        "is the one that steps first; all records each, into RUN/optimizers/NAME, by a training for each",
+        "class, of the model of this class, or of this number, counted from 0 in the order in which they are made; "
+        "first is the one that steps first, and all records each into RUN/optimizers/NAME, by a training for each",
         metavar="NAME|INDEX|first|all",
         parse=parser(str, bool, "is no class and no number"),
     )

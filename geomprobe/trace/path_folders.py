@@ -1,4 +1,4 @@
-"""The folders of a run whose optimizers' paths are measured one by one: ``RUN/optimizers/NAME``, each a run by itself."""
+"""The folders of a run whose optimizers' paths are measured one by one: ``RUN/optimizers/NAME``, each a run."""
 
 from __future__ import annotations
 

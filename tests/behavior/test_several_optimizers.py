@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 import torch
 from support.command_server import run
+from support.sealed_runs import tamper
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.optim import Optimizer
 
 import geomprobe
 from geomprobe.errors import RunError, UnsupportedTraining, UsageError
+from geomprobe.report.verify.plain_sgd import EQ4, LENGTH
+from geomprobe.report.verify.verify import verify
 from geomprobe.trace.record import open_record
 
 GAN = """
@@ -223,6 +226,22 @@ def test_each_tensors_products_are_of_the_optimizer_that_moves(tmp_path: Path) -
     trace = geomprobe.two_pass(hybrid(), tmp_path / "run", seed=0, per_parameter=True)
     assert (trace["parameters/weight/g.g"] > 0).tolist() == [True, False] * 2
     assert (trace["parameters/bias/g.g"] > 0).tolist() == [False, True] * 2
+
+
+def test_verify_checks_the_rows_that_plain_sgd_moves(tmp_path: Path) -> None:
+    path = geomprobe.two_pass(hybrid(steps=6), tmp_path / "run", seed=0).path / "trace.h5"
+    found = {check.name: check for check in verify(geomprobe.open_trace(path)).checks}
+    assert not verify(geomprobe.open_trace(path)).broken
+    assert found[EQ4].rows == 6  # of 12
+    assert found[LENGTH].outcome == "SKIPPED"  # Adam takes the last one
+    tamper(path, "groups/moving/lr", lambda rate: 1.01 * rate, row=4)
+    assert (EQ4, 4) in [(check.name, check.row) for check in verify(geomprobe.open_trace(path)).broken]
+
+
+def test_verify_leaves_alone_the_rows_that_another_optimizer_moves(tmp_path: Path) -> None:
+    path = geomprobe.two_pass(hybrid(steps=6), tmp_path / "run", seed=0).path / "trace.h5"
+    tamper(path, "groups/moving/lr", lambda rate: 1.01 * rate, row=5)
+    assert EQ4 not in [check.name for check in verify(geomprobe.open_trace(path)).broken]
 
 
 def test_a_second_attach_says_that_a_list_is_wanted(tmp_path: Path) -> None:

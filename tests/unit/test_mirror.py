@@ -26,9 +26,7 @@ TESTED_BY: dict[tuple[str, ...], str] = {
     ),
     ("behavior/test_unmodified_script.py",): "probe/hooks/global_hooks probe/hooks/step_calls",
     ("behavior/test_packaging.py", "behavior/test_light_import.py"): "_package",
-    ("behavior/integrations/test_frameworks.py",): (
-        "integrations/accelerate integrations/lightning integrations/transformers"
-    ),
+    ("behavior/integrations/test_frameworks.py",): ("integrations/accelerate integrations/transformers"),
     # Modules that have something to do only where there are several processes.
     ("processes/test_environment_ranks.py",): "distributed/manifest",
     ("processes/test_failure.py",): "distributed/progress distributed/watchdog",

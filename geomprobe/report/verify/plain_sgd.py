@@ -8,11 +8,14 @@ bounds by ``E``. So, with ``d' = w' - w*``:
   ``d`` and ``G`` has a sine of at most ``r = E / ||d||``: ``1 - cosine <= 1 - sqrt(1 - r^2) <= r^2``.
 
 The inner products' own errors, ``sums`` relative to the norms, add to each.
+
+Where several optimizers step the model, G is 0 for what the moving one does not hold, so each row that plain SGD moves
+obeys the same, whatever the others are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,22 +32,34 @@ DIRECTION = "cosine[T-1] = 1 (NWT section 4.1)"
 _SUSPECTS = "the trace is wrong, or something besides the optimizer moves the weights"
 
 
-def why_not_plain_sgd(manifest: Mapping[str, Any]) -> str:
-    """What the manifest says that is not plain SGD; empty where it is.
+def why_not_plain_sgd(manifest: Mapping[str, Any], number: int = 0) -> str:
+    """What the manifest says of an optimizer that is not plain SGD; empty where it is.
+
+    ``number`` is its place among several, as in the column ``optimizer``.
 
     >>> why_not_plain_sgd({"optimizer": {"class": "SGD", "groups": [{"lr": 0.1, "momentum": 0.9}]}})
     'momentum is 0.9'
     >>> why_not_plain_sgd({"optimizer": {"class": "SGD", "groups": [{"lr": 0.1, "momentum": 0}]}})
     ''
     """
-    optimizer = manifest.get("optimizer") or {}
-    if optimizer.get("class") != "SGD":
-        return f"the optimizer is {optimizer.get('class', 'unknown')}"
-    for group in optimizer.get("groups") or []:
+    name = dict(enumerate(_classes(manifest))).get(number, "unknown")
+    if name != "SGD":
+        return f"the optimizer is {name}"
+    for group in (group for group in _groups(manifest) if group.get("optimizer", 0) == number):
         for setting in ("momentum", "weight_decay", "nesterov", "maximize"):
             if group.get(setting):
                 return f"{setting} is {group[setting]}"
     return ""
+
+
+def _groups(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return (manifest.get("optimizer") or {}).get("groups") or []
+
+
+def _classes(manifest: Mapping[str, Any]) -> list[str]:
+    """The optimizers' classes, by their numbers."""
+    named = str((manifest.get("optimizer") or {}).get("class", "unknown"))
+    return named.split(" + ") if any("optimizer" in group for group in _groups(manifest)) else [named]
 
 
 def check_plain_sgd(c: Columns, p: Precision, certified: bool) -> list[Check]:
@@ -52,10 +67,11 @@ def check_plain_sgd(c: Columns, p: Precision, certified: bool) -> list[Check]:
 
     ``certified`` says that the last row's step reached w_T: without it the trace has no last step.
     """
-    why = why_not_plain_sgd(c.trace.manifest)
-    if why:
-        return [skipped(name, why) for name in (EQ4, LENGTH, DIRECTION)]
-    settled, why = _settled(c)
+    several = range(len(_classes(c.trace.manifest)))
+    why_not = {number: why_not_plain_sgd(c.trace.manifest, number) for number in several}
+    if all(why_not.values()):
+        return [skipped(name, "; ".join(dict.fromkeys(why_not.values()))) for name in (EQ4, LENGTH, DIRECTION)]
+    settled, why = _settled(c, [number for number, why in why_not.items() if not why])
     last = (
         _last_step(c, p, settled)
         if certified
@@ -64,14 +80,19 @@ def check_plain_sgd(c: Columns, p: Precision, certified: bool) -> list[Check]:
     return [_eq4(c, p, settled, why, certified), *last]
 
 
-def _settled(c: Columns) -> tuple[Rows, str]:
-    """Rows whose update is ``-lr G`` with one lr for all weights, and why the others are not."""
+def _settled(c: Columns, plain_sgd: Sequence[int]) -> tuple[Rows, str]:
+    """Rows whose update is ``-lr G`` with one lr for all weights that it moves, and why the others are not.
+
+    ``plain_sgd`` are the numbers of the optimizers that are plain SGD where the run begins.
+    """
     lr = c["steps/lr"]
-    same_lr, plain = np.isfinite(lr), np.ones(len(lr), bool)
-    for i in range(len(c.trace.manifest["optimizer"].get("groups") or [])):
-        same_lr &= ~(np.isfinite(c[f"groups/{i}/lr"]) & (c[f"groups/{i}/lr"] != lr))
+    moving = c["steps/optimizer"] if "steps/optimizer" in c.trace else np.zeros(len(lr))
+    same_lr, plain = np.isfinite(lr), np.isin(moving, plain_sgd)
+    for i, group in enumerate(_groups(c.trace.manifest)):
+        own = moving == group.get("optimizer", 0)
+        same_lr &= ~(own & np.isfinite(c[f"groups/{i}/lr"]) & (c[f"groups/{i}/lr"] != lr))
         for setting in ("momentum", "weight_decay"):
-            plain &= ~(np.abs(c[f"groups/{i}/{setting}"]) > 0)
+            plain &= ~(own & (np.abs(c[f"groups/{i}/{setting}"]) > 0))
     if not plain.any():
         return plain, "momentum or weight decay is on"
     if not (same_lr & plain).any():

@@ -118,10 +118,23 @@ def test_without_a_pass_the_callbacks_do_nothing(run: Run) -> None:
     assert len(json.loads((alone / "order.json").read_text())) == UPDATES * ACCUMULATE * 4
 
 
-def test_a_module_with_two_optimizers_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_module_with_two_paths_is_refused_by_name_until_one_is_chosen(tmp_path: Path) -> None:
     (tmp_path / "two.py").write_text(TWO)
     done = command("-m", "geomprobe", "record", "-o", "run", "two.py", cwd=tmp_path, code=1)
-    assert "Two.configure_optimizers gives 2 optimizers (SGD, Adam)" in done.stderr
+    assert "Two.configure_optimizers gives 2 optimizers (0: SGD with 2 tensors (2 values) of a; 1: Adam" in done.stderr
+    (tmp_path / "two.py").write_text(TWO.replace("GeomprobeCallback()", "GeomprobeCallback('a')"))
+    command("-m", "geomprobe", "record", "-o", "run", "two.py", cwd=tmp_path)
+    assert "w_T bitwise equal: certified" in command("-m", "geomprobe", "replay", "run", cwd=tmp_path).stdout
+    assert open_trace(tmp_path / "run")["lr"].tolist() == [0.1, 0.1]
+
+
+def test_optimizers_of_one_submodule_are_one_path(tmp_path: Path) -> None:
+    layers = "torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)"
+    one = TWO.replace(f"self.a, self.b = {layers}", f"self.net = torch.nn.Sequential({layers})")
+    (tmp_path / "one.py").write_text(one.replace("self.a", "self.net[0]").replace("self.b", "self.net[1]"))
+    command("-m", "geomprobe", "record", "-o", "run", "one.py", cwd=tmp_path)
+    assert "w_T bitwise equal: certified" in command("-m", "geomprobe", "replay", "run", cwd=tmp_path).stdout
+    assert open_trace(tmp_path / "run")["optimizer"].tolist() == [0.0, 1.0, 0.0, 1.0]
 
 
 TWO = """
@@ -135,7 +148,10 @@ class Two(lightning.LightningModule):
         self.automatic_optimization = False
         self.a, self.b = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     def training_step(self, batch, index):
-        pass
+        for part, optimizer in zip((self.a, self.b), self.optimizers()):
+            optimizer.zero_grad()
+            self.manual_backward(part(batch + 1).square().mean())
+            optimizer.step()
     def configure_optimizers(self):
         return torch.optim.SGD(self.a.parameters(), 0.1), torch.optim.Adam(self.b.parameters())
 
