@@ -234,13 +234,15 @@ def test_verify_checks_the_rows_that_plain_sgd_moves(tmp_path: Path) -> None:
     assert not verify(geomprobe.open_trace(path)).broken
     assert found[EQ4].rows == 6  # of 12
     assert found[LENGTH].outcome == "SKIPPED"  # Adam takes the last one
-    tamper(path, "groups/moving/lr", lambda rate: 1.01 * rate, row=4)
+    for column in ("groups/0/lr", "groups/moving/lr", "steps/lr"):
+        tamper(path, column, lambda rate: 1.01 * rate, row=4)
     assert (EQ4, 4) in [(check.name, check.row) for check in verify(geomprobe.open_trace(path)).broken]
 
 
 def test_verify_leaves_alone_the_rows_that_another_optimizer_moves(tmp_path: Path) -> None:
     path = geomprobe.two_pass(hybrid(steps=6), tmp_path / "run", seed=0).path / "trace.h5"
-    tamper(path, "groups/moving/lr", lambda rate: 1.01 * rate, row=5)
+    for column in ("groups/1/lr", "groups/moving/lr", "steps/lr"):
+        tamper(path, column, lambda rate: 1.01 * rate, row=5)
     assert EQ4 not in [check.name for check in verify(geomprobe.open_trace(path)).broken]
 
 

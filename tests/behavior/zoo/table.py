@@ -55,7 +55,7 @@ def line_of(name: str) -> Line:
             found = _told(examine(loop, Path(folder) / "run"))
     except GeomprobeError as error:
         expected = loop.refused is not None and re.search(loop.refused, str(error))
-        reason = str(error).partition(". ")[0].replace("\n", " ")
+        reason = re.sub(r"/\S*/run\b", "the run", str(error)).partition(". ")[0]
         found = ("refused", f"| | refused: {reason}") if expected else ("wrong", f"| | **REFUSED** {error}")
     except Exception as error:  # the rest of the table is wanted all the same
         found = "wrong", f"| | **CRASH** {type(error).__name__}: {error}"
