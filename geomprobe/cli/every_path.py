@@ -19,13 +19,14 @@ from types import FrameType
 from typing import Any
 
 from geomprobe.errors import RunError, UsageError
-from geomprobe.passes.options import ALL, FIRST, RecordOptions, ReplayOptions
+from geomprobe.passes.options import ALL, FIRST, RecordOptions, ReplayOptions, require_same_options
 from geomprobe.trace.path_folders import OPTIMIZERS_DIR, path_folders
 from geomprobe.trace.printable import show
 from geomprobe.trace.record import open_record
 from geomprobe.trace.run_folder import RunFolder
 
 _UNNAMED = "being-recorded"  # no class has that name
+_MOST = 32
 
 
 def record(folder: Path, options: RecordOptions, command: Sequence[str]) -> int:
@@ -47,14 +48,19 @@ def record(folder: Path, options: RecordOptions, command: Sequence[str]) -> int:
     while (number := _next(folder)) is not None:
         recorded = {path.name: path for path in path_folders(folder).values() if path.name != _UNNAMED}
         own = folder / OPTIMIZERS_DIR / _UNNAMED
-        seed = options.seed
-        for path in recorded.values():
-            seed = _manifest(path)["seed"]
+        begun = [_manifest(path) for path in recorded.values()][:1]
+        seed = begun[0]["seed"] if begun else options.seed
         chosen = replace(options, optimizer=number, seed=seed, force=False)
+        for then in begun:
+            same = replace(chosen, optimizer=then["recording"]["optimizer"])
+            require_same_options(f"{folder} was recorded", {**then, **then["recording"]}, same.asked())
         arguments = ["record", "-o", str(own), *chosen.argv(), *command]
         if code := _run(arguments):
             return code
-        name = re.sub(r"\W", "_", _manifest(own)["paths"]["name"])
+        manifest = _manifest(own)
+        if begun and manifest["script"] != begun[0]["script"]:
+            raise RunError(f"{own} is of another script than the other paths in {folder}: start over with --force")
+        name = re.sub(r"\W", "_", manifest["paths"]["name"])
         named = own.rename(own.with_name(f"{name}-{number}" if name in recorded else name))
         show(f"It is the path of {named.name}, and its folder is now {named}.")
     names = list(path_folders(folder))
@@ -92,6 +98,11 @@ def _next(folder: Path) -> str | None:
         return FIRST
     measured = {number for each in done for number in each["measured"]}
     left = [number for each in done for number in each["stepped"] if number not in measured]
+    if len(left) > _MOST:
+        raise RunError(
+            f"{folder}: {len(left)} or more optimizers step beside that of {OPTIMIZERS_DIR}/{done[0]['name']}, as "
+            "where a script makes one in each of its steps. Record the paths that you want by --optimizer NAME."
+        )
     if -1 in left:
         raise RunError(
             f"{folder}: an optimizer steps that was copied from another, so it has no number to choose it by. Make it "

@@ -14,6 +14,9 @@ from torch.optim import Optimizer
 from geomprobe.errors import UsageError
 from geomprobe.probe.parameters import ModelDiscovery, described, holds
 
+MOST = 64
+"""How many optimizers that step the manifest names at most."""
+
 
 class OptimizerPaths:
     """The optimizers that a script has made so far, and the paths that they make.
@@ -37,8 +40,9 @@ class OptimizerPaths:
         self._made.append(ref(optimizer))
 
     def stepping(self, optimizer: Optimizer) -> None:
-        """An optimizer steps."""
-        self._stepped.setdefault(self._number(optimizer))
+        """An optimizer steps. Of a script that makes one in each step, the first `MOST` are noted."""
+        if len(self._stepped) < MOST:
+            self._stepped.setdefault(self._number(optimizer))
 
     def described(self, path: Sequence[Optimizer]) -> dict[str, Any]:
         """For the manifest: the name of a path, and the numbers of its optimizers; -1 for one that was copied."""

@@ -152,6 +152,8 @@ def test_all_paths_that_were_cut_off_go_on(tmp_path: Path) -> None:
     record = ("record", "--seed", "0", "--optimizer", "all", "-o", "run")
     assert run(*record, "gan.py", cwd=tmp_path).code == 1
     assert sorted(each.name for each in (tmp_path / "run/optimizers").iterdir()) == ["Critic", "being-recorded"]
+    other = run(*record, "--resume", "--average", "gan.py", cwd=tmp_path)
+    assert "was recorded with average = False, and now it is True" in other.err
     resumed = run(*record, "--resume", "gan.py", cwd=tmp_path)
     assert resumed.code == 0, resumed.err
     assert sorted(each.name for each in (tmp_path / "run/optimizers").iterdir()) == ["Critic", "Generator"]
@@ -166,6 +168,16 @@ def test_a_failed_recording_of_all_paths_has_its_own_exit_code(tmp_path: Path) -
     failed = run("record", "--optimizer", "all", "-o", "run", "gan.py", cwd=tmp_path)
     assert failed.code == 2
     assert "the script says by attach what is measured" in failed.err
+
+
+def test_optimizers_that_are_made_in_each_step_are_no_paths(tmp_path: Path) -> None:
+    inner = """    x = nn.Parameter(torch.zeros(1))
+    torch.optim.SGD([x], lr=0.1).step()
+"""
+    (tmp_path / "gan.py").write_text(GAN.replace("range(3):\n", f"range(40):\n{inner}"))
+    failed = run("record", "--optimizer", "all", "-o", "run", "gan.py", cwd=tmp_path)
+    assert failed.code == 1
+    assert "optimizers step beside that of" in failed.err
 
 
 def test_in_python_each_path_is_a_run(tmp_path: Path) -> None:

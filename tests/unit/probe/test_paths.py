@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from geomprobe.errors import UsageError
 from geomprobe.probe.parameters import ModelDiscovery
-from geomprobe.probe.paths import OptimizerPaths
+from geomprobe.probe.paths import MOST, OptimizerPaths
 
 
 class Generator(nn.Linear):
@@ -62,6 +62,15 @@ def test_each_optimizer_that_steps_is_noted_once() -> None:
     for each in (script.other, script.adam, script.other):
         script.paths.stepping(each)
     assert script.paths.stepped == [2, 1]
+
+
+def test_not_all_of_many_optimizers_are_noted() -> None:
+    script = Script()
+    for _ in range(100):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+        script.paths.add(optimizer)
+        script.paths.stepping(optimizer)
+    assert len(script.paths.stepped) == MOST
 
 
 def test_the_first_path_is_that_of_whichever_steps_first() -> None:
