@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -43,8 +42,9 @@ def record(folder: Path, options: RecordOptions, command: Sequence[str]) -> int:
     _require_free(folder, options)
     if options.force:
         for each in path_folders(folder).values():
-            with RunFolder(each).writing():
-                shutil.rmtree(each)
+            with RunFolder(each).recording(force=True):  # which empties runs, and nothing else
+                pass
+            each.rmdir()
     while (number := _next(folder)) is not None:
         recorded = {path.name: path for path in path_folders(folder).values() if path.name != _UNNAMED}
         own = folder / OPTIMIZERS_DIR / _UNNAMED

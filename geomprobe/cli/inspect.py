@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _show_paths(arguments: argparse.Namespace, paths: Mapping[str, Path]) -> int:
     """What each of several paths is, in a line; as JSON, the whole summary of each."""
-    found = {name: summarize(path) for name, path in paths.items()}
+    found = {name: _summary(path) for name, path in paths.items()}
     if arguments.json:
         show(json.dumps({"path": str(arguments.run), "optimizers": found}, indent=2))
     else:
@@ -78,6 +78,14 @@ def _show_paths(arguments: argparse.Namespace, paths: Mapping[str, Path]) -> int
     if why := "; ".join(filter(None, map(damage, found.values()))):
         raise RunError(why)
     return 0
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    try:
+        return summarize(path)
+    except RunError as nothing:  # its recording has only begun
+        neither = {"error": str(nothing), "damaged": False}
+        return {"path": str(path), "record": neither, "trace": neither}
 
 
 def _in_short(of_pass: Mapping[str, Any]) -> str:

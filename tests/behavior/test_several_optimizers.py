@@ -140,8 +140,17 @@ def test_all_paths_are_replaced_only_by_force(every_path: Path) -> None:
     mine = run("record", "--force", "--optimizer", "all", "-o", "mine", "gan.py", cwd=every_path)
     assert mine.code == 2
     assert "something else than paths" in mine.err
+    (every_path / "other/optimizers/notes").mkdir(parents=True)
+    (every_path / "other/optimizers/notes/mine").touch()
+    other = run("record", "--force", "--optimizer", "all", "-o", "other", "gan.py", cwd=every_path)
+    assert other.code == 2
+    assert "is no run of geomprobe" in other.err
+    assert (every_path / "other/optimizers/notes/mine").exists()
+    inspected = run("inspect", "other", cwd=every_path)
+    assert (inspected.code, inspected.out.split()[-3:]) == (0, ["notes", "no", "no"])
 
 
+@pytest.mark.slow
 def test_all_paths_that_were_cut_off_go_on(tmp_path: Path) -> None:
     stop = """    from pathlib import Path
     if Path("run/optimizers/Critic").exists() and not Path("stopped").exists():
@@ -156,6 +165,8 @@ def test_all_paths_that_were_cut_off_go_on(tmp_path: Path) -> None:
     assert "was recorded with average = False, and now it is True" in other.err
     resumed = run(*record, "--resume", "gan.py", cwd=tmp_path)
     assert resumed.code == 0, resumed.err
+    forced = run(*record, "--force", "gan.py", cwd=tmp_path)
+    assert forced.code == 0, forced.err
     assert sorted(each.name for each in (tmp_path / "run/optimizers").iterdir()) == ["Critic", "Generator"]
 
 
@@ -170,6 +181,7 @@ def test_a_failed_recording_of_all_paths_has_its_own_exit_code(tmp_path: Path) -
     assert "the script says by attach what is measured" in failed.err
 
 
+@pytest.mark.slow
 def test_optimizers_that_are_made_in_each_step_are_no_paths(tmp_path: Path) -> None:
     inner = """    x = nn.Parameter(torch.zeros(1))
     torch.optim.SGD([x], lr=0.1).step()
