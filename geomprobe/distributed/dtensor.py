@@ -36,7 +36,9 @@ def local(tensor: Any) -> Tensor:
     >>> local(tensor) is tensor
     True
     """
-    if is_dtensor(tensor) and any(placement.is_partial() for placement in tensor.placements):
+    if not is_dtensor(tensor):
+        return tensor
+    if any(placement.is_partial() for placement in tensor.placements):
         raise UnsupportedTraining(
             f"A DTensor of shape {list(tensor.shape)} is placed as {tensor.placements}: what this process holds of it "
             "is a summand, not a value. Call .redistribute() or .full_tensor() on it."

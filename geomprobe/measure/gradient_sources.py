@@ -81,7 +81,7 @@ class GradientSources(Events):
         self._parameters: list[Tensor] = []
         self._probe: Probe | None = None
         self._kept: tuple[list[BackwardPass], list[Tensor]] = [], []  # of a checkpoint, until it is put back
-        self._attached = self._unfollowed = False
+        self._attached = self._unfollowed = self._several = False
         self._roots: Sequence[Tensor] = ()  # the losses whose backward pass is running
         self._passes: list[BackwardPass] = []
         # After each of these passes, what is left of each gradient before the next one: 1, 0 or NaN. [parameters]
@@ -94,7 +94,7 @@ class GradientSources(Events):
     def attached(self, probe: Probe) -> None:
         if not self._attached and self._passes:
             self._note_what_is_left()
-        self._probe = probe
+        self._probe, self._several = probe, len(probe.optimizers) > 1
         measured: list[Tensor] = list(probe.parameters.values())
         places = {id(p): i for i, p in enumerate(self._parameters)}
         order = [places.get(id(p), -1) for p in measured]
@@ -280,16 +280,14 @@ class GradientSources(Events):
     # Parts of the above
 
     @property
-    def _several(self) -> bool:
-        return self._probe is not None and len(self._probe.optimizers) > 1
-
-    @property
     def _moves(self) -> list[bool]:
         """For each parameter, whether the present update moves it."""
         return self._probe.moves if self._probe is not None and self._several else [True] * len(self._parameters)
 
     def _reached(self, each: BackwardPass) -> bool:
         """Whether a backward pass has added to a gradient that the present update uses."""
+        if not self._several:
+            return any(each.reaches)
         return any(reached and moved for reached, moved in zip(each.reaches, self._moves, strict=True))
 
     def _waiting(self, moves: Sequence[bool]) -> tuple[list[BackwardPass], list[Tensor]]:

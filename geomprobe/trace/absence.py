@@ -26,9 +26,9 @@ _COLUMNS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Absence:
-    """A reason for which numbers of a row are left out.
+    """A reason for which numbers of a row are left out; each exists once.
 
     Attributes:
         number: a power of two.

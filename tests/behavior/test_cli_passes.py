@@ -18,6 +18,7 @@ from geomprobe.trace.reader import open_trace
 from geomprobe.trace.record import open_record
 
 STEPS = 70
+LONG_STEPS = 2000  # too many for a small disk
 
 # An unmodified script; what it does otherwise than when it was recorded comes from the environment.
 SCRIPT = """
@@ -425,12 +426,12 @@ def test_an_interrupted_replay_is_unfinished_and_readable(folder):
 
 
 def test_a_file_that_may_not_grow_is_told_and_what_it_holds_is_kept(folder, long_record):
-    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))"
-    script(folder, f"{TRAINING}\nimport resource\n{limit}\nfor _ in range(4000): step()")
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (250_000, 250_000))"
+    script(folder, f"{TRAINING}\nimport resource\n{limit}\nfor _ in range({LONG_STEPS}): step()")
     words = "File too large", "safe and stay readable"
     failed(run("record", "--seed", 0, "-o", "run", "train.py", cwd=folder), 1, *words)
     with open_record(folder / "run") as left, open_record(long_record / "run") as whole:
-        assert 0 < left.num_steps < 4000
+        assert 0 < left.num_steps < LONG_STEPS
         np.testing.assert_array_equal(left.steps["loss"], whole.steps["loss"][: left.num_steps])
 
 
@@ -451,7 +452,7 @@ def disk(tmp_path):
     subprocess.run(["umount", "-l", disk], check=True)
 
 
-LONG = f"{TRAINING}\nfor _ in range(4000): step()"
+LONG = f"{TRAINING}\nfor _ in range({LONG_STEPS}): step()"
 
 
 @pytest.fixture(scope="module")
@@ -465,9 +466,9 @@ def long_record(tmp_path_factory):
 @pytest.mark.parametrize("swallow", [False, True])
 def test_a_disk_that_fills_up_while_recording_ends_it_with_what_was_kept(disk, folder, long_record, swallow):
     disk, leave = disk
-    leave(450_000)
+    leave(320_000)
     body = "    try: step()\n    except Exception: pass" if swallow else "    step()"
-    script(folder, f"{TRAINING}\nfor _ in range(4000):\n{body}")
+    script(folder, f"{TRAINING}\nfor _ in range({LONG_STEPS}):\n{body}")
     result = failed(
         run("record", "--seed", 0, "-o", disk / "run", "train.py", cwd=folder),
         1,
@@ -477,7 +478,7 @@ def test_a_disk_that_fills_up_while_recording_ends_it_with_what_was_kept(disk, f
     )
     with open_record(disk / "run") as left, open_record(long_record / "run") as whole:
         assert left.status == "incomplete"
-        assert 0 < left.num_steps < 4000
+        assert 0 < left.num_steps < LONG_STEPS
         assert f"{left.num_steps} rows were committed" in result.err
         for component in ("rng", "weights", "optimizer", "loss"):
             rows = left.fingerprints(component, 0, left.num_steps)
@@ -501,12 +502,12 @@ def test_a_disk_that_fills_up_while_replaying_ends_it_with_what_was_kept(disk, l
     disk, leave = disk
     (disk / "run").mkdir()
     (disk / "run" / "record.h5").write_bytes((long_record / "run" / "record.h5").read_bytes())
-    leave(450_000)
+    leave(200_000)
     words = "No space left on device", "safe and stay readable"
     failed(run("replay", "--no-curvature", disk / "run", cwd=long_record), 1, *words)
     left = open_trace(disk / "run")
     assert left.status == "incomplete"
-    assert 0 < left.num_steps < 4000
+    assert 0 < left.num_steps < LONG_STEPS
     assert run("replay", "run", "--force", "--no-curvature", cwd=long_record).code == 0
     whole = open_trace(long_record / "run")
     np.testing.assert_array_equal(left["distance"], whole["distance"][: left.num_steps])

@@ -46,21 +46,19 @@ MESHES = [
     Case("hsdp", optimizer="adam", per_parameter=True),
     Case("hsdp", curvature=False),
 ]
-WORLDS = {
-    1: EVERYWHERE + PLAIN,
-    2: EVERYWHERE + PLAIN,
-    3: EVERYWHERE + CASES,
-    4: EVERYWHERE + MESHES + [Case("ddp static", parts=2), Case("fsdp", closure=True)],
-}
+QUICK = {1: PLAIN, 2: EVERYWHERE + PLAIN + CASES, 3: EVERYWHERE, 4: MESHES}
+SLOW = {1: EVERYWHERE, 3: CASES, 4: EVERYWHERE + [Case("ddp static", parts=2), Case("fsdp", closure=True)]}
 
 Found = dict[tuple[int, Case], list[tuple[Path, Path]]]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """What each rank saw of each case, without measuring and with it."""
+def found(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Found:
+    """What each rank saw of each case, without measuring and with it; of the slow cases only where they are run."""
     results: Found = {}
-    for world, cases in WORLDS.items():
+    slow = any(item.get_closest_marker("slow") for item in request.session.items if item.path == request.path)
+    for world in sorted({*QUICK, *SLOW}):
+        cases = QUICK.get(world, []) + (SLOW.get(world, []) if slow else [])
         of_ranks = ranks.run(world, both_passes, Folder(tmp_path_factory.mktemp("ranks")), cases)
         results |= {(world, case): [of[i] for of in of_ranks] for i, case in enumerate(cases)}
     return results
@@ -74,7 +72,14 @@ def named(case: Any) -> str:
 
 
 RUNS = pytest.mark.parametrize(
-    ("world", "case"), [(world, case) for world, cases in WORLDS.items() for case in cases], ids=named
+    ("world", "case"),
+    [
+        pytest.param(world, case, marks=marks)
+        for worlds, marks in ((QUICK, ()), (SLOW, pytest.mark.slow))
+        for world, cases in worlds.items()
+        for case in cases
+    ],
+    ids=named,
 )
 
 

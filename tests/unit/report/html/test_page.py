@@ -1,5 +1,6 @@
 """The page is whole by itself, says first whether the replay held, and shows what any kind of run has."""
 
+import html
 import json
 import re
 import sys
@@ -14,6 +15,7 @@ from support.live_writer import append, open_part
 from support.sealed_runs import certificate, train, write_record, write_run, write_trace
 
 from geomprobe.errors import RunError, UsageError
+from geomprobe.report.html import figures
 from geomprobe.report.html.page import write
 from geomprobe.trace.printable import printable
 from geomprobe.trace.reader import open_trace
@@ -86,6 +88,16 @@ def text(tmp_path_factory, whole):
     return out.read_text()
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures of words alone, for tests that read no more of a page: to draw them takes most of a test's time."""
+
+    def described(draw, name, alt):
+        return f'<svg role="img" aria-label="{html.escape(printable(alt))}"></svg>'
+
+    monkeypatch.setattr(figures, "inline", described)
+
+
 def with_hg(path, residuals):
     with h5py.File(path, "r+") as file:
         file["steps/relative_residual"][...] = residuals
@@ -137,8 +149,8 @@ def test_the_verdict_is_the_first_section(text):
 
 
 def test_every_figure_says_in_words_what_it_shows(text, whole):
-    figures = Page(text).figures()
-    assert [name for name, _ in figures] == [
+    drawn = Page(text).figures()
+    assert [name for name, _ in drawn] == [
         *("rsi", "eb", "cosine", "lolr", "distance"),
         *("distance", "cosine"),
         *("relative_residual", "clr", "occupancy"),
@@ -146,11 +158,11 @@ def test_every_figure_says_in_words_what_it_shows(text, whole):
     ]
     trace = open_trace(whole)
     means = trace["loss"].reshape(3, 20).mean(1)
-    assert dict(figures)["loss"] == (
+    assert dict(drawn)["loss"] == (
         f"loss: training loss of the step, by epoch. The mean goes from {means[0]:.4g} at epoch 0 to {means[2]:.4g} "
         f"at epoch 2; all values lie between {trace['loss'].min():.4g} and {trace['loss'].max():.4g}."
     )
-    assert all(name in figures[5][1] for name in ("final: The", "step-30: The", "ema: The"))
+    assert all(name in drawn[5][1] for name in ("final: The", "step-30: The", "ema: The"))
     assert all(svg.get("aria-hidden") for svg in Page(text).all("svg") if svg.get("role") != "img")
 
 
@@ -265,11 +277,13 @@ def test_a_run_that_did_not_hold_says_so_first_and_on_every_figure(tmp_path, his
     assert ("not the recorded run" in page.text("li")) == (status == "uncertified")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_certificate_that_contradicts_the_status_is_no_certificate(tmp_path, history):
     found, _ = report(write_run(tmp_path / "a", history, cert=certificate(60, equal=59)), tmp_path)
     assert (found.headline, found.mark) == ("No valid certificate", "bad")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_replay_that_has_not_ended_shows_its_rows(tmp_path):
     with open_part(tmp_path / "part.h5", "trace", 0) as writer:
         append(writer, "trace", 0, 120)
@@ -279,6 +293,7 @@ def test_a_replay_that_has_not_ended_shows_its_rows(tmp_path):
     assert {"rsi", "loss", "relative_residual", "occupancy"} <= {name for name, _ in page.figures()}
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("rows", [0, 1])
 def test_a_replay_that_has_barely_begun_is_reported(tmp_path, rows):
     with open_part(tmp_path / "part.h5", "trace", 0) as writer:
@@ -306,6 +321,7 @@ def test_a_recording_that_failed_says_so(tmp_path, history):
     assert "failed, 60 steps, 3 epochs" in page.text("dd")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_recording_of_a_python_function_names_no_command_line(tmp_path, history):
     script = {"kind": "function", "path": "train", "argv": [], "cwd": None}
     run = write_run(tmp_path / "a", replace(history, manifest={**history.manifest, "script": script}))
@@ -313,6 +329,7 @@ def test_a_recording_of_a_python_function_names_no_command_line(tmp_path, histor
     assert "Recorded in Python: geomprobe.two_pass(train, ...)" in page.text("p")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_without_epochs_figures_go_by_windows_of_steps(tmp_path, history):
     path = write_trace(tmp_path / "t.h5", history, epoch_length=0)
     _, page = report(path, tmp_path)
@@ -321,6 +338,7 @@ def test_without_epochs_figures_go_by_windows_of_steps(tmp_path, history):
     assert page.text("h1") == ["t"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_without_hg_there_is_no_occupancy_and_a_word_on_why(tmp_path, history):
     _, page = report(write_run(tmp_path / "a", history), tmp_path)
     assert "Hg was not taken, so there is no relative residual." in page.text("p")
@@ -352,6 +370,7 @@ def test_what_is_not_finite_is_left_out_of_figures(tmp_path, history):
     assert "inf" not in " ".join(label for _, label in page.figures())
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_manifest_without_anything_is_reported(tmp_path, history):
     run = write_run(tmp_path / "a", replace(history, manifest={"optimizer": {"groups": []}}))
     _, page = report(run, tmp_path)
@@ -390,6 +409,7 @@ def test_without_jinja2_the_extra_is_named_and_nothing_is_written(tmp_path, whol
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_nothing_is_overwritten_unless_asked(tmp_path, history):
     run = write_run(tmp_path / "a", history, trace=False)
     out = tmp_path / "report.html"
@@ -401,6 +421,7 @@ def test_nothing_is_overwritten_unless_asked(tmp_path, history):
     assert out.read_text().startswith("<!DOCTYPE html>")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_cannot_be_written_leaves_what_was_there(tmp_path, history, monkeypatch):
     run = write_run(tmp_path / "a", history, trace=False)
     out = tmp_path / "report.html"
@@ -426,6 +447,7 @@ def test_a_folder_in_the_way_a_missing_folder_and_no_run_are_told(tmp_path, hist
         write(tmp_path / "nothing", tmp_path / "report.html")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_columns_of_other_gradients_are_among_the_numbers(tmp_path, history):
     write_run(tmp_path / "run", history)
     with h5py.File(tmp_path / "run" / "trace.h5", "r+") as file:
