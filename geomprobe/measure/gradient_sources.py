@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from geomprobe.distributed.dtensor import is_dtensor
 from geomprobe.probe.events import Events, Weight
-from geomprobe.probe.evidence import Mark, evidence, marks
+from geomprobe.probe.evidence import Mark, evidence, marks, moved
 from geomprobe.probe.graph import leaves_of
 from geomprobe.probe.hooks.global_hooks import unscaled
 from geomprobe.probe.hooks.gradient_hooks import watching_hooks
@@ -50,6 +50,19 @@ class BackwardPass:
     hooked: bool = False
     share: Tensor | None = None
     earlier: bool = False
+
+
+class _Numbers:
+    """Constants on the device: to make them there at each step would take a kernel, or a wait, each."""
+
+    UNKNOWN = 2.0  # for a share that is NaN, where it is compared
+
+    def __init__(self, device: torch.device) -> None:
+        self.zero, self.one, self.nan = moved([0.0, 1.0, torch.nan], device, torch.float64).unbind()
+        reasons = GradientSources.REASONS
+        holds_at = {WRITTEN: self.UNKNOWN, UNSEEN: 0.0}  # of the only backward pass's share
+        self.reasons = moved([holds_at.get(of, -1.0) for of in reasons], device, torch.float64)
+        self.only_unseen = moved([float(of is UNSEEN) for of in reasons], device, torch.float64)
 
 
 class GradientSources(Events):
@@ -88,6 +101,7 @@ class GradientSources(Events):
         self._left: list[Tensor] = []
         self._marks: list[Mark] = []
         self._evidence = torch.empty(2, 0)
+        self._known_numbers: _Numbers | None = None
 
     # Events
 
@@ -105,8 +119,10 @@ class GradientSources(Events):
             reaches = each.reaches
             each.reaches = [p.grad is not None if i < 0 else reaches[i] for p, i in zip(measured, order, strict=True)]
         device = measured[0].device
-        known = torch.tensor([i >= 0 for i in order], device=device)
-        self._left = [torch.where(known, left.to(device)[order], 1.0) for left in self._left]
+        if self._left:
+            known, places_there = moved([i >= 0 for i in order], device), moved(order, device)
+            one = self._numbers.one
+            self._left = [torch.where(known, left.to(device, one.dtype)[places_there], one) for left in self._left]
         self._look()
 
     def gradients_dropped(self) -> None:
@@ -251,33 +267,66 @@ class GradientSources(Events):
         Returns:
             float64 [1], NaN where it is not known; and float64 [len(REASONS)], 1 where that reason holds.
         """
-        device = self._parameters[0].device
-        no, yes = torch.tensor([0.0, 1.0], dtype=torch.float64, device=device)
-        own = [p for p, moved in zip(self._parameters, self._moves, strict=True) if moved]
+        device, numbers = self._parameters[0].device, self._numbers
+        own = [p for p, used in zip(self._parameters, self._moves, strict=True) if used]
         if not self._passes or (all(p.grad is None for p in own) and not self._unfollowed):
             for each in self._passes:
-                each.share = no
-            return no.reshape(1) + torch.nan, torch.stack([yes if of is UNSEEN else no for of in self.REASONS])
+                each.share = numbers.zero
+            return numbers.nan.reshape(1), numbers.only_unseen
+        first = self._passes[0]
+        if len(self._passes) == 1 and first.loss is not None and any(first.reaches) and self._alone:
+            return self._settle_one(first)
         shares, written = self._shares(device)
         last = next((each for each in reversed(self._passes) if self._reached(each)), self._passes[-1])
-        alike = [self._scaled_alike(each, last) for each in self._passes]
-        shares = [torch.where(same | (share == 0), share, torch.nan) for share, same in zip(shares, alike, strict=True)]
-        written = torch.maximum(written, torch.stack(shares).isnan().any().double())
-        none = torch.stack(shares).eq(0).all()
-        total, holds = no, dict.fromkeys(self.REASONS, no) | {WRITTEN: written}
+        for i, each in enumerate(self._passes):
+            alike = self._scaled_alike(each, last)
+            if alike is not True:
+                shares[i] = torch.where(alike | (shares[i] == 0), shares[i], numbers.nan)
+        of_all = torch.stack(shares)
+        written = written | of_all.isnan().any()
+        zero = numbers.zero
+        none, holds = of_all.eq(0).all(), dict.fromkeys(self.REASONS, zero)
+        total = zero
         for each, share in zip(self._passes, shares, strict=True):
             each.share = share
             if each.loss is not None:
-                total = total + torch.where(share == 0, 0.0, share * each.loss.to(device))
+                total = total + torch.where(share == 0, zero, share * each.loss.to(device))
             else:
                 assert each.unknown is not None
-                total = total + torch.where(share == 0, 0.0, torch.nan)
+                total = total + torch.where(share == 0, zero, numbers.nan)
                 holds[each.unknown] = torch.maximum(holds[each.unknown], (share != 0).double())
+        holds[WRITTEN] = torch.maximum(holds[WRITTEN], written.double())
         holds[UNSEEN] = none.double()
-        total = torch.where(none | (written > 0), torch.nan, total)
+        total = torch.where(none | (holds[WRITTEN] > 0), numbers.nan, total)
         return total.reshape(1), torch.stack([holds[of] for of in self.REASONS])
 
     # Parts of the above
+
+    def _settle_one(self, alone: BackwardPass) -> tuple[Tensor, Tensor]:
+        """`settle` where one backward pass made all gradients, as in most trainings: the same in few operations."""
+        self._note_what_is_left()
+        numbers, (left,) = self._numbers, self._left
+        if not all(alone.reaches):  # what is left of the others counts only where something was done to it
+            first = alone.reaches.index(True)
+            places = [i if reached else first for i, reached in enumerate(alone.reaches)]
+            left = torch.where(left.isnan(), left, left[moved(places, left.device)])
+        lowest, highest = torch.aminmax(left)
+        alone.share = share = torch.where(lowest == highest, lowest, numbers.nan)
+        assert alone.loss is not None
+        loss = torch.where(share == 1, alone.loss.to(left.device), numbers.nan)
+        return loss.reshape(1), (share.nan_to_num(numbers.UNKNOWN) == numbers.reasons).double()
+
+    @property
+    def _alone(self) -> bool:
+        """Whether an update uses all gradients, and all of them can be looked at."""
+        return not self._several and not self._unfollowed
+
+    @property
+    def _numbers(self) -> _Numbers:
+        device = self._parameters[0].device
+        if self._known_numbers is None or self._known_numbers.zero.device != device:
+            self._known_numbers = _Numbers(device)
+        return self._known_numbers
 
     @property
     def _moves(self) -> list[bool]:
@@ -296,18 +345,18 @@ class GradientSources(Events):
             return [], []
         self._note_what_is_left()
         there = [not moved and p.grad is not None for moved, p in zip(moves, self._parameters, strict=True)]
-        moved = torch.tensor(list(moves), device=self._parameters[0].device)
+        of_moved, numbers = moved(moves, self._parameters[0].device), self._numbers
         passes: list[BackwardPass] = []
         lefts: list[Tensor] = []
         for each, left in zip(self._passes, self._left, strict=True):
             each.reaches = [a and b for a, b in zip(each.reaches, there, strict=True)]
             each.earlier, each.share = True, None
-            left = torch.where(moved, 1.0, left)
+            left = torch.where(of_moved, numbers.one, left)
             if any(each.reaches):
                 passes.append(each)
                 lefts.append(left)
             elif passes:  # what came after it holds for those before it, too
-                lefts[-1] = torch.where(left == 0, 0.0, lefts[-1] * left)
+                lefts[-1] = torch.where(left == 0, numbers.zero, lefts[-1] * left)
         over = len(passes) - self.LONGEST
         if over > 0:
             reaches = [any(each) for each in zip(*(p.reaches for p in passes[: over + 1]), strict=True)]
@@ -320,14 +369,17 @@ class GradientSources(Events):
         if len(losses) > 1:  # those that do not reach the measured parameters are no part of what is differentiated
             own = {id(p) for p in self._parameters}
             reach = [not self._attached or any(id(leaf) in own for leaf in leaves_of(loss)) for loss in losses]
-        found = BackwardPass(torch.zeros((), dtype=torch.float64, device=losses[0].device))
+        found = BackwardPass(None)
         found.factor = unscaled(losses[0])[1]
+        parts: list[Tensor] = []
         for value, weight, counts in zip(self._losses.values[-len(losses) :], weights, reach, strict=True):
             if counts and (value.numel() != 1 or (isinstance(weight, Tensor) and weight.numel() != 1)):
-                found.loss, found.unknown = None, NO_SCALAR
-            elif counts and found.loss is not None:
+                found.unknown = NO_SCALAR
+            elif counts:
                 part = value.reshape(()).double()
-                found.loss = found.loss + (part if weight is None else part * torch.as_tensor(weight).reshape(()))
+                parts.append(part if weight is None else part * torch.as_tensor(weight).reshape(()))
+        if found.unknown is None:
+            found.loss = sum(parts[1:], parts[0] + 0.0) if parts else losses[0].new_zeros((), dtype=torch.float64)
         return found
 
     def _add_leaves(self, losses: Sequence[Tensor]) -> None:
@@ -358,28 +410,29 @@ class GradientSources(Events):
         else:  # gradients that no pass has made
             self._passes = [BackwardPass(None, CARRIED, [p.grad is not None for p in self._parameters])]
             self._look()
-            self._left = [torch.where(self._evidence[0] == 0, 0.0, 1.0)]  # the script may have made them, of zeros
+            numbers = self._numbers  # the script may have made them, of zeros
+            self._left = [torch.where(self._evidence[0] == 0, numbers.zero, numbers.one)]
 
     def _note_what_is_left(self) -> None:
         if self._unfollowed:
             return
         before, then = self._marks, self._evidence
         self._look()
-        now = self._evidence
-        same = ((now == then) | (now.isnan() & then.isnan())).all(0)
+        now, numbers = self._evidence, self._numbers
+        same = (_bits(now) == _bits(then)).all(0)
         if before != self._marks:
-            same &= torch.tensor([a == b for a, b in zip(before, self._marks, strict=True)], device=now.device)
-        left = torch.where(same, 1.0, torch.where(now[0] == 0, 0.0, torch.nan))
+            same &= moved([a == b for a, b in zip(before, self._marks, strict=True)], now.device)
+        left = torch.where(same, numbers.one, torch.where(now[0] == 0, numbers.zero, numbers.nan))
         if len(self._left) < len(self._passes):
             self._left.append(left)
         else:
-            self._left[-1] = torch.where(left == 0, 0.0, self._left[-1] * left)
+            self._left[-1] = torch.where(left == 0, numbers.zero, self._left[-1] * left)
 
     def _shares(self, device: torch.device) -> tuple[list[Tensor], Tensor]:
         """Of each pass, its share of the present gradients; and whether something else is part of them."""
-        if self._unfollowed:
-            one = torch.ones((), dtype=torch.float64, device=device)  # of one optimizer: see `Session.attached`
-            return [one] * len(self._passes), 0 * one
+        numbers = self._numbers
+        if self._unfollowed:  # of one optimizer: see `Session.attached`
+            return [numbers.one] * len(self._passes), numbers.zero
         self._note_what_is_left()
         moves = self._moves
         shares: list[Tensor] = []
@@ -387,26 +440,28 @@ class GradientSources(Events):
         for each, left in zip(reversed(self._passes), reversed(self._left), strict=True):
             after = torch.where(zeroed, after, left * after)
             zeroed = zeroed | (left == 0)
-            reaches = [reached and moved for reached, moved in zip(each.reaches, moves, strict=True)]
+            reaches = [reached and used for reached, used in zip(each.reaches, moves, strict=True)]
             if not any(reaches):
-                shares.append(after.new_zeros(()))
+                shares.append(numbers.zero)
                 continue
-            beside = self._not(reaches, device)
-            whole, none = ((after == 1) | beside).all(), ((after == 0) | beside).all()
-            shares.append(torch.where(whole, 1.0, torch.where(none, 0.0, torch.nan)))
-        written = (after.isnan() & ~self._not(moves, device)).any() | torch.stack(shares).isnan().any()
-        return shares[::-1], written.double()
+            whole, none = ((after == share) for share in (1, 0))
+            if not all(reaches):
+                beside = self._not(reaches, device)
+                whole, none = whole | beside, none | beside
+            shares.append(torch.where(whole.all(), numbers.one, torch.where(none.all(), numbers.zero, numbers.nan)))
+        written = after.isnan() if all(moves) else after.isnan() & ~self._not(moves, device)
+        return shares[::-1], written.any()
 
     @staticmethod
     def _not(chosen: Sequence[bool], device: torch.device) -> Tensor:
         """A mask of the parameters that are not chosen; to index by one would wait for the device."""
-        return torch.tensor([not each for each in chosen], device=device)
+        return moved([not each for each in chosen], device)
 
-    def _scaled_alike(self, one: BackwardPass, other: BackwardPass) -> Tensor:
+    @staticmethod
+    def _scaled_alike(one: BackwardPass, other: BackwardPass) -> Tensor | bool:
         """Whether two passes' losses were multiplied by the same number: one division makes up for both."""
-        if one.factor is None or other.factor is None:
-            device = self._parameters[0].device
-            return torch.tensor(one.factor is other.factor, device=device)
+        if one.factor is None or other.factor is None or one.factor is other.factor:
+            return one.factor is other.factor
         return one.factor == other.factor
 
     def _look(self) -> None:
@@ -416,4 +471,9 @@ class GradientSources(Events):
     def _looked(self) -> Tensor:
         if not self._parameters or self._unfollowed:
             return torch.empty(2, 0)
-        return evidence([p.grad for p in self._parameters], self._parameters[0].device)
+        return evidence([p.grad for p in self._parameters], self._parameters[0].device) + 0.0  # of -0.0, 0.0
+
+
+def _bits(values: Tensor) -> Tensor:
+    """As integers, where a NaN is equal to itself."""
+    return values.view({4: torch.int32, 8: torch.int64}[values.element_size()])

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from geomprobe.probe.evidence import moved
 from geomprobe.reproducibility.columns import Columns
-from geomprobe.trace.schema import GROUP_COLUMNS, MOVING_LR, VALUES, group_column
+from geomprobe.trace.schema import GROUP_COLUMNS, MOVING_LR, STEPS, VALUES, group_column
 
 
 class GroupValues:
@@ -38,7 +39,9 @@ class GroupValues:
         self._host = [(i, name) for i, name in members if not _on_device(self._groups[i][name])]
         self._device = [(i, name) for i, name in members if _on_device(self._groups[i][name])]
         several = len(optimizers) > 1 and any("lr" in group for group in self._groups)
-        self._moving_on_device = several and any(_on_device(group.get("lr")) for group in self._groups)
+        rates: list[Any] = [group.get("lr") for group in self._groups]
+        self._rate_device: torch.device | None = next((rate.device for rate in rates if _on_device(rate)), None)
+        self._moving_on_device = several and self._rate_device is not None
         self._moving_on_host = several and not self._moving_on_device
         self._before: list[Any] = []
         self._used: list[Any] = []
@@ -89,6 +92,19 @@ class GroupValues:
         return self._used[self._used_now[0]]
 
     @property
+    def rate_column(self) -> Columns:
+        """Of `rate_value`: on the device where a group's rate is a tensor there."""
+        return Columns("lr", STEPS, ("lr",), "float64", self._rate_device is not None)
+
+    @property
+    def rate_value(self) -> Any:
+        """The same as `rate`, as a row has it."""
+        rate = self.rate
+        if self._rate_device is None:
+            return [float(rate)]
+        return _moved(rate, self._rate_device).detach().double().reshape(1)
+
+    @property
     def unknown_rates(self) -> float | Tensor:
         """How many groups' rates of the last update are not known."""
         groups = self._groups
@@ -105,7 +121,7 @@ class GroupValues:
         found: dict[str, Any] = {"groups": [float(value) for value in host]}
         if on_device:
             device = next(value.device for value in on_device if _on_device(value))
-            values = [torch.as_tensor(v, device=device).detach().double().reshape(1) for v in on_device]
+            values = [_moved(v, device).detach().double().reshape(1) for v in on_device]
             found["device groups"] = torch.cat(values)
         return found
 
@@ -116,9 +132,13 @@ class GroupValues:
 def _unchanged(before: Any, now: Any) -> Any:
     """A rate that is now what it was before; else NaN."""
     if _on_device(now):
-        then = torch.as_tensor(math.nan if before is None else before, device=now.device)
+        then = _moved(math.nan if before is None else before, now.device)
         return torch.where(then == now.detach(), now.detach().double(), torch.nan)
     return now if before is not None and float(now) == float(before) else float("nan")
+
+
+def _moved(value: Any, device: torch.device) -> Tensor:
+    return value if _on_device(value) else moved(float(value), device)
 
 
 def _same(before: Any, now: Any) -> bool:

@@ -18,6 +18,7 @@ from geomprobe.measure.options import MeasureOptions
 from geomprobe.measure.quantity import Combine, Part, Quantity, Recorded, References, Step, Training
 from geomprobe.measure.side_gradient import FullGradient, HeldOutGradient
 from geomprobe.probe.events import Closure, Events
+from geomprobe.probe.evidence import moved
 from geomprobe.probe.hooks.global_hooks import muted
 from geomprobe.probe.probe import Probe
 from geomprobe.trace.absence import UNPROVEN, Absence
@@ -71,6 +72,7 @@ class Measurement(Events):
         self._quantities = {of.name: of(training) for of in quantities if not of.option or getattr(options, of.option)}
         self.columns: dict[str, tuple[str, ...]] = {}
         self._no_reasons = torch.empty(0, dtype=torch.float64, device=self._parameters[0].device)
+        self._not_known = moved(torch.nan, self._no_reasons.device, torch.float64)
         self._numbers: dict[tuple[Absence, ...], Tensor] = {}  # of the reasons that a step may have, on their device
         self._before_backward = self._overriding(Quantity.before_backward)
         self._after_backward = self._overriding(Quantity.after_backward)
@@ -181,28 +183,29 @@ class Measurement(Events):
         for name, quantity in self._quantities.items():
             row[name] = quantity.finish(whole[name]) if name in whole else self._unmeasured[name]
         found = whole["absent"]["absent"] > 0
-        row["absent"] = torch.where(found, numbers, 0.0).sum().reshape(1)
-        unknown, unproven = found.any(), self._curvature.unproven
-        of_loss = [q.name for q in self._quantities.values() if q.of_step_loss and q.name in whole]
-        if unproven is not None and of_loss:
-            row["absent"] += UNPROVEN.number * unproven
-            unknown = unknown | unproven
-        for name in of_loss:
-            row[name] = torch.where(unknown, torch.nan, row[name])
+        row["absent"] = (found * numbers).sum().reshape(1)
+        if of_loss := [q.name for q in self._quantities.values() if q.of_step_loss and q.name in whole]:
+            unknown, unproven = found.any(), self._curvature.unproven
+            if unproven is not None:
+                row["absent"] += UNPROVEN.number * unproven
+                unknown = unknown | unproven
+            for name in of_loss:
+                row[name] = torch.where(unknown, self._not_known, row[name])
         return row
 
     def _absent(self, of_sources: Tensor | None) -> tuple[Tensor, Tensor]:
         """The reasons for which values of the step's own loss are left out: whether each holds here, and its number."""
         of_curvature = self._curvature.absent()
-        holds: list[Tensor] = [self._no_reasons]
+        holds: list[Tensor] = []
         of: tuple[Absence, ...] = ()
         if of_sources is not None:
             holds, of = [*holds, of_sources], GradientSources.REASONS
         if of_curvature is not None:
             holds, of = [*holds, of_curvature], (*of, *StepCurvature.ABSENT)
         if of not in self._numbers:
-            self._numbers[of] = self._no_reasons.new_tensor([float(absence.number) for absence in of])
-        return torch.cat(holds), self._numbers[of]
+            numbers = [float(absence.number) for absence in of]
+            self._numbers[of] = moved(numbers, self._no_reasons.device, torch.float64)
+        return torch.cat(holds) if len(holds) > 1 else next(iter(holds), self._no_reasons), self._numbers[of]
 
     def _parts(
         self, number: int, gradients: Sequence[Tensor | None], grad_scale: Tensor | None

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from geomprobe.distributed.dtensor import local
@@ -210,12 +209,13 @@ class RecordWriter(Events):
 
     def __init__(self, session: Session, probe: Probe, run: RunFolder, fingerprint: StepFingerprint) -> None:
         self._session, self._probe, self._run, self._fingerprint = session, probe, run, fingerprint
-        places = {"epoch": False, "loss": True, "lr": True}
+        self._groups = GroupValues(probe.optimizers)
+        places = {"epoch": False, "loss": True}
         columns = [Columns(name, STEPS, (name,), "float64", on_device) for name, on_device in places.items()]
+        columns.append(self._groups.rate_column)
         columns += [each._replace(table=f"{FINGERPRINTS}/{each.table}") for each in fingerprint.columns]
         self._rows = RowBuffer(fingerprint.device, columns, self._write)
         self._row: dict[str, Any] = {}
-        self._groups = GroupValues(probe.optimizers)
         self.opened = False
 
     def first_update(self) -> None:
@@ -235,8 +235,7 @@ class RecordWriter(Events):
         self._groups.after_update(self._probe.moving)
 
     def after_update(self) -> None:
-        rate = torch.as_tensor(self._groups.rate, dtype=torch.float64).reshape(1)
-        self._rows.append(self._row | {"lr": rate.to(self._fingerprint.device, non_blocking=True)})
+        self._rows.append(self._row | {"lr": self._groups.rate_value})
 
     def flush(self) -> None:
         """Write the rows so far."""

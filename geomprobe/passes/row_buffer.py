@@ -68,8 +68,7 @@ class RowBuffer:
         self._whole = False  # an error or Ctrl-C in here loses this row's place, and no later one may take it
         count = len(self._host)
         for dtype, names in self._device_names.items():
-            values = torch.cat([row[name] for name in names])
-            self._blocks[dtype][count].copy_(values, non_blocking=True)
+            torch.cat([row[name] for name in names], out=self._blocks[dtype][count])
         self._host.append([row[name] for name in self._host_names])
         if len(self._host) == CAPACITY or time.monotonic() - self._opened > INTERVAL:
             self._rotate()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,17 @@ from geomprobe.distributed.dtensor import local
 Mark = tuple[int, int, int] | None
 _HALF = (torch.float16, torch.bfloat16)
 _PLAIN = (Tensor, nn.Parameter)
+
+
+def moved(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of what the host knows on a device, without waiting for it; a step makes none that it can keep.
+
+    >>> moved([True, False], torch.device("cpu"))
+    tensor([ True, False])
+    """
+    tensor = torch.tensor(values, dtype=dtype)
+    # The allocator of pinned memory gives none of it to others before the copy has been made.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def marks(tensors: Iterable[Tensor | None]) -> list[Mark]:
@@ -54,11 +66,11 @@ def evidence(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
     types = {t.dtype for t in present}
     dtype = None if types.isdisjoint(_HALF) else torch.float64 if torch.float64 in types else torch.float32
     norms = iter(torch._foreach_norm(present, 2, dtype=dtype))
-    zero = torch.zeros((), device=device)
+    of_none = torch.zeros((), device=device) if any(t is None or not t.numel() for t in values) else present[0]
     rows: list[list[Tensor]] = []
     for t in values:
         if t is None or not t.numel():
-            rows.append([zero, zero, zero, zero])
+            rows.append([of_none] * 4)
         elif t.is_contiguous():
             start, count = t.storage_offset(), t.numel()
             places = [t.as_strided((), (), start), t.as_strided((), (), start + count // 2)]
@@ -66,7 +78,12 @@ def evidence(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
         else:
             rows.append([next(norms), *_places(t)])
     every = [value for row in rows for value in row]
-    if len(types) > 1 or dtype is not None or zero.dtype not in types or len({t.device for t in every}) > 1:
+    if (
+        len(types) > 1
+        or dtype is not None
+        or torch.get_default_dtype() not in types
+        or len({t.device for t in every}) > 1
+    ):
         every = [(t.real if t.is_complex() else t).to(device, torch.float64) for t in every]
     return torch.stack(every).view(-1, 4).T
 

@@ -51,6 +51,7 @@ KERNELS = {"dot": 2, "cumsum": 2, "sort": 4, "native_layer_norm_backward": 2}
 # aten/src/ATen/native/cuda/MultiTensorApply.cuh: tensors of a launch by the number of lists, blocks, elements of one.
 TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 BLOCKS, CHUNK = 320, 65536
+JOINED = 128  # aten/src/ATen/native/cuda/Shape.cu: tensors that one kernel joins
 # Tensor's methods that read a device without an operator of their own where the tensor is on the host, as it is here.
 READING = {torch.Tensor.cpu, torch.Tensor.tolist, torch.Tensor.numpy}
 
@@ -112,7 +113,7 @@ class DeviceWork(TorchDispatchMode):
             self.host(found := state())
             return found
 
-        self._patch = mock.patch.object(torch, "get_rng_state", on_host)
+        self._patch = mock.patch.object(torch, "get_rng_state", on_host)  # which no mode sees
         self._patch.start()
         self._places.__enter__()
         return super().__enter__()
@@ -161,6 +162,7 @@ class _Places(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, of_host = kwargs or {}, self._work._of_host
+        everything = [*args, *kwargs.values()]
         on_host = bool(args) and isinstance(args[0], Tensor) and args[0] in of_host
         if func in READING and not on_host:
             self._work.add(func.__name__, launches=1, waits=1)
@@ -172,9 +174,10 @@ class _Places(TorchFunctionMode):
                 _forget(of_host, out)
                 if func in (torch.tensor, torch.as_tensor, torch.asarray) and (on_host or not _tensors(args)):
                     self._work.add(func.__name__, launches=1, waits=1)  # made on the host, and moved
-        elif (
-            func is torch.Tensor.to and on_host and any(isinstance(a, (torch.device, str)) for a in _all(args, kwargs))
-        ):
+        elif func is torch.Tensor.new_tensor:
+            _forget(of_host, out)
+            self._work.add("new_tensor", launches=1, waits=1)
+        elif func is torch.Tensor.to and on_host and any(isinstance(a, (torch.device, str)) for a in everything):
             _forget(of_host, out)
             self._work.add("to", launches=1, waits=not (kwargs.get("non_blocking") or any(a is True for a in args)))
         return out
@@ -183,10 +186,6 @@ class _Places(TorchFunctionMode):
 def _forget(of_host: WeakTensorKeyDictionary, tensor: Tensor) -> None:
     if tensor in of_host:
         del of_host[tensor]
-
-
-def _all(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
-    return [*args, *kwargs.values()]
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -204,6 +203,8 @@ def _launches(name: str, args: Sequence[Any], outputs: Sequence[Tensor]) -> int:
         return _of_lists(lists) + (name == "_foreach_norm")  # which ends with one kernel for all
     if outputs and all(t.numel() == 0 for t in outputs):
         return 0
+    if name in ("cat", "stack"):
+        return math.ceil(len(lists[0]) / JOINED)
     return KERNELS.get(name, 1)
 
 

@@ -31,7 +31,7 @@ from geomprobe.measure.inner_products import dots
 from geomprobe.measure.options import MeasureOptions
 from geomprobe.measure.quantity import Combine, Part, Quantity, Recorded, Step
 from geomprobe.probe.events import Closure, Events
-from geomprobe.probe.evidence import Mark, evidence, marks
+from geomprobe.probe.evidence import Mark, evidence, marks, moved
 from geomprobe.probe.hooks.global_hooks import unscaled
 from geomprobe.probe.probe import Probe
 from geomprobe.reproducibility.isolation import RNGState, capture_rng
@@ -97,6 +97,7 @@ class StepCurvature(Events):
         self._caught = 0
         self._same_use_checked = layout.world_size == 1
         self._blocked: CurvatureUnavailable | None = None
+        self._held: dict[tuple[bool, ...], Tensor] = {}  # what the host may know of `ABSENT`, on the device
         self._rng: RNGState | None = None
         self._saved_otherwise = self._calls_seen = False
         self._seen: list[_Weights] = []  # since the last backward pass, when the model was called
@@ -194,23 +195,29 @@ class StepCurvature(Events):
         if not self._due():
             return None
         device = self._parameters[0].device
-        elsewhere = torch.zeros((), dtype=torch.float64, device=device)
-        if self.curvature is None:
-            return torch.cat([elsewhere.new_zeros(4), elsewhere.new_ones(1)])
-        now = _Weights.of(self._parameters) if self.ready is not None else None
-        for source, seen in self._evaluated if now is not None else ():
-            assert now is not None
-            share = elsewhere + 1 if source is None or source.share is None else source.share
-            for weights in seen:
-                elsewhere = torch.maximum(elsewhere, (now.differ_from(weights) & (share != 0)).double())
-        for share in [] if self.sources is None else self.sources.earlier:  # another optimizer has stepped since
-            elsewhere = torch.maximum(elsewhere, (share != 0).double())
         lost = self.ready is None
         seen_some = self._caught > 0 or not self._complete
         late = lost and not seen_some and self.sources is not None and self.sources.found
         hooked = self._saved_otherwise or any(source.hooked for source, _ in self._evaluated if source is not None)
-        host = [float(each) for each in (lost and seen_some, late, hooked, False)]
-        return torch.cat([elsewhere.reshape(1), elsewhere.new_tensor(host)])
+        host = (lost and seen_some, late, hooked, False) if self.curvature is not None else (False, False, False, True)
+        if host not in self._held:
+            self._held[host] = moved([0.0, *map(float, host)], device, torch.float64)
+        held = self._held[host]
+        if self.curvature is None:
+            return held
+        now = _Weights.of(self._parameters) if self.ready is not None else None
+        elsewhere: list[Tensor] = []
+        for source, seen in self._evaluated if now is not None else ():
+            assert now is not None
+            share = None if source is None else source.share
+            for weights in seen:
+                differ = now.differ_from(weights)
+                elsewhere.append(differ if share is None else differ & (share != 0))
+        for share in [] if self.sources is None else self.sources.earlier:  # another optimizer has stepped since
+            elsewhere.append(share != 0)
+        if not elsewhere:
+            return held
+        return torch.cat([torch.stack(elsewhere).any().double().reshape(1), held[1:]])
 
     def _see_weights(self) -> None:
         """Note the weights that a loss is evaluated at: at the model's first call, and at others where they changed."""

@@ -1,0 +1,92 @@
+"""What a step asks of a device: the prices of operators, and that no pass asks for more than it did."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.paths import SCRIPTS
+from torch import nn
+
+TARGET = 20
+"""Launches of a recorded and of a replayed step beyond the plain one, whatever the number of tensors; and no waits."""
+
+REACHED = {"record": 90, "replay": 250}
+"""What an MLP of 6 tensors has today: most of it digests and inner products of each tensor by itself."""
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks_on_the_path(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS / "benchmarks")
+
+
+def _work(of, *tensors_of_host):
+    from device_work import DeviceWork
+
+    work = DeviceWork()
+    work.host(*tensors_of_host)
+    with work:
+        of()
+    return work.launches.total(), work.waits.total()
+
+
+X = torch.arange(6.0).view(2, 3)
+FEW = [torch.ones(3) for _ in range(200)]
+
+PRICED = {
+    "a view": (lambda: X.T[0].reshape(2).detach(), (0, 0)),
+    "arithmetic": (lambda: (X * 2).add_(1), (2, 0)),
+    "a scalar of the device as a number": (lambda: X.sum().item(), (2, 1)),
+    "a comparison in an if": (lambda: bool((X > 0).all()), (3, 1)),
+    "a list of the device's values": (lambda: X.tolist(), (1, 1)),
+    "a number made on the device": (lambda: torch.tensor(3.0, device="cpu"), (1, 1)),
+    "a number made on the host": (lambda: float(torch.tensor(3.0) * 2), (0, 0)),
+    "a number moved with a wait": (lambda: torch.tensor(3.0).to("cpu"), (1, 1)),
+    "a number moved without one": (lambda: torch.tensor(3.0).to("cpu", non_blocking=True), (1, 0)),
+    "new_tensor": (lambda: X.new_tensor([1.0]), (1, 1)),
+    "an index that the host has": (lambda: X[[1, 0]], (1, 1)),
+    "the state of the host's random numbers": (lambda: torch.get_rng_state().numpy(), (0, 0)),
+    "lists of tensors": (lambda: torch._foreach_add(FEW, FEW), (4, 0)),
+    "tensors joined": (lambda: torch.stack(FEW), (2, 0)),
+    "a sum of products": (lambda: torch.dot(X[0], X[1]), (2, 0)),
+}
+
+
+@pytest.mark.parametrize(("of", "price"), PRICED.values(), ids=PRICED)
+def test_an_operator_has_its_price_on_a_device(of, price):
+    assert _work(of) == price
+
+
+def test_the_hosts_tensors_cost_the_device_nothing():
+    on_host = torch.ones(3)
+    assert _work(lambda: (on_host * 2).sum().item(), on_host) == (0, 0)
+    assert _work(lambda: X.add_(on_host), on_host) == (1, 0)
+    assert _work(lambda: X[0].copy_(on_host), on_host) == (1, 1)
+    assert _work(lambda: X[0].copy_(on_host, non_blocking=True), on_host) == (1, 0)
+
+
+def test_work_is_put_down_to_the_line_that_asks_for_it():
+    from device_work import DeviceWork
+
+    from geomprobe.probe.evidence import evidence
+
+    with DeviceWork(large=6) as work:
+        evidence([X], torch.device("cpu"))
+        X.clone()
+    assert {line.partition(":")[0] for line, _ in work.launches} == {"probe/evidence.py", ""}
+    assert work.allocated == {("", "clone"): 24}
+
+
+def _perceptron():
+    layers = nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 10)
+    return nn.Sequential(*layers), torch.randn(4, 20), torch.randint(10, (4,))
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW", "fused AdamW"])
+def test_a_step_asks_for_no_more_launches_than_before_and_waits_for_nothing(optimizer):
+    from launches import OPTIMIZERS, beyond, counted
+
+    found = counted(_perceptron, OPTIMIZERS[optimizer], ["plain", *REACHED])
+    for name, reached in REACHED.items():
+        launches, waits = beyond(found[name], found["plain"])
+        assert waits == 0, found[name].waits
+        assert TARGET // 4 < launches <= reached, found[name].launches
