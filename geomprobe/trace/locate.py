@@ -165,9 +165,15 @@ def _check(path: Path, kind: str, attributes: Mapping[str, Any]) -> None:
         raise RunError(f"{path} is an HDF5 file, but geomprobe did not make it; name a run folder")
     if found != kind:
         raise NothingThere(f"{path} holds {found}, not {kind}; name the run folder or its {schema.FILES[kind]}")
-    if version != schema.SCHEMA_VERSION:
+    readable = schema.VERSIONS[kind]
+    if kind == schema.RECORD_SCHEMA and isinstance(version, int) and version < readable:
         raise RunError(
-            f"{path} is of schema version {version}, and this geomprobe reads version {schema.SCHEMA_VERSION}. "
+            f"{path} is a record of schema version {version}, which has no digests of gradients, and this geomprobe "
+            f"reads version {readable}. Record the run again: geomprobe record --force"
+        )
+    if version != readable:
+        raise RunError(
+            f"{path} is of schema version {version}, and this geomprobe reads version {readable}. "
             "Open it with the geomprobe that wrote it, or make it again"
         )
 
