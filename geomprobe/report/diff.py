@@ -30,6 +30,8 @@ BLOCK = 4096
 INFORMATIVE = "host"
 """The part of the manifest that says where a run was made, not how: it makes no two runs different."""
 
+_OTHERS = "covers other tensors"
+
 _WIDTH = 40
 """Characters of a manifest's value that are shown."""
 
@@ -139,7 +141,7 @@ def _compare_records(a: Record, b: Record, result: RunDifference) -> None:
     result.steps = a.num_steps, b.num_steps
     result.first = first_difference(a, b)
     result.steps_equal = min(result.steps) if result.first is None else result.first[0]
-    if result.first is not None:
+    if result.first is not None and not result.first[1].tensor.startswith(_OTHERS):
         result.likely = likely(*result.first, a.state_steps.shared(b.state_steps))
     for name in a.references:
         if name in b.references:
@@ -155,7 +157,7 @@ def first_difference(a: Record, b: Record) -> tuple[int, Difference] | None:
     for component in COMPONENTS:
         if names[component] != b.names(component):
             only = sorted({*names[component]} ^ {*b.names(component)}) or names[component]
-            return 0, Difference(component, f"covers other tensors: {only[0]}", more=len(only) - 1)
+            return 0, Difference(component, f"{_OTHERS}: {only[0]}", more=len(only) - 1)
     shared, state = min(a.num_steps, b.num_steps), a.state_steps.shared(b.state_steps)
     for start in range(0, shared, BLOCK):
         rows = start, min(start + BLOCK, shared)
@@ -249,7 +251,7 @@ def _record_text(result: RunDifference) -> str:
         lines = [
             f"fingerprints: first difference at step {step}: {found.component}, {printable(found.tensor)}{more} "
             f"({result.steps_equal} of {max(result.steps)} steps equal before it)",
-            f"  Likely, {printable(result.likely)}.",
+            *([f"  Likely, {printable(result.likely)}."] if result.likely else []),
         ]
     for name, unlike in result.references.items():
         weights = "w_T" if name == "final" else f"reference {printable(name)}"
