@@ -127,6 +127,8 @@ class Comparison:
         also = f", then {', '.join(difference.also)}" if difference.also else ""
         where = "" if self._rank is None else f" on rank {self._rank}"
         why = likely(step, difference, self._record.state_steps)
+        if difference.component == "gradient" and self._rank is not None:
+            why += "; or another rank's batch or loss is not the recorded one, and its own message says so"
         return ReplayDiverged(
             f"The replay of {run}{where} {what}{also}. All {self.equal} steps before it were equal. "
             f"Likely, {why}. `geomprobe inspect {run}` shows what was measured up to "
