@@ -151,12 +151,21 @@ def _of_file(path: Path, file: Path, kind: str) -> Source:
 
 def _of_parts(path: Path, parts: tuple[Header, ...], kind: str) -> Source:
     for part in parts:
-        _check(part.path, kind, {"schema": part.schema, "schema_version": part.schema_version})
+        require_readable_part(part, kind)
         if part.tables != parts[0].tables:
             raise RunError(f"{parts[0].path} and {part.path} hold different columns; they are of two passes")
     attributes = parts[0].attributes
     manifest = json.loads(str(attributes.get("manifest", "{}")))
     return Source(path, "incomplete", int(attributes.get("num_parameters", 0)), manifest, parts=parts)
+
+
+def require_readable_part(part: Header, kind: str) -> None:
+    """Refuse a part of another kind or version.
+
+    Raises:
+        RunError: with what it is, and what to do.
+    """
+    _check(part.path, kind, {"schema": part.schema, "schema_version": part.schema_version})
 
 
 def _check(path: Path, kind: str, attributes: Mapping[str, Any]) -> None:
