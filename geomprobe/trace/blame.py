@@ -32,8 +32,14 @@ class StateSteps(NamedTuple):
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any]) -> StateSteps:
-        """The rule of a recording."""
-        return cls(**(manifest.get("optimizer_state_steps") or STATE_STEPS._asdict()))
+        """The rule of a recording; that of new ones for what its manifest does not say.
+
+        >>> StateSteps.of({"optimizer_state_steps": {"every": 16}})
+        StateSteps(first=4, every=16)
+        """
+        found = manifest.get("optimizer_state_steps") or {}
+        given = {name: found[name] for name in cls._fields if found.get(name) is not None}
+        return STATE_STEPS._replace(**given)
 
     def taken(self, step: int) -> bool:
         """Whether a step is one of them."""
