@@ -54,6 +54,8 @@ MANIFEST: dict[str, Any] = {
     "paths": {"name": str, "measured": [range(-1, 1 << 53)], "stepped": [range(-1, 1 << 53)]},
     "ranks": {"kind": str, "world_size": range(1, 1 << 16)},
     "missed_reference_steps": [COUNT],
+    "optimizer_state_steps": {"first": COUNT, "every": _AT_LEAST_ONE},
+    "final_optimizer_state": [int],
 }
 """The entries of a manifest that something reads; what else is in it is only shown."""
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from geomprobe.errors import RunError
 from geomprobe.trace import schema
+from geomprobe.trace.blame import StateSteps
 from geomprobe.trace.derive import Array
 from geomprobe.trace.hdf5_errors import damage_named
 from geomprobe.trace.locate import Source, Span, read_rows, read_settled, spans
@@ -33,9 +34,11 @@ class Record(ABC):
         num_steps: steps recorded.
         num_parameters: scalar parameters of the model.
         manifest: the environment of the run.
+        rank: of several processes, whose fingerprints it has.
     """
 
-    def __init__(self, source: Source, num_steps: int) -> None:
+    def __init__(self, source: Source, num_steps: int, rank: int = 0) -> None:
+        self.rank = rank
         self.path = source.path
         self.status = source.status
         self.num_steps = num_steps
@@ -58,6 +61,17 @@ class Record(ABC):
         if not self.names(component):
             return np.empty((max(0, stop - start), 0), np.int64)
         return self._rows(f"{schema.FINGERPRINTS}/{component}", start, stop)
+
+    @property
+    def state_steps(self) -> StateSteps:
+        """The steps whose fingerprints hold digests of the optimizer's state."""
+        return StateSteps.of(self.manifest)
+
+    @property
+    def final_state(self) -> int | None:
+        """The digest of the optimizer's state after the last step; None where the recording has not come so far."""
+        found = self.manifest.get("final_optimizer_state") or []
+        return found[self.rank] if self.rank < len(found) else None
 
     @property
     @abstractmethod
@@ -136,7 +150,7 @@ class _Sealed(Record):
             self._own: Any = self._file[f"{schema.RANKS}/{rank}"] if rank else self._file
             self._groups = set(self._file)
             self._prints = set(self._own[schema.FINGERPRINTS])
-            super().__init__(source, source.facts["num_steps"])
+            super().__init__(source, source.facts["num_steps"], rank)
 
     def names(self, component: str) -> list[str]:
         if f"{component}_names" not in self._prints:

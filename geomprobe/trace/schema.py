@@ -14,7 +14,8 @@ from geomprobe.trace import geometry
 
 TRACE_SCHEMA = "geomprobe-trace"
 RECORD_SCHEMA = "geomprobe-record"
-SCHEMA_VERSION = 1
+VERSIONS = {RECORD_SCHEMA: 2, TRACE_SCHEMA: 1}
+"""The version of each format; a record of version 1 had no digests of gradients."""
 
 RECORD_FILE = "record.h5"
 TRACE_FILE = "trace.h5"
@@ -197,7 +198,7 @@ FINAL_LINKS = (
 )
 """Second names of the final iterate's columns; `canonical` gives the first."""
 
-COMPONENTS = ("rng", "batch", "weights", "optimizer", "loss", "buffers")
+COMPONENTS = ("rng", "batch", "weights", "hyperparameters", "optimizer", "loss", "buffers", "gradient")
 """What a step's fingerprints cover, in the order of blame: an earlier one that differs explains the later."""
 
 

@@ -151,9 +151,9 @@ def _joined(parts: Sequence[Path], kind: str, stop: int | None, timeout_s: float
     if not headers:
         raise RunError("there are no parts to seal; nothing was streamed")
     for header in headers:
-        if header.schema != kind or header.schema_version != schema.SCHEMA_VERSION:
+        if header.schema != kind or header.schema_version != schema.VERSIONS[kind]:
             found = f"{header.schema} version {header.schema_version}"
-            raise RunError(f"{header.path} holds {found}, not {kind} version {schema.SCHEMA_VERSION}")
+            raise RunError(f"{header.path} holds {found}, not {kind} version {schema.VERSIONS[kind]}")
         if header.tables != headers[0].tables:
             raise RunError(f"{headers[0].path} and {header.path} hold different columns; they are of two runs")
     pieces = spans(headers) or [Span(headers[0], 0, 0)]
@@ -193,7 +193,7 @@ def _blocks(joined: list[Span], size: int, timeout_s: float) -> Iterator[tuple[s
 def _describe_file(
     file: Any, kind: str, status: str, num_steps: int, num_parameters: int, manifest: Mapping[str, Any]
 ) -> None:
-    file.attrs.update(schema=kind, schema_version=schema.SCHEMA_VERSION, status=status, num_steps=num_steps)
+    file.attrs.update(schema=kind, schema_version=schema.VERSIONS[kind], status=status, num_steps=num_steps)
     file.attrs.update(num_parameters=num_parameters, manifest=json.dumps(manifest))
 
 
