@@ -101,7 +101,7 @@ def _word(typing: Any, address: Any, index: Any, kind: Any) -> Any:
 @intrinsic
 def _bits(typing: Any, address: Any, index: Any, kind: Any) -> Any:
     """The bits of the element at an index, as a signed integer."""
-    integer = types.Integer.from_bitwidth(kind.dtype.bitwidth)
+    integer: Any = types.Integer.from_bitwidth(kind.dtype.bitwidth)
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = _pointer(context, builder, arguments[0], arguments[1], integer)
@@ -249,12 +249,15 @@ def _read_chunks(chunks, table, marks, first, last, parts, digests, columns, kin
     size, star_size = _size(kind), _size(star_kind)
     of_row = 8 * WIDTH // size
     for chunk in range(first, last):
-        tensor, begin, end, head = chunks[chunk]
+        tensor, begin, end, head = chunks[chunk, 0], chunks[chunk, 1], chunks[chunk, 2], chunks[chunk, 3]
         w, g, star = table[tensor, 0], table[tensor, 1], table[tensor, 2]
         part = parts[chunk]
-        part[:] = 0.0
-        columns[chunk] = 0
         columns_of_w, columns_of_g = columns[chunk, 0], columns[chunk, 1]
+        # Loops, where slices would be shorter: numba takes seconds to compile what these say of shapes that differ.
+        for k in range(part.size):
+            part[k] = 0.0
+        for j in range(WIDTH):
+            columns_of_w[j] = columns_of_g[j] = 0
         gg = wg = ww = gd = wd = dd = 0.0
         of_w = of_g = 0
         at = begin
@@ -299,19 +302,19 @@ def _add_chunks(chunks, marks, parts, digests, columns, totals, found, kind):
     """What the chunks of each tensor have found, in their order; the column sums are mixed here."""
     of_row = 8 * WIDTH // _size(kind)
     count = chunks.shape[0]
-    totals[:] = 0.0
-    found[:] = 0
-    column = np.zeros((2, WIDTH), np.int64)
     for chunk in range(count):
-        tensor, _, _, head = chunks[chunk]
-        totals[tensor] += parts[chunk]
-        found[tensor] += digests[chunk]
-        column += columns[chunk]
-        if head and (chunk + 1 == count or chunks[chunk + 1, 0] != tensor):
-            for side in range(2):
+        tensor, begin, head = chunks[chunk, 0], chunks[chunk, 1], chunks[chunk, 3]
+        for k in range(parts.shape[1]):
+            totals[tensor, k] += parts[chunk, k]
+        last = chunk + 1 == count or chunks[chunk + 1, 0] != tensor
+        for side in range(2):
+            found[tensor, side] += digests[chunk, side]
+            if begin:
                 for j in range(WIDTH):
-                    found[tensor, side] += _mixed(column[side, j], marks[head // of_row + j])
-            column[:] = 0
+                    columns[chunk, side, j] += columns[chunk - 1, side, j]
+            if last and head:
+                for j in range(WIDTH):
+                    found[tensor, side] += _mixed(columns[chunk, side, j], marks[head // of_row + j])
 
 
 class NumbaKernel:

@@ -203,7 +203,8 @@ class TritonKernel:
         self._device, self._references, self._size = device, references, dtype.itemsize
         self._types = TYPES[dtype], TYPES[star_dtype]
         heads = [words_in_rows(size, dtype.itemsize) * 8 // dtype.itemsize for size in sizes]
-        chunks, bounds = [], []
+        chunks: list[tuple[int, int, int, int]] = []
+        bounds: list[tuple[int, int, int]] = []
         for tensor, (size, head) in enumerate(zip(sizes, heads, strict=True)):
             first = len(chunks)
             chunks += [(tensor, a, min(a + CHUNK, size), head) for a in range(0, size, CHUNK)]
