@@ -255,6 +255,9 @@ class TritonKernel:
                 STEP,
                 WIDTH,
                 num_warps=8,
+                enable_fp_fusion=True,
             )
-        _add[(tensors,)](bounds, self._marks, parts, digests, columns, products, found, width, 256, WIDTH, num_warps=4)
+        _add[(tensors,)](
+            bounds, self._marks, parts, digests, columns, products, found, width, 256, WIDTH, enable_fp_fusion=True
+        )
         return found, products

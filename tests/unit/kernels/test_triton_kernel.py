@@ -91,6 +91,7 @@ def test_it_compiles_without_a_device(capability: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_gpu_reads_what_the_cpu_reads_and_never_waits(dtype: torch.dtype) -> None:
     w, g, star = ([x.cuda() for x in normal(SHAPES, dtype, seed)] for seed in range(3))
