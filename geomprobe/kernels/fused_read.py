@@ -37,7 +37,8 @@ class Reading(NamedTuple):
 
     Attributes:
         weights: int64 ``[parameters]``, the digest of each weight, as `TensorDigests` gives it.
-        gradients: the same of each gradient; 0 where there is none.
+        gradients: the same of each gradient, in the order of its weight's memory; of indices and values for a sparse
+            one; 0 where there is none.
         norms: float64 ``[parameters]``, g.g of each gradient as it lies in memory, unscaled; 0 where there is none.
         sums: float64 ``[names]``, or ``[1 + parameters, names]`` with the total first; None where none were asked for.
     """
@@ -115,12 +116,18 @@ class FusedRead:
 
     @torch.no_grad()
     def read(
-        self, gradients: Sequence[Tensor | None], *, grad_scale: Tensor | float | None = None, sums: bool = True
+        self,
+        gradients: Sequence[Tensor | None],
+        *,
+        weights: Sequence[Tensor] | None = None,
+        grad_scale: Tensor | float | None = None,
+        sums: bool = True,
     ) -> Reading:
         """Digests and norms, and with ``sums`` the inner products, at the weights' present values.
 
         Args:
             gradients: one a weight, of its shape: dense of any dtype and layout, sparse COO, or None for zero.
+            weights: the weights, where they are other tensors now than those that this was made with.
             grad_scale: what the gradients were multiplied by (a GradScaler's scale, which fused optimizers
                 divide by themselves). The sums are those of ``g / grad_scale``; digests and norms are of ``g``.
             sums: whether the inner products are wanted; the references are not read without.
@@ -129,10 +136,25 @@ class FusedRead:
             UnsupportedTraining: a weight changed its shape, a gradient does not match its weight, or sums are wanted
                 of weights that are complex, integer, sparse or on several devices.
         """
-        digests, found = self._found(gradients, sums)
+        digests, found = self._found(self._weights if weights is None else weights, gradients, sums)
         norms = found[:, 0]
         total = self._summed(found, grad_scale) if sums else None
         return Reading(digests[:, 0], digests[:, 1], norms, total)
+
+    def look(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+        """Digests and norms of tensors that have the weights' shapes, as `read` gives them of gradients.
+
+        Only these tensors are read. Calls of `read` go to another `FusedRead`.
+
+        >>> weight, g = torch.zeros(2), torch.tensor([3.0, 4.0])
+        >>> digests, norms = FusedRead([weight, weight]).look([g, None])
+        >>> norms.tolist(), digests.tolist()[1]
+        ([25.0, 0.0], 0)
+        """
+        pairs = zip(self._weights, tensors, strict=True)
+        instead = [w if t is None or not _lies_as(t, w) else t for w, t in pairs]
+        reading = self.read(tensors, weights=instead, sums=False)
+        return reading.gradients, reading.norms
 
     def _summed(self, found: Tensor, grad_scale: Tensor | float | None) -> Tensor:
         if self._foreign is not None:
@@ -143,48 +165,30 @@ class FusedRead:
         scale = grad_scale.double() if isinstance(grad_scale, Tensor) else grad_scale
         return total if scale is None else total / scale**self._gradient_powers
 
-    def _found(self, gradients: Sequence[Tensor | None], sums: bool) -> tuple[Tensor, Tensor]:
+    def _found(
+        self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None], sums: bool
+    ) -> tuple[Tensor, Tensor]:
         """Digests ``[weights, 2]`` and inner products ``[weights, names]``, of no reference without ``sums``."""
         if len(gradients) != len(self._weights):
             raise UnsupportedTraining(
                 f"{len(gradients)} gradients for {len(self._weights)} parameters. Give each one or None."
             )
-        weights = [_dense(w) for w in self._weights]
-        found = [_dense(g) for g in gradients]
-        looks = [(_look(w), _look(g)) for w, g in zip(weights, found, strict=True)]
+        weights = [_dense(w) for w in weights]
+        looks = [(_look(w), _look(g)) for w, g in zip(weights, gradients, strict=True)]
         if looks != self._looks:
-            _require_gradients(self._weights, self._shapes, gradients)
+            _require_gradients(weights, self._shapes, gradients)
             self._looks, self._plans = looks, {}
         if sums not in self._plans:
-            self._plans[sums] = self._plan(weights, found, sums)
-        return self._plans[sums].read(weights, found, self._references_for(sums))
+            self._plans[sums] = self._plan(weights, gradients, sums)
+        return self._plans[sums].read(weights, gradients, self._references_for(sums))
 
     def _plan(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None], sums: bool) -> _Plan:
         if sums:
-            _require_measurable(self._weights)
+            _require_measurable(weights)
         return _Plan(self._kind, self._digests, weights, gradients, self._references_for(sums))
 
     def _references_for(self, sums: bool) -> Sequence[Sequence[Tensor]]:
         return self._stars if sums else [()] * len(self._weights)
-
-
-def digest_gradients(tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
-    """The digest of each tensor, int64, and its squared norm, float64, in one read; 0 and 0 for None.
-
-    >>> digests, norms = digest_gradients([torch.tensor([3.0, 4.0]), None])
-    >>> norms.tolist(), digests.tolist()[1]
-    ([25.0, 0.0], 0)
-    """
-    present = [i for i, tensor in enumerate(tensors) if tensor is not None]
-    device = tensors[present[0]].device if present else torch.device("cpu")  # type: ignore[union-attr]
-    digests = torch.zeros(len(tensors), dtype=torch.int64, device=device)
-    norms = torch.zeros(len(tensors), dtype=torch.float64, device=device)
-    if present:
-        given = [tensor for tensor in tensors if tensor is not None]
-        reading = FusedRead(given).read(given, sums=False)
-        rows = torch.tensor(present, device=device)
-        digests[rows], norms[rows] = reading.gradients, reading.norms
-    return digests, norms
 
 
 class _Plan:
@@ -252,11 +256,12 @@ class _Plan:
     def _slowly(
         self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None], stars: Sequence[Sequence[Tensor]]
     ) -> tuple[Tensor, Tensor]:
-        pairs = [
-            (w := weights[i].resolve_neg(), w if (g := gradients[i]) is None else g.resolve_neg()) for i in self._slow
-        ]
-        digests = self._digests([[tensor] for pair in pairs for tensor in pair]).view(-1, 2)
-        found = [products(w, g, stars[i]) for i, (w, g) in zip(self._slow, pairs, strict=True)]
+        groups, found = [], []
+        for i in self._slow:
+            w, g = weights[i].resolve_neg(), gradients[i]
+            groups += [[w], _gradient_parts(g, w)]
+            found.append(products(w, w if g is None else _dense(g).resolve_neg(), stars[i]))
+        digests = self._digests(groups).view(-1, 2)
         return digests, torch.stack([sums.to(self._device, non_blocking=True) for sums in found])
 
 
@@ -306,10 +311,27 @@ def _dense(tensor: Tensor | None) -> Any:
     return tensor if tensor is None or tensor.layout is torch.strided else tensor.to_dense()
 
 
+def _gradient_parts(gradient: Tensor | None, weight: Tensor) -> list[Tensor]:
+    """The tensors that hold a gradient, in the order of the weight's memory, whatever the gradient's own is."""
+    if gradient is None:
+        return []
+    if gradient.layout is torch.sparse_coo:
+        return [gradient._indices(), gradient._values()]
+    if gradient.layout is torch.strided and not _lies_as(gradient, weight):
+        gradient = gradient.permute(memory_order(weight)).contiguous()
+    return [gradient.resolve_neg()]
+
+
+def _lies_as(tensor: Tensor, other: Tensor) -> bool:
+    return tensor.layout is torch.strided and tensor.stride() == other.stride()
+
+
 def _look(tensor: Tensor | None) -> Any:
     """All that says how a tensor lies in memory, but for where."""
     if tensor is None:
         return None
+    if tensor.layout is not torch.strided:
+        return tensor.layout
     return type(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride(), tensor.is_neg()
 
 
@@ -318,7 +340,8 @@ def _lie_alike(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> bool
     w, g, star, *others = tensors
     order = memory_order(w)
     return (
-        w.dtype == g.dtype
+        g.layout is torch.strided
+        and w.dtype == g.dtype
         and w.dtype in dtypes
         and star.dtype in (w.dtype, torch.float32)  # the pairs that occur; each is compiled for itself
         and all(other.dtype == star.dtype for other in others)

@@ -21,9 +21,18 @@ def normal(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, seed: int) -> 
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
-def expected_digests(tensors: Sequence[Tensor | None]) -> list[int]:
+def expected_digests(tensors: Sequence[Tensor | None], weights: Sequence[Tensor]) -> list[int]:
     digests = TensorDigests(torch.device("cpu"))
-    return digests([[] if tensor is None else [tensor] for tensor in tensors]).tolist()
+    return digests([_held(*pair) for pair in zip(tensors, weights, strict=True)]).tolist()
+
+
+def _held(tensor: Tensor | None, weight: Tensor) -> list[Tensor]:
+    if tensor is None:
+        return []
+    if tensor.is_sparse:
+        return [tensor._indices(), tensor._values()]
+    order = sorted(range(weight.dim()), key=weight.stride, reverse=True)
+    return [tensor.detach().resolve_neg().permute(order).contiguous()]
 
 
 def extended(tensor: Tensor | None, like: Tensor) -> np.ndarray:
@@ -38,8 +47,8 @@ def assert_read(
     *references: Sequence[Tensor],
 ) -> None:
     """A reading with the sums of each parameter is what it must be."""
-    assert reading.weights.tolist() == expected_digests(weights)
-    assert reading.gradients.tolist() == expected_digests(gradients)
+    assert reading.weights.tolist() == expected_digests(weights, weights)
+    assert reading.gradients.tolist() == expected_digests(gradients, weights)
     assert reading.sums is not None
     assert reading.sums.shape == (1 + len(weights), 3 + 3 * len(references))
     rows, scales = [], []

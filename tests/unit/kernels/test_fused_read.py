@@ -14,7 +14,7 @@ from support.reads import DTYPES, SHAPES, assert_read, expected_digests, normal
 from torch import Tensor
 
 from geomprobe.errors import UnsupportedTraining, UsageError
-from geomprobe.kernels.fused_read import FusedRead, digest_gradients
+from geomprobe.kernels.fused_read import FusedRead
 
 BACKENDS = ["numba", "torch"]
 backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -112,7 +112,7 @@ def test_infinities_and_nan_come_through(backend: str, dtype: torch.dtype, value
     assert reading.norms.isnan().item() if value != value else reading.norms.item() == torch.inf
     assert reading.sums[0].isnan() if value != value else reading.sums[0] == torch.inf
     assert reading.sums[2].isfinite()
-    assert reading.gradients.tolist() == expected_digests(g)
+    assert reading.gradients.tolist() == expected_digests(g, w)
 
 
 @backends
@@ -204,7 +204,7 @@ def test_unusual_weights_have_digests_and_norms(backend: str, dtype: torch.dtype
     g = [tensor.clone() for tensor in w]
     fused = FusedRead(w, backend=backend)
     reading = fused.read(g, sums=False)
-    assert reading.weights.tolist() == reading.gradients.tolist() == expected_digests(w)
+    assert reading.weights.tolist() == reading.gradients.tolist() == expected_digests(w, w)
     values = torch.view_as_real(w[0]) if dtype.is_complex else w[0]
     torch.testing.assert_close(reading.norms[0], values.double().square().sum(), rtol=1e-13, atol=0)
     if not dtype.is_floating_point:
@@ -229,14 +229,19 @@ def test_the_backends_agree(sizes: list[int], dtype: torch.dtype, missing: int, 
 
 
 def test_gradients_alone_are_read_by_the_same_kernel() -> None:
-    g = [None, *normal(SHAPES, torch.float32, 0), torch.eye(90).to_sparse()]
-    digests, norms = digest_gradients(g)
-    assert digests.tolist() == expected_digests(g)
+    turned = torch.arange(12.0).view(3, 4).T
+    w = [torch.zeros(2), *normal(SHAPES, torch.float32, 1), torch.zeros(90, 90), torch.zeros(4, 3)]
+    g = [None, *normal(SHAPES, torch.float32, 0), torch.eye(90).to_sparse(), turned]
+    fused = FusedRead(w)
+    digests, norms = fused.look(g)
+    whole = FusedRead(w).read(g, sums=False)
+    assert digests.tolist() == whole.gradients.tolist() == expected_digests(g, w)
+    assert digests[-1] == fused.look([*g[:-1], turned.contiguous()])[0][-1]
     expected = [0.0 if x is None else float(x.to_dense().double().square().sum()) for x in g]
     torch.testing.assert_close(norms, torch.tensor(expected, dtype=torch.float64), rtol=1e-13, atol=0)
-    digests, norms = digest_gradients([None, None])
-    assert digests.tolist() == norms.tolist() == [0, 0]
-    assert digest_gradients([])[0].shape == (0,)
+    digests, norms = fused.look([None] * len(w))
+    assert not digests.any()
+    assert not norms.any()
 
 
 def test_what_cannot_be_read_is_refused() -> None:
