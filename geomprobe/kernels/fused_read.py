@@ -101,9 +101,9 @@ class FusedRead:
         self._shapes = [w.shape for w in weights]
         self._stars = list(zip(*(references[name] for name in ordered), strict=True)) or [()] * len(weights)
         self._per_parameter = per_parameter
-        self._foreign = None if owned is None or all(owned) else ~torch.tensor(owned, device=device).unsqueeze(1)
+        self._foreign = None if owned is None or all(owned) else ~_moved(owned, device).unsqueeze(1)
         powers = [2.0, 1.0, 0.0] + [1.0, 0.0, 0.0] * len(ordered)
-        self._gradient_powers = torch.tensor(powers, dtype=torch.float64, device=device)
+        self._gradient_powers = _moved(powers, device).double()
         self._digests = TensorDigests(device)
         self.backend, self._kind = _chosen(backend, device)
         self._looks: list[Any] = []
@@ -182,7 +182,7 @@ def digest_gradients(tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
     if present:
         given = [tensor for tensor in tensors if tensor is not None]
         reading = FusedRead(given).read(given, sums=False)
-        rows = torch.tensor(present, device=device)
+        rows = _moved(present, device)
         digests[rows], norms[rows] = reading.gradients, reading.norms
     return digests, norms
 
@@ -210,12 +210,13 @@ class _Plan:
             else:
                 self._slow.append(i)
         self._groups = [
-            (self._kernel(kind, [weights[i] for i in group], star_dtype), group, torch.tensor(group, device=device))
+            (self._kernel(kind, [weights[i] for i in group], star_dtype), group, _moved(group, device))
             for (_, star_dtype), group in members.items()
         ]
         missing = [[g is None] for g in gradients]
-        self._missing = torch.tensor(missing, device=device) if [True] in missing else None
-        self._of_gradient = torch.tensor([True, True, False] + [True, False, False] * self._references, device=device)
+        self._missing = _moved(missing, device) if [True] in missing else None
+        self._of_gradient = _moved([True, True, False] + [True, False, False] * self._references, device)
+        self._slow_rows = _moved(self._slow, device)
 
     def _kernel(self, kind: Any, weights: Sequence[Tensor], star_dtype: torch.dtype) -> Any:
         sizes = tuple(w.numel() for w in weights)
@@ -231,8 +232,7 @@ class _Plan:
             digests = torch.empty(len(weights), 2, dtype=torch.int64, device=self._device)
             found = torch.empty(len(weights), width, dtype=torch.float64, device=self._device)
         if self._slow:
-            rows = torch.tensor(self._slow, device=self._device)
-            digests[rows], found[rows] = self._slowly(weights, gradients, stars)
+            digests[self._slow_rows], found[self._slow_rows] = self._slowly(weights, gradients, stars)
         for kernel, group, rows in self._groups:
             addresses = [
                 (w := weights[i].data_ptr(), w if (g := gradients[i]) is None else g.data_ptr())
@@ -300,6 +300,12 @@ def _imported(backend: str) -> Any:
 
         return TritonKernel
     return None
+
+
+def _moved(values: Sequence[Any], device: torch.device) -> Tensor:
+    """A tensor on the device, without waiting for it."""
+    tensor = torch.tensor(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _dense(tensor: Tensor | None) -> Any:
