@@ -102,9 +102,9 @@ class FusedRead:
         self._shapes = [w.shape for w in weights]
         self._stars = list(zip(*(references[name] for name in ordered), strict=True)) or [()] * len(weights)
         self._per_parameter = per_parameter
-        self._foreign = None if owned is None or all(owned) else ~torch.tensor(owned, device=device).unsqueeze(1)
+        self._foreign = None if owned is None or all(owned) else ~_moved(owned, device).unsqueeze(1)
         powers = [2.0, 1.0, 0.0] + [1.0, 0.0, 0.0] * len(ordered)
-        self._gradient_powers = torch.tensor(powers, dtype=torch.float64, device=device)
+        self._gradient_powers = _moved(powers, device).double()
         self._digests = TensorDigests(device)
         self.backend, self._kind = _chosen(backend, device)
         self._looks: list[Any] = []
@@ -173,18 +173,18 @@ class FusedRead:
             raise UnsupportedTraining(
                 f"{len(gradients)} gradients for {len(self._weights)} parameters. Give each one or None."
             )
-        weights = [_dense(w) for w in weights]
+        given, weights = weights, [_dense(w) for w in weights]
         looks = [(_look(w), _look(g)) for w, g in zip(weights, gradients, strict=True)]
         if looks != self._looks:
             _require_gradients(weights, self._shapes, gradients)
             self._looks, self._plans = looks, {}
         if sums not in self._plans:
+            if sums:
+                _require_measurable(given)
             self._plans[sums] = self._plan(weights, gradients, sums)
         return self._plans[sums].read(weights, gradients, self._references_for(sums))
 
     def _plan(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None], sums: bool) -> _Plan:
-        if sums:
-            _require_measurable(weights)
         return _Plan(self._kind, self._digests, weights, gradients, self._references_for(sums))
 
     def _references_for(self, sums: bool) -> Sequence[Sequence[Tensor]]:
@@ -214,12 +214,13 @@ class _Plan:
             else:
                 self._slow.append(i)
         self._groups = [
-            (self._kernel(kind, [weights[i] for i in group], star_dtype), group, torch.tensor(group, device=device))
+            (self._kernel(kind, [weights[i] for i in group], star_dtype), group, _moved(group, device))
             for (_, star_dtype), group in members.items()
         ]
         missing = [[g is None] for g in gradients]
-        self._missing = torch.tensor(missing, device=device) if [True] in missing else None
-        self._of_gradient = torch.tensor([True, True, False] + [True, False, False] * self._references, device=device)
+        self._missing = _moved(missing, device) if [True] in missing else None
+        self._of_gradient = _moved([True, True, False] + [True, False, False] * self._references, device)
+        self._slow_rows = _moved(self._slow, device)
 
     def _kernel(self, kind: Any, weights: Sequence[Tensor], star_dtype: torch.dtype) -> Any:
         sizes = tuple(w.numel() for w in weights)
@@ -235,8 +236,7 @@ class _Plan:
             digests = torch.empty(len(weights), 2, dtype=torch.int64, device=self._device)
             found = torch.empty(len(weights), width, dtype=torch.float64, device=self._device)
         if self._slow:
-            rows = torch.tensor(self._slow, device=self._device)
-            digests[rows], found[rows] = self._slowly(weights, gradients, stars)
+            digests[self._slow_rows], found[self._slow_rows] = self._slowly(weights, gradients, stars)
         for kernel, group, rows in self._groups:
             addresses = [
                 (w := weights[i].data_ptr(), w if (g := gradients[i]) is None else g.data_ptr())
@@ -305,6 +305,12 @@ def _imported(backend: str) -> Any:
 
         return TritonKernel
     return None
+
+
+def _moved(values: Sequence[Any], device: torch.device) -> Tensor:
+    """A tensor on the device, without waiting for it."""
+    tensor = torch.tensor(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _dense(tensor: Tensor | None) -> Any:

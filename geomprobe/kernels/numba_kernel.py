@@ -287,6 +287,8 @@ def _read_chunks(chunks, table, marks, first, last, parts, digests, columns, kin
                 position = at - head + (head // of_row + WIDTH if head else 0)
                 of_w += _rest(w, at, to, marks[position:], kind)
                 of_g += _rest(g, at, to, marks[position:], kind)
+            # These elements are now in the nearest cache: what else is to be known of them, such as a sketch, is
+            # computed here, by a loop of its own over the elements from `at` to `to`.
             for k in range(3, table.shape[1]):
                 sums = _products(w, g, table[tensor, k], at, to, kind, star_kind)
                 part[3 * k - 3] += sums[3]

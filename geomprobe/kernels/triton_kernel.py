@@ -110,6 +110,7 @@ def _read(
         w = tl.load(w_at + at, inside, 0.0)
         g = tl.load(g_at + at, inside, 0.0)
         star = tl.load(star_at + at, inside, 0.0)
+        # What else is to be known of w and g, such as a sketch, is computed here, from the same registers.
         of_w += _digest(w, at, first, end, head, of_columns, marks, STEP, SIZE, WIDTH)
         of_g += _digest(g, at, first, end, head, of_columns + WIDTH, marks, STEP, SIZE, WIDTH)
         x, y = w.to(tl.float64), g.to(tl.float64)
@@ -240,24 +241,25 @@ class TritonKernel:
         parts, digests = torch.empty(programs, width, **floats), torch.empty(programs, 2, **integers)
         columns = torch.zeros(tensors, 2, WIDTH, **integers)
         products, found = torch.empty(tensors, width, **floats), torch.empty(tensors, 2, **integers)
-        if programs:
-            _read[(programs,)](
-                table,
-                chunks,
-                self._marks,
-                parts,
-                digests,
-                columns,
-                *self._types,
-                self._size,
-                self._references,
-                CHUNK,
-                STEP,
-                WIDTH,
-                num_warps=8,
-                enable_fp_fusion=True,
+        with torch.cuda.device_of(table):  # launches go to the current device
+            if programs:
+                _read[(programs,)](
+                    table,
+                    chunks,
+                    self._marks,
+                    parts,
+                    digests,
+                    columns,
+                    *self._types,
+                    self._size,
+                    self._references,
+                    CHUNK,
+                    STEP,
+                    WIDTH,
+                    num_warps=8,
+                    enable_fp_fusion=True,
+                )
+            _add[(tensors,)](
+                bounds, self._marks, parts, digests, columns, products, found, width, 256, WIDTH, enable_fp_fusion=True
             )
-        _add[(tensors,)](
-            bounds, self._marks, parts, digests, columns, products, found, width, 256, WIDTH, enable_fp_fusion=True
-        )
         return found, products

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from geomprobe.distributed.dtensor import is_dtensor
+from geomprobe.kernels.fused_read import FusedRead, Reading
 from geomprobe.probe.events import Events, Weight
-from geomprobe.probe.evidence import Mark, evidence, marks
+from geomprobe.probe.evidence import Mark, marks
 from geomprobe.probe.graph import leaves_of
 from geomprobe.probe.hooks.global_hooks import unscaled
 from geomprobe.probe.hooks.gradient_hooks import watching_hooks
@@ -87,7 +88,9 @@ class GradientSources(Events):
         # After each of these passes, what is left of each gradient before the next one: 1, 0 or NaN. [parameters]
         self._left: list[Tensor] = []
         self._marks: list[Mark] = []
-        self._evidence = torch.empty(2, 0)
+        # Of each gradient, its digest and its squared norm. [parameters]
+        self._evidence = torch.empty(0, dtype=torch.int64), torch.empty(0)
+        self._read: FusedRead | None = None  # for the parameters so far
 
     # Events
 
@@ -98,7 +101,7 @@ class GradientSources(Events):
         measured: list[Tensor] = list(probe.parameters.values())
         places = {id(p): i for i, p in enumerate(self._parameters)}
         order = [places.get(id(p), -1) for p in measured]
-        self._parameters, self._attached = measured, True
+        self._parameters, self._attached, self._read = measured, True, None
         self._unfollowed = any(map(is_dtensor, measured))
         for each in self._passes:
             # A measured parameter may be hidden from the walk over the graph, as reentrant checkpointing does.
@@ -243,10 +246,13 @@ class GradientSources(Events):
             else:
                 running.share = torch.zeros((), device=losses[0].device)
 
-    def settle(self) -> tuple[Tensor, Tensor]:
+    def settle(self, reading: Reading | None = None) -> tuple[Tensor, Tensor]:
         """The loss that the present gradients are the gradient of, and the reasons for which it may be unknown.
 
         Called at the update, before it happens.
+
+        Args:
+            reading: of the gradients that the update uses, where they were read.
 
         Returns:
             float64 [1], NaN where it is not known; and float64 [len(REASONS)], 1 where that reason holds.
@@ -258,7 +264,8 @@ class GradientSources(Events):
             for each in self._passes:
                 each.share = no
             return no.reshape(1) + torch.nan, torch.stack([yes if of is UNSEEN else no for of in self.REASONS])
-        shares, written = self._shares(device)
+        seen = None if reading is None or self._several else (reading.gradients, reading.norms)
+        shares, written = self._shares(device, seen)
         last = next((each for each in reversed(self._passes) if self._reached(each)), self._passes[-1])
         alike = [self._scaled_alike(each, last) for each in self._passes]
         shares = [torch.where(same | (share == 0), share, torch.nan) for share, same in zip(shares, alike, strict=True)]
@@ -337,7 +344,7 @@ class GradientSources(Events):
             return
         if self._passes:
             self._note_what_is_left()
-        self._parameters = self._parameters + new
+        self._parameters, self._read = self._parameters + new, None
         for each in self._passes:
             each.reaches += [False] * len(new)
         self._left = [torch.cat([each, each.new_ones(len(new))]) for each in self._left]
@@ -358,29 +365,29 @@ class GradientSources(Events):
         else:  # gradients that no pass has made
             self._passes = [BackwardPass(None, CARRIED, [p.grad is not None for p in self._parameters])]
             self._look()
-            self._left = [torch.where(self._evidence[0] == 0, 0.0, 1.0)]  # the script may have made them, of zeros
+            self._left = [torch.where(self._evidence[1] == 0, 0.0, 1.0)]  # the script may have made them, of zeros
 
-    def _note_what_is_left(self) -> None:
+    def _note_what_is_left(self, seen: tuple[Tensor, Tensor] | None = None) -> None:
         if self._unfollowed:
             return
-        before, then = self._marks, self._evidence
-        self._look()
-        now = self._evidence
-        same = ((now == then) | (now.isnan() & then.isnan())).all(0)
+        before, (then, _) = self._marks, self._evidence
+        self._look(seen)
+        now, norms = self._evidence
+        same = now == then
         if before != self._marks:
             same &= torch.tensor([a == b for a, b in zip(before, self._marks, strict=True)], device=now.device)
-        left = torch.where(same, 1.0, torch.where(now[0] == 0, 0.0, torch.nan))
+        left = torch.where(same, 1.0, torch.where(norms == 0, 0.0, torch.nan))
         if len(self._left) < len(self._passes):
             self._left.append(left)
         else:
             self._left[-1] = torch.where(left == 0, 0.0, self._left[-1] * left)
 
-    def _shares(self, device: torch.device) -> tuple[list[Tensor], Tensor]:
+    def _shares(self, device: torch.device, seen: tuple[Tensor, Tensor] | None) -> tuple[list[Tensor], Tensor]:
         """Of each pass, its share of the present gradients; and whether something else is part of them."""
         if self._unfollowed:
             one = torch.ones((), dtype=torch.float64, device=device)  # of one optimizer: see `Session.attached`
             return [one] * len(self._passes), 0 * one
-        self._note_what_is_left()
+        self._note_what_is_left(seen)
         moves = self._moves
         shares: list[Tensor] = []
         after, zeroed = torch.ones_like(self._left[-1]), torch.zeros_like(self._left[-1], dtype=torch.bool)
@@ -409,11 +416,14 @@ class GradientSources(Events):
             return torch.tensor(one.factor is other.factor, device=device)
         return one.factor == other.factor
 
-    def _look(self) -> None:
+    def _look(self, seen: tuple[Tensor, Tensor] | None = None) -> None:
         self._marks = marks([p.grad for p in self._parameters])
-        self._evidence = self._looked()
+        self._evidence = self._looked() if seen is None else seen
 
-    def _looked(self) -> Tensor:
+    def _looked(self) -> tuple[Tensor, Tensor]:
+        """The digests and the squared norms of the present gradients; a digest sees every change of a bit."""
         if not self._parameters or self._unfollowed:
-            return torch.empty(2, 0)
-        return evidence([p.grad for p in self._parameters], self._parameters[0].device)
+            return self._evidence
+        if self._read is None:
+            self._read = FusedRead([p.detach() for p in self._parameters])
+        return self._read.look([None if p.grad is None else p.grad.detach() for p in self._parameters])

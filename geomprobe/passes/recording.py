@@ -231,11 +231,12 @@ class RecordWriter(Events):
 
     def before_update(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
         self._groups.before_update()
-        loss, _ = self._session.sources.settle()
+        reading = self._fingerprint.reader.read(gradients, grad_scale, sums=False)
+        loss, _ = self._session.sources.settle(reading)
         self._row = {
             "epoch": [self._session.passes.epoch],
             "loss": loss,
-            **self._fingerprint.take(gradients, grad_scale),
+            **self._fingerprint.take(reading, grad_scale),
         }
 
     def parent_stepping(self) -> None:

@@ -83,7 +83,7 @@ def replaying(
                 "Several optimizers step this model: the gradient before clipping, and that of each rank, is only "
                 "measured where there is one. Leave --before-clipping and --per-rank out."
             )
-        measurement = Measurement(probe, options, session.layout, session.sources)
+        measurement = Measurement(probe, options, session.layout, session.sources, reader=fingerprint.reader)
         if session.updates.clipped_by:  # by now, in the first step of a script without `attach`
             measurement.clipping_missed()
         fingerprint.state_steps = record.state_steps
@@ -154,10 +154,11 @@ class RowChecker(Events):
         if step >= stop and not self.options.uncertified:
             self._rows.flush()  # an earlier difference is the cause, and comes first
             self.differs(step, "length", "steps")
-        loss, absent = self.session.sources.settle()
-        measured = self.measurement.row(gradients, grad_scale, {"loss": loss}, absent)
+        reading = self.measurement.read(gradients, grad_scale)
+        loss, absent = self.session.sources.settle(reading)
+        measured = self.measurement.row(gradients, grad_scale, {"loss": loss}, absent, reading)
         epoch = self.session.passes.epoch
-        self._row = {"epoch": [epoch], **measured, **self.fingerprint.take(gradients, grad_scale)}
+        self._row = {"epoch": [epoch], **measured, **self.fingerprint.take(reading, grad_scale)}
         if np.isnan(epoch):
             self._row["absent"] = self._row["absent"] + EPOCH.number
         self._groups.before_update()

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from geomprobe.kernels.tensor_digests import INTEGERS
-from geomprobe.kernels.tensor_digests import TensorDigests as TensorDigests
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

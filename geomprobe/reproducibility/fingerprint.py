@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from geomprobe.distributed.dtensor import local, local_gradient
+from geomprobe.distributed.dtensor import local
 from geomprobe.errors import UnsupportedTraining
+from geomprobe.kernels.fused_read import Reading
+from geomprobe.kernels.tensor_digests import TensorDigests
 from geomprobe.probe.events import Events
 from geomprobe.probe.listeners import LossTracker
 from geomprobe.probe.probe import Probe
 from geomprobe.reproducibility.columns import Columns, by_table, column_names
-from geomprobe.reproducibility.digest import TensorDigests, fold, host_digest, leaves, rng_digests
+from geomprobe.reproducibility.digest import fold, host_digest, leaves, rng_digests
+from geomprobe.reproducibility.step_reader import StepReader
 from geomprobe.trace.blame import STATE_STEPS
 
 _LARGE = 2**20  # bytes
@@ -90,13 +93,6 @@ class StepInputs(Events):
             self.digests.append(self._device_digests([[tensor] for tensor in tensors]))
 
 
-class Reading(NamedTuple):
-    """Digests of the weights and of the gradients, int64 of one dimension, on their device."""
-
-    weights: Tensor
-    gradients: Tensor
-
-
 class StepFingerprint:
     """Digests of all that makes a step what it is. Those of device tensors stay on the device.
 
@@ -112,14 +108,21 @@ class StepFingerprint:
         columns: of a fingerprint, in their order; each component of `layout` is a table.
         layout: the names of the columns by component.
         state_steps: the steps at which the optimizer's state is read; in all other rows its digests are 0.
+        reader: reads the weights and the gradients.
     """
 
     def __init__(self, probe: Probe, inputs: StepInputs, losses: LossTracker) -> None:
         self._probe, self._inputs, self._losses = probe, inputs, losses
         self.device = next(iter(probe.parameters.values())).device
-        self._digests, self._read_digests = TensorDigests(self.device), TensorDigests(self.device)
+        self._digests = TensorDigests(self.device)
         self.state_steps = STATE_STEPS
-        self._weights = probe.weights
+        weights, measured = probe.weights, list(probe.parameters.values())
+        places = {id(p): i for i, p in enumerate(measured)}
+        others = [weight for weight in weights.values() if id(weight) not in places]
+        places |= {id(weight): len(measured) + i for i, weight in enumerate(others)}
+        order = [places[id(weight)] for weight in weights.values()]
+        self._order = torch.tensor(order, device=self.device) if order != sorted(order) else None
+        self.reader = StepReader(measured, others)
         self._buffers = tuple(probe.buffers)
         self._streams = streams = tuple(rng_digests())
         self._hyperparameters = sorted({name for group in _groups(probe) for name in group} - {"params"})
@@ -131,7 +134,7 @@ class StepFingerprint:
             Columns("rng step", "rng", tuple(f"step/{stream}" for stream in streams), "int64", False),
             Columns("fetched", "batch", ("fetched",), "int64", False),
             Columns("inputs", "batch", ("inputs",), "int64", True),
-            Columns("weights", "weights", tuple(self._weights), "int64", True),
+            Columns("weights", "weights", tuple(weights), "int64", True),
             Columns("hyperparameters", "hyperparameters", hyperparameters, "int64", False),
             Columns("tensor hyperparameters", "hyperparameters", ("tensor lr", "other tensors"), "int64", True),
             Columns("optimizer", "optimizer", parameters, "int64", True),
@@ -140,24 +143,25 @@ class StepFingerprint:
             Columns("buffers", "buffers", self._buffers, "int64", True),
             Columns("gradients", "gradient", parameters, "int64", True),
         ]
-        read = Reading._fields
         self._on_device = [
-            (each.name, len(each.columns)) for each in self.columns if each.on_device and each.name not in read
+            (each.name, len(each.columns))
+            for each in self.columns
+            if each.on_device and each.name not in ("weights", "gradients")
         ]
         self.layout: Layout = column_names(self.columns)
 
-    def take(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None = None) -> dict[str, Any]:
+    def take(self, reading: Reading, grad_scale: Tensor | None = None) -> dict[str, Any]:
         """The fingerprint of the step that is being made, by the names of `columns`.
 
         Args:
-            gradients: one a parameter, as the optimizer has them.
+            reading: what `reader` has found, of the gradients as the optimizer has them.
             grad_scale: what they are multiplied by, under a GradScaler with a fused optimizer.
         """
-        return self._row(gradients, grad_scale, self.state_steps.taken(self._probe.step))
+        return self._row(reading, grad_scale, self.state_steps.taken(self._probe.step))
 
     def state(self) -> dict[str, list[int]]:
         """Digests of the random streams, weights, optimizer and buffers as they are now, by component."""
-        row = self._row([None] * len(self._probe.parameters), None, with_state=True)
+        row = self._row(self.reader.look(), None, with_state=True)
         values = {name: each.tolist() if isinstance(each, Tensor) else each for name, each in row.items()}
         found = {
             table: [value for each in group for value in values[each.name]]
@@ -171,7 +175,7 @@ class StepFingerprint:
         state, plain = _optimizer_state(self._probe)
         return host_digest(repr((self._digests(state).tolist(), plain)).encode())
 
-    def _row(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None, with_state: bool) -> dict[str, Any]:
+    def _row(self, reading: Reading, grad_scale: Tensor | None, with_state: bool) -> dict[str, Any]:
         probe = self._probe
         buffers = probe.buffers
         if tuple(buffers) != self._buffers:
@@ -198,16 +202,10 @@ class StepFingerprint:
             "fetched": [self._inputs.fetched_digest],
             "hyperparameters": self._plain_hyperparameters(),
             "plain state": [0 if plain_state is None else host_digest(repr(plain_state).encode())],
-            **self._read(gradients)._asdict(),
+            "weights": reading.weights if self._order is None else reading.weights[self._order],
+            "gradients": reading.gradients,
             **{name: piece for (name, _), piece in zip(self._on_device, pieces, strict=True)},
         }
-
-    def _read(self, gradients: Sequence[Tensor | None]) -> Reading:
-        """Digests of weights and gradients, from one call."""
-        parameters = self._probe.parameters.values()
-        weights = [[local(weight)] for weight in self._weights.values()]
-        of_gradients = [_gradient_parts(*pair) for pair in zip(gradients, parameters, strict=True)]
-        return Reading(*self._read_digests(weights + of_gradients).split([len(weights), len(of_gradients)]))
 
     def _plain_hyperparameters(self) -> list[int]:
         """A digest for each name of a hyperparameter, over all groups; what is no tensor."""
@@ -250,19 +248,6 @@ class FinalState(Events):
 
     def complete(self) -> None:
         self.detached()
-
-
-def _gradient_parts(gradient: Tensor | None, parameter: Tensor) -> list[Tensor]:
-    """The tensors that hold a gradient, in the order of the parameter's memory, whatever the gradient's own is."""
-    gradient, parameter = local_gradient(gradient, parameter), local(parameter)
-    if gradient is None:
-        return []
-    if gradient.layout == torch.sparse_coo:
-        return [gradient._indices(), gradient._values()]
-    if gradient.layout == torch.strided and gradient.stride() != parameter.stride():
-        order = sorted(range(gradient.dim()), key=parameter.stride, reverse=True)
-        gradient = gradient.detach().permute(order).contiguous()
-    return [gradient]
 
 
 def _optimizer_state(probe: Probe) -> tuple[list[list[Tensor]], list[Any]]:

@@ -26,6 +26,7 @@ class StepReader:
         self._distributed = any(map(is_dtensor, self._parameters))
         self._fused = FusedRead(list(map(local, self._parameters)))
         self._rest = FusedRead(list(map(local, self._others))) if others else None
+        self._alone: StepReader | None = None
 
     def refer_to(
         self,
@@ -48,7 +49,7 @@ class StepReader:
     def read(
         self, gradients: Sequence[Tensor | None], grad_scale: Tensor | float | None = None, *, sums: bool = True
     ) -> Reading:
-        """What the weights and ``gradients``, one a parameter, hold now; the weights' digests are followed by the others'.
+        """What the weights and ``gradients``, one a parameter, hold now; the digests of other weights come last.
 
         Raises:
             UnsupportedTraining: a parameter changed its shape, a gradient does not match its parameter, or sums are
@@ -64,3 +65,9 @@ class StepReader:
             return reading
         rest, _ = self._rest.look([local(tensor) for tensor in self._others])
         return reading._replace(weights=torch.cat([reading.weights, rest]))
+
+    def look(self) -> Reading:
+        """What the weights alone hold now; may be called between steps."""
+        if self._alone is None:
+            self._alone = StepReader(self._parameters, self._others)
+        return self._alone.read([None] * len(self._parameters), sums=False)

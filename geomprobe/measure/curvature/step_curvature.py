@@ -15,6 +15,7 @@ from torch import Tensor
 from geomprobe.distributed.dtensor import local
 from geomprobe.distributed.layout import Layout
 from geomprobe.errors import GeomprobeError
+from geomprobe.kernels.fused_read import FusedRead
 from geomprobe.measure.curvature.autograd_graph import (
     CurvatureUnavailable,
     coarsest_epsilon,
@@ -31,7 +32,7 @@ from geomprobe.measure.inner_products import PairProducts
 from geomprobe.measure.options import MeasureOptions
 from geomprobe.measure.quantity import Combine, Part, Quantity, Recorded, Step
 from geomprobe.probe.events import Closure, Events
-from geomprobe.probe.evidence import Mark, evidence, marks
+from geomprobe.probe.evidence import Mark, marks
 from geomprobe.probe.hooks.global_hooks import unscaled
 from geomprobe.probe.probe import Probe
 from geomprobe.reproducibility.isolation import RNGState, capture_rng
@@ -40,21 +41,16 @@ from geomprobe.trace.schema import parameter_column, product_column
 
 
 class _Weights(NamedTuple):
-    """What tells whether the weights are still what they were."""
+    """What tells whether the weights are still what they were: their marks, and the digest of each."""
 
     marks: list[Mark]
-    evidence: Tensor
-
-    @classmethod
-    def of(cls, parameters: Sequence[Tensor]) -> _Weights:
-        return cls(marks(parameters), evidence(parameters, parameters[0].device))
+    digests: Tensor
 
     def differ_from(self, other: _Weights) -> Tensor:
         """Whether they are, on their device."""
         if self.marks != other.marks:
-            return torch.ones((), dtype=torch.bool, device=self.evidence.device)
-        same = (self.evidence == other.evidence) | (self.evidence.isnan() & other.evidence.isnan())
-        return ~same.all()
+            return torch.ones((), dtype=torch.bool, device=self.digests.device)
+        return (self.digests != other.digests).any()
 
 
 class StepCurvature(Events):
@@ -93,6 +89,7 @@ class StepCurvature(Events):
         self.unproven: Tensor | None = None
         self.epsilon = 0.0
         self.has_own_functions = False
+        self._read: FusedRead | None = None
         self._complete = True  # no backward pass of the step went another way
         self._caught = 0
         self._same_use_checked = layout.world_size == 1
@@ -120,7 +117,7 @@ class StepCurvature(Events):
 
     def part_entered(self) -> None:
         if not self._calls_seen and self._wanted():
-            self._seen.append(_Weights.of(self._parameters))  # in whatever way they were moved since
+            self._seen.append(self._weights())  # in whatever way they were moved since
 
     def entered(self, inputs: Any) -> None:
         if not self._calls_seen:
@@ -197,7 +194,7 @@ class StepCurvature(Events):
         elsewhere = torch.zeros((), dtype=torch.float64, device=device)
         if self.curvature is None:
             return torch.cat([elsewhere.new_zeros(4), elsewhere.new_ones(1)])
-        now = _Weights.of(self._parameters) if self.ready is not None else None
+        now = self._weights() if self.ready is not None else None
         for source, seen in self._evaluated if now is not None else ():
             assert now is not None
             share = elsewhere + 1 if source is None or source.share is None else source.share
@@ -215,7 +212,13 @@ class StepCurvature(Events):
     def _see_weights(self) -> None:
         """Note the weights that a loss is evaluated at: at the model's first call, and at others where they changed."""
         if not self._seen or marks(self._parameters) != self._seen[-1].marks:
-            self._seen.append(_Weights.of(self._parameters))
+            self._seen.append(self._weights())
+
+    def _weights(self) -> _Weights:
+        values = [local(p).detach() for p in self._parameters]
+        if self._read is None:
+            self._read = FusedRead(values)
+        return _Weights(marks(self._parameters), self._read.look(values)[0])
 
     def sharpness_of(self, closure: Closure) -> None:
         self.fixed_loss = closure

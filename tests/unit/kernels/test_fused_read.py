@@ -244,6 +244,7 @@ def test_gradients_alone_are_read_by_the_same_kernel() -> None:
     assert not norms.any()
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 def test_what_cannot_be_read_is_refused() -> None:
     w = [torch.zeros(3)]
     with pytest.raises(UsageError, match="no parameters"):

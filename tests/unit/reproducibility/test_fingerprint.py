@@ -25,16 +25,20 @@ def gradients(probe):
     return [torch.randn(p.shape, generator=generator) for p in probe.parameters.values()]
 
 
+def take(fingerprint, found, grad_scale=None):
+    return fingerprint.take(fingerprint.reader.read(found, sums=False), grad_scale)
+
+
 def of_gradients(fingerprint, found):
-    return fingerprint.take(found)["gradients"].tolist()
+    return take(fingerprint, found)["gradients"].tolist()
 
 
 def test_an_ulp_in_a_gradient_changes_its_own_digest_and_no_other():
     fingerprint, probe = training()
     found = gradients(probe)
-    before = fingerprint.take(found)
+    before = take(fingerprint, found)
     found[2].view(-1)[7] = torch.nextafter(found[2].view(-1)[7], torch.tensor(9.0))
-    after = fingerprint.take(found)
+    after = take(fingerprint, found)
     unlike = [a != b for a, b in zip(before["gradients"].tolist(), after["gradients"].tolist(), strict=True)]
     assert unlike == [False, False, True, False]
     assert before["weights"].tolist() == after["weights"].tolist()
@@ -87,7 +91,7 @@ def test_the_state_is_read_at_the_steps_of_the_rule_only():
     taken = []
     for step in range(12):
         probe.step = step
-        row = fingerprint.take(gradients(probe))
+        row = take(fingerprint, gradients(probe))
         whole = {*row["optimizer"].tolist(), *row["plain state"]}
         assert whole == {0} or 0 not in whole
         if whole != {0}:
@@ -108,19 +112,19 @@ def test_each_hyperparameter_has_a_digest_at_each_step(change, column):
     fingerprint, probe = training(momentum=0.9)
     probe.step = 7
     names = fingerprint.layout["hyperparameters"]
-    before = fingerprint.take([None] * 4)["hyperparameters"]
+    before = take(fingerprint, [None] * 4)["hyperparameters"]
     change(probe.optimizer.param_groups[0])
-    after = fingerprint.take([None] * 4)["hyperparameters"]
+    after = take(fingerprint, [None] * 4)["hyperparameters"]
     assert [name for name, a, b in zip(names, before, after, strict=False) if a != b] == [column]
 
 
 def test_a_learning_rate_that_is_a_tensor_has_a_digest_of_its_own():
     fingerprint, probe = training(torch.optim.Adam, lr=torch.tensor(0.1))
-    before = fingerprint.take([None] * 4)["tensor hyperparameters"].tolist()
+    before = take(fingerprint, [None] * 4)["tensor hyperparameters"].tolist()
     probe.optimizer.param_groups[0]["lr"].mul_(2)
-    after = fingerprint.take([None] * 4)["tensor hyperparameters"].tolist()
+    after = take(fingerprint, [None] * 4)["tensor hyperparameters"].tolist()
     assert (before[0] != after[0], before[1] == after[1]) == (True, True)
-    scaled = fingerprint.take([None] * 4, torch.tensor(2.0))["tensor hyperparameters"].tolist()
+    scaled = take(fingerprint, [None] * 4, torch.tensor(2.0))["tensor hyperparameters"].tolist()
     assert (scaled[0] == after[0], scaled[1] != after[1]) == (True, True)
 
 
