@@ -16,6 +16,9 @@ from geomprobe.errors import RunError, UsageError
 from geomprobe.measure.option_fields import Options, option, parser, whole
 from geomprobe.measure.options import MeasureOptions
 
+LARGEST_SKETCH = 1 << 16
+"""Numbers of each vector: 1 MiB a step for both."""
+
 
 def interval(text: str) -> tuple[int, str]:
     """How often checkpoints are written, as a number and its unit; 0 for an epoch or never.
@@ -124,6 +127,20 @@ class RecordOptions(Options):
         text=_joined(","),
     )
     average: bool = option(False, "also keep the running average of the weights, as the reference average")
+    sketch: int = option(
+        0,
+        "also keep K numbers of the weights and K of the gradient of each step, from which inner products between "
+        "steps are estimated without a replay, such as 4096; 0 for none",
+        metavar="K",
+        parse=parser(
+            int,
+            lambda size: size == 0 or 2 <= size <= LARGEST_SKETCH,
+            f"is neither 0 nor a whole number from 2 to {LARGEST_SKETCH}",
+        ),
+    )
+    sketch_every: int = option(
+        1, "keep the sketch of every N-th step only; it is written in N parts, one a step", metavar="N", parse=whole(1)
+    )
     patience: float = _patience()
 
     def described(self) -> dict[str, Any]:

@@ -53,6 +53,7 @@ MANIFEST: dict[str, Any] = {
     },
     "ranks": {"kind": str, "world_size": range(1, 1 << 16)},
     "missed_reference_steps": [COUNT],
+    "sketch": {"size": _AT_LEAST_ONE, "every": _AT_LEAST_ONE, "seed": COUNT, "sharded": bool, "shapes": [[COUNT]]},
 }
 """The entries of a manifest that something reads; what else is in it is only shown."""
 

@@ -1,0 +1,1 @@
+"""What is read of the tensors of a step: digests, inner products, sketches."""
