@@ -4,8 +4,8 @@ Three ways, chosen by where the tensors are and what is installed:
 
 - ``numba`` on a CPU where numba is installed: one loop over the memory, which lets other Python threads run.
 - ``numpy`` on a CPU without it. Both give the same bits.
-- ``torch`` elsewhere: packed blocks are turned by a gather and added by a sum, without atomic operations. The same input
-  gives the same bits; they differ from the CPU's by the rounding of float64 sums.
+- ``torch`` elsewhere: packed blocks are turned by a gather and added by a sum, without atomic operations. The same
+  input gives the same bits; they differ from the CPU's by the rounding of float64 sums.
 
 `geomprobe.passes.sketching` calls this once at a step for the weights, and once for the gradient.
 """
@@ -40,7 +40,8 @@ class Projector:
 
     >>> vector = torch.arange(6.0)
     >>> a, b = Projector(4, torch.device("cpu")), Projector(4, torch.device("cpu"), way="torch")
-    >>> torch.equal(a([(0, vector)]), a([(0, vector[:3]), (3, vector[3:])])), torch.equal(a([(0, vector)]), b([(0, vector)]))
+    >>> whole, pieces = [(0, vector)], [(0, vector[:3]), (3, vector[3:])]
+    >>> torch.equal(a(whole), a(pieces)), torch.equal(a(whole), b(whole))
     (True, True)
     """
 
@@ -98,7 +99,8 @@ def numbered(
     """What this process has of a vector, in pieces, each with the number of its first element in the whole vector.
 
     Args:
-        tensors: one a parameter, of its local shape: dense of any dtype and memory layout, sparse COO, or None for zero.
+        tensors: one a parameter, of its local shape: dense of any dtype and memory layout, sparse COO, or None for
+            zero.
         parameters: the parameters in their order, each tensor once; their shapes give the numbers. A DTensor counts
             with its whole shape.
         owned: for each parameter, whether this process's values count; all when empty.
@@ -171,7 +173,8 @@ def _array(values: Tensor) -> Any:
 
 def _packed(pieces: Iterable[Piece], limit: int) -> Iterator[Piece]:
     """Pieces whose numbers are consecutive as one, in float64, of at most ``limit`` elements."""
-    begin, waiting, count = 0, [], 0
+    begin, count = 0, 0
+    waiting: list[Tensor] = []
     for start, values in pieces:
         for piece in values.split(limit):
             if waiting and (start != begin + count or count + len(piece) > limit):

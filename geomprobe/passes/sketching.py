@@ -27,8 +27,8 @@ from geomprobe.trace.schema import SKETCH
 class StepSketch(Events):
     """Sketches the weights and the gradient of the steps that are due.
 
-    `RecordWriter` asks it for each row, before the optimizer moves the weights. Where the weights are replicated, rank 0
-    alone keeps a sketch. Where they are sharded, each rank keeps that of its own shard, and who reads them adds them up,
+    `RecordWriter` asks it for each row, before the optimizer moves the weights. Where the weights are replicated, rank
+    0 alone keeps a sketch. Where they are sharded, each rank keeps that of its own shard, and the reader adds them up,
     so that a step exchanges nothing.
 
     Attributes:
@@ -54,7 +54,7 @@ class StepSketch(Events):
                 f"geomprobe: the sketch adds {8 * self._width:,} bytes a step"
                 f"{' and rank' if self._session.layout.sharded else ''} to the record: {self._projector.size} numbers "
                 "of the weights and as many of the gradient, in float64"
-                f"{f', of every {self._every}th step' if self._every > 1 else ''}.",
+                f"{f', of one step in {self._every}' if self._every > 1 else ''}.",
                 file=sys.stderr,
             )
 

@@ -19,14 +19,14 @@ gets signs, is turned as a ring by r(B), and is added. So a kernel adds runs of 
 nothing, needs no atomic operations, and computes one hash for 64 elements. Bucket k takes at most one element of each
 block. Added in the order of the blocks, each bucket's float64 sum has the same bits however the vector is cut.
 
-**Without bias.** ``Sa . Sb = a.b + sum over i != j with b(i) = b(j) of s(i) s(j) a[i] b[j]``. The signs of two different
-elements are independent and even, so each term of the sum has the mean 0, for any vectors and any buckets.
+**Without bias.** ``Sa . Sb = a.b + sum over i != j with b(i) = b(j) of s(i) s(j) a[i] b[j]``. The signs of two
+different elements are independent and even, so each term of the sum has the mean 0, for any vectors and any buckets.
 
-**Variance.** Signs of four elements are independent, so for given buckets it is the sum of ``(a[i] b[j] + a[j] b[i])^2``
-over pairs i < j in one bucket. Two elements of one block are never in one bucket. Two of different blocks are with
-probability 1/K, since one of their turns is uniform given the other. Over all pairs, the mean of the variance is at most
-``(||a||^2 ||b||^2 + (a.b)^2) / K``. It is less where few blocks hold the vectors. Where there is one block (K or fewer
-elements), nothing shares a bucket, and inner products are exact.
+**Variance.** Signs of four elements are independent, so for given buckets it is the sum over pairs i < j in one bucket
+of ``(a[i] b[j] + a[j] b[i])^2``. Two elements of one block are never in one bucket. Two of different blocks are with
+probability 1/K, since the turn of one is uniform whatever the turn of the other. So over all turns the variance is at
+most ``(||a||^2 ||b||^2 + (a.b)^2) / K``. It is less where few blocks hold the vectors. Where there is one block (K or
+fewer elements), nothing shares a bucket, and inner products are exact.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def runs(seed: int, start: int, stop: int, size: int) -> Iterator[tuple[int, int
 
 
 def add(x: NDArray[np.floating], start: int, out: Array, seed: int = SEED) -> None:
-    """Add to ``out`` [K] the projection of the elements from number ``start`` on, whose values are ``x`` (one dimension).
+    """Add to ``out`` [K] the projection of consecutive elements: ``start`` is the first one's number, ``x`` the values.
 
     Pieces of a vector that come in the order of its elements give the same bits as the whole.
 

@@ -1,6 +1,6 @@
 """Inner products between the steps of a run, estimated from the sketches that its recording has kept.
 
-See `geomprobe.trace.projection` for what a sketch is, and for why its inner products are those of the vectors on average.
+See `geomprobe.trace.projection` for what a sketch is, and why its inner products are those of the vectors on average.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class HorizonMap(NamedTuple):
     cosine: Estimate
 
     def mean(self) -> Estimate:
-        """The mean over the steps at each horizon [H], with its standard error as if the steps' errors were independent.
+        """The mean over the steps at each horizon [H]; its standard error is that of independent errors of the steps.
 
-        They are nearly so for steps whose gradients and ways are not alike.
+        They are nearly so for steps whose gradients are not alike.
         """
         known = ~np.isnan(self.cosine.value)
         count = known.sum(1)
@@ -58,10 +58,10 @@ class HorizonMap(NamedTuple):
 class Sketch:
     """The sketches of a recording; `geomprobe.trace.record.Record.sketch` and `Trace.sketch` give it.
 
-    Methods with a ``target`` compare each step with one point: the name of a reference, the number of a sketched step, or
-    the projection of any weights of the same parameters. They leave out steps from that one on. Errors are standard
-    errors to first order in 1/size. They hold for vectors that are spread over many more elements than ``size`` has
-    numbers, and are too large for others.
+    Methods with a ``target`` compare each step with one point: the name of a reference, the number of a sketched step
+    (steps from that one on are left out), or the projection of any weights of the same parameters. Errors are standard
+    errors to first order in 1/size. They hold for vectors that are spread over many more elements than ``size``, and
+    are too large for others.
 
     Args:
         rows: ``[steps, n]``, as the record has them; see ``layout`` there.
@@ -73,11 +73,12 @@ class Sketch:
         size: numbers of each vector.
         every: each how many-th step has one.
         steps: those that have one, [M].
-        exact: whether the model has no more parameters than ``size``, so that inner products have no error but rounding.
+        exact: whether the model has at most ``size`` parameters; then nothing has an error but rounding.
         references: names of the points that ``target`` may name.
 
     >>> described = {"size": 4, "every": 1, "seed": 0, "shapes": [[3]]}
-    >>> weights, gradients = np.array([[3.0, 1, 0], [2, 1, 0], [1, 1, 0]]), np.array([[1.0, 0, 0], [1, 0, 0], [0, 2, 0]])
+    >>> weights = np.array([[3.0, 1, 0], [2, 1, 0], [1, 1, 0]])
+    >>> gradients = np.array([[1.0, 0, 0], [1, 0, 0], [0, 2, 0]])
     >>> rows = np.zeros((3, 8))
     >>> for row, w, g in zip(rows, weights, gradients):
     ...     projection.add(w, 0, row[:4]), projection.add(g, 0, row[4:])
