@@ -32,23 +32,13 @@ class HorizonMap(NamedTuple):
         steps: t, [M].
         horizons: h, [H], increasing.
         cosine: of ``G_t`` and ``w_t - w_{t+h}``, [H, M]; NaN where the run has no step t + h.
+        mean: over the steps at each horizon [H]; the error is the sketch's, as `Sketch.mean_cosine` has it.
     """
 
     steps: NDArray[np.int64]
     horizons: NDArray[np.int64]
     cosine: Estimate
-
-    def mean(self) -> Estimate:
-        """The mean over the steps at each horizon [H]; its standard error is that of independent errors of the steps.
-
-        They are nearly so for steps whose gradients are not alike.
-        """
-        known = ~np.isnan(self.cosine.value)
-        count = known.sum(1)
-        with np.errstate(invalid="ignore"):
-            value = np.where(known, self.cosine.value, 0).sum(1) / count
-            error = np.sqrt(np.where(known, self.cosine.error, 0) ** 2 @ np.ones(known.shape[1])) / count
-        return Estimate(value, error)
+    mean: Estimate
 
     def random_walk(self) -> Array:
         """What a random walk has at each horizon, ``h^-1/2`` (NWT eq. 8) [H]."""
@@ -151,6 +141,21 @@ class Sketch:
         """
         return self._angle(self._gradients, self.offsets(target))
 
+    def mean_cosine(
+        self, target: str | int | Array = FINAL, of_row: NDArray[np.intp] | None = None, groups: int = 1
+    ) -> Estimate:
+        """The mean of `cosine` over groups of sketched steps [groups]; ``of_row`` [M] numbers each one's, -1 for none.
+
+        All steps share signs and buckets, so their errors depend on one another, the more the gradients are alike. The
+        standard error counts that in: it is the spread over the buckets of what each adds to the mean.
+        """
+        return self._mean_angle(
+            self._gradients,
+            self.offsets(target),
+            np.zeros(len(self.steps), np.intp) if of_row is None else of_row,
+            groups,
+        )
+
     def rsi(self, target: str | int | Array = FINAL) -> Estimate:
         """``G.d / ||d||^2`` [M], with the error ``EB sqrt((1 - gamma^2) / size)`` of a coefficient of regression."""
         g_g, g_d, d_d, spread = self._products(target)
@@ -196,13 +201,7 @@ class Sketch:
 
         The final iterate counts as the step after the last.
         """
-        later = np.full_like(self._weights, np.nan)
-        rows = (self.steps + h) // self.every
-        known = (rows < len(self.steps)) & (h % self.every == 0)
-        later[known] = self._weights[rows[known]]
-        if self._num_steps is not None and FINAL in self._references:
-            later[self.steps + h == self._num_steps] = self._references[FINAL]
-        return self._angle(self._gradients, self._weights - later)
+        return self._angle(self._gradients, self._way(h))
 
     def horizon_map(self, horizons: Sequence[int] | None = None) -> HorizonMap:
         """`horizon` at each of some horizons; at about eight in each factor of two when None."""
@@ -210,9 +209,14 @@ class Sketch:
             most = max(1, int(self.steps[-1]) // self.every) if len(self.steps) else 1
             grid = np.round(2.0 ** np.arange(0, np.log2(most) + 1e-9, 1 / 8)).astype(np.int64)
             horizons = [int(h) * self.every for h in np.unique(grid)]
-        found = [self.horizon(h) for h in horizons]
-        value, error = (np.array([each[i] for each in found]).reshape(len(horizons), -1) for i in (0, 1))
-        return HorizonMap(self.steps, np.array(horizons, np.int64), Estimate(value, error))
+        ways = map(self._way, horizons)
+        together = np.zeros(len(self.steps), np.intp)
+        found = [
+            (*self._angle(self._gradients, way), *self._mean_angle(self._gradients, way, together, 1)) for way in ways
+        ]
+        cosine, error, mean, mean_error = (np.array(each) for each in zip(*found, strict=True))
+        means = Estimate(mean[:, 0], mean_error[:, 0])
+        return HorizonMap(self.steps, np.array(horizons, np.int64), Estimate(cosine, error), means)
 
     def offsets(self, target: str | int | Array = FINAL) -> Array:
         """Projections of ``w - w*`` for each sketched step [M, size]; NaN from the target on, where that is a step.
@@ -252,6 +256,27 @@ class Sketch:
     def _angle(self, a: Array, b: Array) -> Estimate:
         value = geometry.cosine(_dot(a, b), _dot(a, a), _dot(b, b))
         return self._estimate(value, (1 - value**2) / np.sqrt(self.size))
+
+    def _mean_angle(self, a: Array, b: Array, of_row: NDArray[np.intp], groups: int) -> Estimate:
+        value = geometry.cosine(_dot(a, b), _dot(a, a), _dot(b, b))
+        means, errors = np.full(groups, np.nan), np.full(groups, np.nan)
+        for group in range(groups):
+            rows = np.flatnonzero((of_row == group) & np.isfinite(value))
+            if len(rows):
+                means[group] = value[rows].mean()
+                added = sum(_added(a[row], b[row], value[row]) for row in rows) / len(rows)
+                errors[group] = np.sqrt(_dot(added, added))
+        return self._estimate(means, errors)
+
+    def _way(self, h: int) -> Array:
+        """``w_t - w_{t+h}`` [M, size], NaN where it is not known."""
+        later = np.full_like(self._weights, np.nan)
+        rows = (self.steps + h) // self.every
+        known = (rows < len(self.steps)) & (h % self.every == 0)
+        later[known] = self._weights[rows[known]]
+        if self._num_steps is not None and FINAL in self._references:
+            later[self.steps + h == self._num_steps] = self._references[FINAL]
+        return self._weights - later
 
     def _estimate(self, value: Array, error: Array) -> Estimate:
         return Estimate(value, np.where(np.isnan(value), np.nan, 0.0) if self.exact else error)
@@ -295,6 +320,13 @@ def _values(raw: NDArray[Any], dtype: str) -> Array:
     elif raw.dtype.kind != "f":
         raise UsageError(f"weights of the dtype {dtype} cannot be read here")
     return raw.astype(np.float64)
+
+
+def _added(a: Array, b: Array, cosine: float) -> Array:
+    """What each bucket adds to the error of a cosine, to first order [size]; the sum over the buckets is 0."""
+    a, b = a / np.sqrt(a @ a), b / np.sqrt(b @ b)
+    added: Array = a * b - cosine * (a**2 + b**2) / 2
+    return added
 
 
 def _dot(a: Array, b: Array) -> Array:
