@@ -47,8 +47,8 @@ def gamma_figure(records: Sequence[Record], *, skip_last_epoch: bool = False, wi
         if with_null_model:
             walk = geometry.random_walk_cosine(record.num_steps - sketch.steps)
             null = _means(walk, of_row, len(x))
-            style = {"color": _GRAY if len(records) == 1 else _line(i)["color"], "linewidth": 1.2}
-            panel.plot(x, null, "--", label="random walk (NWT eq. 8)" if i == 0 else None, **style)
+            color = _GRAY if len(records) == 1 else _line(i)["color"]
+            panel.plot(x, null, "--", color=color, label="" if i else "random walk (NWT eq. 8)", linewidth=1.2)
     panel.axhline(0, color="0.7", linewidth=0.8, zorder=0)
     panel.set_ylabel("cosine γ, estimated")
     panel.set_title(f"band: mean ± {_WIDE} standard errors of the sketch", fontsize="small", color=_GRAY, loc="left")
@@ -104,7 +104,7 @@ def _draw_means(panel: Any, found: HorizonMap) -> None:
         h,
         value,
         error,
-        fmt="o-",
+        marker="o",
         markersize=3,
         label=f"mean over t, ± {_WIDE} standard errors of the sketch",
         **_line(0),

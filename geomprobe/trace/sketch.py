@@ -204,11 +204,11 @@ class Sketch:
         return self._angle(self._gradients, self._way(h))
 
     def horizon_map(self, horizons: Sequence[int] | None = None) -> HorizonMap:
-        """`horizon` at each of some horizons; at about eight in each factor of two when None."""
+        """`horizon` at each of some horizons; at about eight in each factor of two, up to the longest, when None."""
         if horizons is None:
             most = max(1, int(self.steps[-1]) // self.every) if len(self.steps) else 1
             grid = np.round(2.0 ** np.arange(0, np.log2(most) + 1e-9, 1 / 8)).astype(np.int64)
-            horizons = [int(h) * self.every for h in np.unique(grid)]
+            horizons = [int(h) * self.every for h in np.unique(np.append(grid, most))]
         ways = map(self._way, horizons)
         together = np.zeros(len(self.steps), np.intp)
         found = [
@@ -264,8 +264,10 @@ class Sketch:
             rows = np.flatnonzero((of_row == group) & np.isfinite(value))
             if len(rows):
                 means[group] = value[rows].mean()
-                added = sum(_added(a[row], b[row], value[row]) for row in rows) / len(rows)
-                errors[group] = np.sqrt(_dot(added, added))
+                added = np.zeros(self.size)
+                for row in rows:
+                    added += _added(a[row], b[row], value[row])
+                errors[group] = np.sqrt(added @ added) / len(rows)
         return self._estimate(means, errors)
 
     def _way(self, h: int) -> Array:
