@@ -64,7 +64,9 @@ def test_a_parameter_without_a_gradient_or_owned_elsewhere_is_zero_and_keeps_its
     projector = Projector(64, CPU, way=way)
     kept = [None if i in (0, 3) else each for i, each in enumerate(w)]
     owned = [i not in (0, 3) for i in range(len(w))]
-    wanted = projector(numbered([z if i in (0, 3) else each for i, (each, z) in enumerate(zip(w, zero))], w))
+    wanted = projector(
+        numbered([z if i in (0, 3) else each for i, (each, z) in enumerate(zip(w, zero, strict=True))], w)
+    )
     assert torch.equal(projector(numbered(kept, w)), wanted)
     assert torch.equal(projector(numbered(w, w, owned)), wanted)
 

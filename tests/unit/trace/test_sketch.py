@@ -158,7 +158,7 @@ def test_a_run_without_its_final_iterate_has_horizons_between_its_steps_only(his
 
 
 def test_a_step_without_a_sketch_is_named(history):
-    with pytest.raises(UsageError, match="step 5 has no sketch: there is one of every 4. step up to 36"):
+    with pytest.raises(UsageError, match=r"step 5 has no sketch: there is one of every 4\. step up to 36"):
         sketch_of(history, 64, every=4).weights([4, 5])
 
 
