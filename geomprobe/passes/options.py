@@ -15,9 +15,7 @@ from geomprobe.distributed.ranks import PATIENCE_S
 from geomprobe.errors import RunError, UsageError
 from geomprobe.measure.option_fields import Options, option, parser, whole
 from geomprobe.measure.options import MeasureOptions
-
-LARGEST_SKETCH = 1 << 16
-"""Numbers of each vector: 1 MiB a step for both."""
+from geomprobe.trace.json_values import LARGEST_SKETCH
 
 
 def interval(text: str) -> tuple[int, str]:

@@ -14,6 +14,8 @@ from typing import Any
 from geomprobe.errors import RunError
 
 COUNT = range(1 << 53)
+LARGEST_SKETCH = 1 << 16
+"""Numbers of each vector: 1 MiB a step for both."""
 _DEEPEST = 32
 _AT_LEAST_ONE = range(1, 1 << 53)
 
@@ -53,7 +55,13 @@ MANIFEST: dict[str, Any] = {
     },
     "ranks": {"kind": str, "world_size": range(1, 1 << 16)},
     "missed_reference_steps": [COUNT],
-    "sketch": {"size": _AT_LEAST_ONE, "every": _AT_LEAST_ONE, "seed": COUNT, "sharded": bool, "shapes": [[COUNT]]},
+    "sketch": {
+        "size": range(1, LARGEST_SKETCH + 1),
+        "every": _AT_LEAST_ONE,
+        "seed": COUNT,
+        "sharded": bool,
+        "shapes": [[COUNT]],
+    },
 }
 """The entries of a manifest that something reads; what else is in it is only shown."""
 

@@ -92,11 +92,15 @@ class Record(ABC):
         described = self.manifest.get("sketch")
         if not described:
             raise RunError(f"{self.path} has no sketch: record it with --sketch 4096 (sketch=4096 in Python)")
+        parameters = (self.manifest.get("model") or {}).get("parameters") or []
+        missing = [name for name in ("size", "every", "seed", "shapes") if described.get(name) is None]
+        if missing or len(parameters) != len(described["shapes"]):
+            raise RunError(f"{self.path} is damaged: its manifest does not describe the sketch and the parameters")
         rows = self._sketch_rows(bool(described.get("sharded")))
         wanted = -(-2 * described["size"] // described["every"])
         if rows.shape[1:] != (wanted,):
             raise RunError(f"{self.path} is damaged: a row of its sketch should have {wanted} numbers")
-        references = Projections(self, described, self.manifest["model"]["parameters"])
+        references = Projections(self, described, parameters)
         return Sketch(rows, described, references, self.num_steps if self.status == "complete" else None)
 
     def close(self) -> None:
@@ -144,6 +148,8 @@ class Projections(Mapping[str, Array]):
         if name not in self._found:
             with open_record(self._record.path) as record:  # ours may have been closed
                 whole = record._whole_reference(name)
+            if missing := [each for each in self._parameters if each not in whole]:
+                raise RunError(f"{self._record.path} is damaged: its reference {name!r} lacks {missing[0]}")
             self._found[name] = projected(self._described, [whole[each] for each in self._parameters])
         return self._found[name]
 
@@ -228,13 +234,13 @@ class _Sealed(Record):
             return self.reference(name)
         path = f"references/{schema.escape(name)}"
         places = [path, *(f"{schema.RANKS}/{rank}/{path}" for rank in sorted(self._file[schema.RANKS], key=int))]
+        shapes = dict(zip(self.manifest["model"]["parameters"], self.manifest["sketch"]["shapes"], strict=True))
         with damage_named(path, self._path):
             shards = [read_reference(self._file[place]) for place in places]
-        shapes = dict(zip(self.manifest["model"]["parameters"], self.manifest["sketch"]["shapes"], strict=True))
-        return {
-            parameter: (joined([shard[parameter][0] for shard in shards], shapes[parameter]), shards[0][parameter][1])
-            for parameter in shapes
-        }
+            return {
+                parameter: (joined([shard[parameter][0] for shard in shards], shape), shards[0][parameter][1])
+                for parameter, shape in shapes.items()
+            }
 
     def close(self) -> None:
         self._file.close()

@@ -305,9 +305,14 @@ def projected(described: Mapping[str, Any], arrays: Sequence[tuple[NDArray[Any],
 def joined(shards: Sequence[NDArray[Any]], shape: Sequence[int]) -> NDArray[Any]:
     """A parameter of a known shape from its shards by rank; those that come when it is whole are copies.
 
+    Raises:
+        ValueError: they are no shards of such a parameter.
+
     >>> joined([np.ones((2, 2)), np.zeros((1, 2)), np.ones((2, 2))], (3, 2)).tolist()
     [[1.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
     """
+    if any(shard.ndim != len(shape) for shard in shards):
+        raise ValueError(f"a shard of a parameter of the shape {list(shape)} has another number of dimensions")
     cut = [dim for dim, length in enumerate(shape) if shards[0].shape[dim] != length]
     if not cut:
         return shards[0]

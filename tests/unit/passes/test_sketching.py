@@ -1,5 +1,8 @@
 """A recording keeps the sketch of the weights and the gradient that the optimizer has, and resumes it bit for bit."""
 
+import json
+
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import geomprobe
+from geomprobe.cli import main
 from geomprobe.errors import RunError, UsageError
 from geomprobe.trace.record import open_record
 from geomprobe.trace.sketch import projected
@@ -121,3 +125,40 @@ def test_a_run_without_a_sketch_says_how_to_get_one(tmp_path):
 def test_a_size_that_makes_no_sense_is_refused(tmp_path, size):
     with pytest.raises(UsageError, match="neither 0 nor a whole number from 2 to 65536"):
         geomprobe.record(Training(), tmp_path / "run", sketch=size)
+
+
+def changed(run, edit):
+    with h5py.File(run / "record.h5", "r+") as file:
+        manifest = json.loads(file.attrs["manifest"])
+        edit(file, manifest)
+        file.attrs["manifest"] = json.dumps(manifest)
+
+
+def without_final_bias(file, manifest):
+    del file["references/final/0.bias"]
+
+
+DAMAGE = {
+    "no rows": lambda file, manifest: file.__delitem__("sketch"),
+    "rows of another length": lambda file, manifest: (
+        file.__delitem__("sketch/rows"),
+        file.create_dataset("sketch/rows", data=np.zeros((3, 128))),
+    ),
+    "another width": lambda file, manifest: manifest["sketch"].update(size=60),
+    "a size without bound": lambda file, manifest: manifest["sketch"].update(size=1 << 40, every=1 << 30),
+    "no size": lambda file, manifest: manifest["sketch"].pop("size"),
+    "no names": lambda file, manifest: manifest["model"].pop("parameters"),
+    "a name too many": lambda file, manifest: manifest["model"]["parameters"].append("x"),
+    "ranks that are not there": lambda file, manifest: manifest["sketch"].update(sharded=True),
+    "a reference without a parameter": without_final_bias,
+    "another shape": lambda file, manifest: manifest["sketch"]["shapes"].reverse(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_named_in_one_line(tmp_path, damage, capsys):
+    geomprobe.record(Training(), tmp_path / "run", seed=0, sketch=64).close()
+    changed(tmp_path / "run", DAMAGE[damage])
+    assert main(["plot", str(tmp_path / "run"), "-o", str(tmp_path / "out.png"), "--sketch"]) in (1, 2)
+    assert capsys.readouterr().err.count("\n") <= 3
+    assert not (tmp_path / "out.png").exists()
