@@ -204,11 +204,11 @@ class Sketch:
         return self._angle(self._gradients, self._way(h))
 
     def horizon_map(self, horizons: Sequence[int] | None = None) -> HorizonMap:
-        """`horizon` at each of some horizons; at about eight in each factor of two, up to the longest, when None."""
+        """`horizon` at each of some horizons; at about eight in each factor of two when None."""
         if horizons is None:
             most = max(1, int(self.steps[-1]) // self.every) if len(self.steps) else 1
             grid = np.round(2.0 ** np.arange(0, np.log2(most) + 1e-9, 1 / 8)).astype(np.int64)
-            horizons = [int(h) * self.every for h in np.unique(np.append(grid, most))]
+            horizons = [int(h) * self.every for h in np.unique(grid)]
         ways = map(self._way, horizons)
         together = np.zeros(len(self.steps), np.intp)
         found = [

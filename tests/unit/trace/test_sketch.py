@@ -147,7 +147,7 @@ def test_horizons_are_chosen_on_a_logarithmic_grid_of_steps_that_have_sketches(h
     chosen = sketch_of(history, 200, every=2).horizon_map().horizons
     assert (np.diff(chosen) > 0).all()
     assert (chosen % 2 == 0).all()
-    assert (chosen[0], chosen[-1]) == (2, 38)
+    assert (chosen[0], chosen[-1]) == (2, 34)
 
 
 def test_a_run_without_its_final_iterate_has_horizons_between_its_steps_only(history):
