@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from geomprobe.errors import RunError
+from geomprobe.errors import RunError, UsageError
 from geomprobe.trace import schema
 from geomprobe.trace.derive import Array
 from geomprobe.trace.hdf5_errors import damage_named
@@ -24,6 +24,10 @@ from geomprobe.trace.sketch import Sketch, joined, projected
 from geomprobe.trace.weights import read_reference, read_reference_file
 
 Reference = dict[str, tuple[NDArray[Any], str]]
+
+
+class NoSketch(RunError):
+    """A recording was made without ``--sketch``."""
 
 
 class Record(ABC):
@@ -87,11 +91,12 @@ class Record(ABC):
         """The sketches that ``record --sketch`` keeps, from which inner products between steps are estimated.
 
         Raises:
-            RunError: there are none; or several processes have one each, and the record is not sealed yet.
+            NoSketch: there are none.
+            RunError: they are damaged; or several processes have one each, and the record is not sealed yet.
         """
         described = self.manifest.get("sketch")
         if not described:
-            raise RunError(f"{self.path} has no sketch: record it with --sketch 4096 (sketch=4096 in Python)")
+            raise NoSketch(f"{self.path} has no sketch: record it with --sketch 4096 (sketch=4096 in Python)")
         parameters = (self.manifest.get("model") or {}).get("parameters") or []
         missing = [name for name in ("size", "every", "seed", "shapes") if described.get(name) is None]
         if missing or len(parameters) != len(described["shapes"]):
@@ -150,7 +155,12 @@ class Projections(Mapping[str, Array]):
                 whole = record._whole_reference(name)
             if missing := [each for each in self._parameters if each not in whole]:
                 raise RunError(f"{self._record.path} is damaged: its reference {name!r} lacks {missing[0]}")
-            self._found[name] = projected(self._described, [whole[each] for each in self._parameters])
+            try:
+                self._found[name] = projected(self._described, [whole[each] for each in self._parameters])
+            except UsageError as error:
+                raise RunError(
+                    f"{self._record.path}: its reference {name!r} does not fit the sketch: {error}"
+                ) from error
         return self._found[name]
 
 

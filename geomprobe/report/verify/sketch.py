@@ -20,6 +20,8 @@ import numpy as np
 
 from geomprobe.errors import RunError
 from geomprobe.report.verify.check import Array, Check, Precision, Rows, compare, skipped, worst_of
+from geomprobe.trace.locate import NothingThere
+from geomprobe.trace.record import NoSketch
 from geomprobe.trace.schema import FINAL, product_column
 
 if TYPE_CHECKING:
@@ -37,11 +39,13 @@ def check_sketch(trace: Trace, p: Precision) -> list[Check]:
     """The checks of the sketch that the recording beside a trace has; none where there is no such sketch."""
     try:
         sketch = trace.sketch
-    except RunError:
+        if trace.status == "complete" and FINAL in sketch.references:
+            return of_products(trace, sketch, p)
+    except (NoSketch, NothingThere):
         return []
-    if trace.status != "complete" or FINAL not in sketch.references:
-        return [skipped(name, "the trace is not proven to be of the recorded run") for name in _NAMES]
-    return of_products(trace, sketch, p)
+    except RunError:
+        return [skipped(name, "the recording cannot be read") for name in _NAMES]
+    return [skipped(name, "the trace is not proven to be of the recorded run") for name in _NAMES]
 
 
 def of_products(trace: Trace, sketch: Sketch, p: Precision) -> list[Check]:

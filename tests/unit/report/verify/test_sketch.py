@@ -119,6 +119,18 @@ def test_there_is_nothing_to_check_without_a_sketch_or_a_recording(folder, tmp_p
     assert outcomes(run) == {}
 
 
+def test_a_recording_that_cannot_be_read_is_no_reason_to_fail_the_trace(folder, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "trace.h5").write_bytes((folder / "trace.h5").read_bytes())
+    (run / "record.h5").write_bytes((folder / "record.h5").read_bytes())
+    with h5py.File(run / "record.h5", "r+") as file:
+        del file["references/final/0.bias"]
+    assert {check.note for check in outcomes(run).values()} == {"the recording cannot be read"}
+    (run / "record.h5").write_bytes(b"nothing")
+    assert {check.outcome for check in outcomes(run).values()} == {SKIPPED}
+
+
 def test_a_trace_that_is_not_certified_is_not_compared(folder, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
