@@ -19,6 +19,8 @@ gets signs, is turned as a ring by r(B), and is added. So a kernel adds runs of 
 nothing, needs no atomic operations, and computes one hash for 64 elements. Bucket k takes at most one element of each
 block. Added in the order of the blocks, each bucket's float64 sum has the same bits however the vector is cut.
 
+Over the choice of the seed, and as far as SplitMix64's outputs are like independent ones:
+
 **Without bias.** ``Sa . Sb = a.b + sum over i != j with b(i) = b(j) of s(i) s(j) a[i] b[j]``. The signs of two
 different elements are independent and even, so each term of the sum has the mean 0, for any vectors and any buckets.
 
