@@ -1,1 +1,1 @@
-"""The one read of a step: digests, norms and inner products of the weights and gradients, on any device."""
+"""The one read of a step: digests, norms, inner products and sketches of weights and gradients, on any device."""

@@ -28,6 +28,7 @@ from geomprobe.passes.references.averages import Averages
 from geomprobe.passes.references.kept import KeptReferences
 from geomprobe.passes.row_buffer import Block, RowBuffer
 from geomprobe.passes.session import Session, part_attributes
+from geomprobe.passes.sketching import StepSketch
 from geomprobe.probe.events import Events
 from geomprobe.probe.loops import TOP, Position
 from geomprobe.probe.probe import Probe
@@ -62,7 +63,8 @@ def recording(
         references = KeptReferences(own, ranks, session.layout.sharded)
         averages = [AverageKeeper(probe, options, references)] if options.ema or options.average else []
         taken = [name for each in averages for name in each.averages.weights]
-        rows = RecordWriter(session, probe, own, fingerprint)
+        sketch = StepSketch(session, probe, options) if options.sketch else None
+        rows = RecordWriter(session, probe, own, fingerprint, sketch)
         replicated = session.layout.kind == "DDP" and not ranks.alone
         shared = checkpoint.SharedByFirst(ranks, run.checkpoints) if replicated else None
         final_state = FinalState(fingerprint)
@@ -72,6 +74,7 @@ def recording(
             final_state,
             *averages,
             ReferenceKeeper(session, probe, frozenset(options.reference_steps), references, taken),
+            *([sketch] if sketch else []),
             rows,
             Checkpointer(session, fingerprint, resumer, rows, options, own, shared),
             RecordSealer(session, own, rows, references, final_state),
@@ -210,15 +213,24 @@ class ReferenceKeeper(Events):
 
 
 class RecordWriter(Events):
-    """Writes one row a step: epoch, loss, learning rate and fingerprint."""
+    """Writes one row a step: epoch, loss, learning rate, fingerprint and, where it is asked for, the sketch."""
 
     _log: AttemptLog  # opened at the first update, since it needs the manifest
 
-    def __init__(self, session: Session, probe: Probe, run: RunFolder, fingerprint: StepFingerprint) -> None:
+    def __init__(
+        self,
+        session: Session,
+        probe: Probe,
+        run: RunFolder,
+        fingerprint: StepFingerprint,
+        sketch: StepSketch | None = None,
+    ) -> None:
         self._session, self._probe, self._run, self._fingerprint = session, probe, run, fingerprint
+        self._sketch = sketch
         places = {"epoch": False, "loss": True, "lr": True}
         columns = [Columns(name, STEPS, (name,), "float64", on_device) for name, on_device in places.items()]
         columns += [each._replace(table=f"{FINGERPRINTS}/{each.table}") for each in fingerprint.columns]
+        columns += sketch.columns if sketch else []
         self._rows = RowBuffer(fingerprint.device, columns, self._write)
         self._row: dict[str, Any] = {}
         self._groups = GroupValues(probe.optimizers)
@@ -238,6 +250,8 @@ class RecordWriter(Events):
             "loss": loss,
             **self._fingerprint.take(reading, grad_scale),
         }
+        if self._sketch:
+            self._row |= self._sketch.row(gradients, grad_scale)
 
     def parent_stepping(self) -> None:
         self._groups.parent_stepping()

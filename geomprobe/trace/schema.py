@@ -37,6 +37,8 @@ TABLES: dict[Kind, str] = {"record": STEPS, "trace": VALUES}
 """The float64 table of a part."""
 FINGERPRINTS = "fingerprints"
 """Prefix of the int64 tables of a record part, one a component."""
+SKETCH = "sketch"
+"""The float64 table of a record part, and group of the sealed record, that holds the sketches, if there are any."""
 FINAL = "final"
 """The reference that every trace has: the final iterate."""
 

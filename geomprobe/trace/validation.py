@@ -178,6 +178,10 @@ def _record(tree: _Tree) -> dict[str, Any]:
         tree.column(f"steps/{column.name}")
     for place in ("", *(f"{schema.RANKS}/{rank}/" for rank in tree.members(schema.RANKS) if _RANK.fullmatch(rank))):
         _fingerprints(tree, f"{place}{schema.FINGERPRINTS}")
+        if tree.exists(f"{place}{schema.SKETCH}/rows"):
+            rows, _ = tree.shape(f"{place}{schema.SKETCH}/rows", "float64", 2)
+            if rows != tree.length:
+                raise RunError(f"{place}{schema.SKETCH}/rows has {rows} rows, and the file says {tree.length}")
         for name in tree.members(f"{place}references"):
             tree.reference(f"{place}references/{name}")
     return {}
