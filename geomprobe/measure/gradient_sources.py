@@ -91,6 +91,7 @@ class GradientSources(Events):
         # Of each gradient, its digest and its squared norm. [parameters]
         self._evidence = torch.empty(0, dtype=torch.int64), torch.empty(0)
         self._read: FusedRead | None = None  # for the parameters so far
+        self._shapes: list[torch.Size] = []
 
     # Events
 
@@ -424,6 +425,8 @@ class GradientSources(Events):
         """The digests and the squared norms of the present gradients; a digest sees every change of a bit."""
         if not self._parameters or self._unfollowed:
             return self._evidence
-        if self._read is None:
-            self._read = FusedRead([p.detach() for p in self._parameters])
-        return self._read.look([None if p.grad is None else p.grad.detach() for p in self._parameters])
+        parameters, shapes = self._parameters, [p.shape for p in self._parameters]
+        if self._read is None or shapes != self._shapes:  # the update of other shapes is refused elsewhere
+            self._read, self._shapes = FusedRead([p.detach() for p in parameters]), shapes
+        gradients = [None if (g := p.grad) is None or g.shape != p.shape else g.detach() for p in parameters]
+        return self._read.look(gradients)
