@@ -1,9 +1,10 @@
 """Check a trace against the identities that any trace must satisfy.
 
-It needs the trace alone. Each column must fit the inner products that it was computed from, by another formula than
+Each column must fit the inner products that it was computed from, by another formula than
 the one that computed it. cosine = rsi/eb, lolr = rsi/eb^2, |cosine| <= 1, distance > 0 before the end, and the status
 must fit the certificate. For plain SGD, each distance must follow from the row before it (NWT eq. 4), and the last step
 must have the right direction and length. Each check names its worst row and its tolerance, which follows from rounding.
+Where the run was recorded with --sketch, the estimates may differ from what was measured by as much as chance allows.
 Exits with 3 when an identity is broken. Of a run that `record --optimizer all` made, each path is checked.
 
     geomprobe verify runs/a

@@ -25,14 +25,11 @@ class ReferenceProducts(Quantity):
 
     def open(self, recorded: Recorded) -> None:
         training, options = self.training, self.training.options
-        self._products = InnerProducts(
-            training.parameters,
+        names = training.reader.refer_to(
             {name: list(weights.values()) for name, weights in recorded.references.items()},
             owned=training.layout.owned,
             per_parameter=options.per_parameter,
-            compiled=options.compiled,
         )
-        names = self._products.names
         self._of_final = [i for i, name in enumerate(names) if "/" not in name]
         columns = [product_column(*_product_and_reference(name)) for name in names]
         if options.per_parameter:
@@ -41,7 +38,8 @@ class ReferenceProducts(Quantity):
         self.columns = tuple(columns)
 
     def local(self, step: Step) -> dict[str, Part]:
-        return {"products": Part(self._products.measure(step.gradients, step.grad_scale), Combine.SUM)}
+        assert step.products is not None
+        return {"products": Part(step.products, Combine.SUM)}
 
     def finish(self, whole: Mapping[str, Tensor]) -> Tensor:
         products = whole["products"]
@@ -75,7 +73,7 @@ class BeforeClipping(Quantity):
 
     def open(self, recorded: Recorded) -> None:
         owned = self.training.layout.owned
-        self._products = InnerProducts(self.training.parameters, recorded.final, owned=owned, only=self.PRODUCTS)
+        self._products = InnerProducts(self.training.parameters, recorded.final, only=self.PRODUCTS, owned=owned)
 
     @torch.no_grad()
     def before_clipping(self, factor: Tensor | None) -> None:

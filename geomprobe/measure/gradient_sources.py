@@ -17,14 +17,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from geomprobe.distributed.dtensor import is_dtensor
+from geomprobe.kernels.fused_read import FusedRead, Reading
 from geomprobe.probe.events import Events, Weight
-from geomprobe.probe.evidence import Mark, evidence, marks, moved
+from geomprobe.probe.evidence import Mark, marks
 from geomprobe.probe.graph import leaves_of
 from geomprobe.probe.hooks.global_hooks import unscaled
 from geomprobe.probe.hooks.gradient_hooks import watching_hooks
 from geomprobe.probe.listeners import LossTracker
 from geomprobe.probe.parameters import holds
 from geomprobe.probe.probe import Probe
+from geomprobe.reproducibility.columns import moved
 from geomprobe.trace.absence import ABSENCES, CARRIED, NO_SCALAR, UNSEEN, WRITTEN, Absence
 
 
@@ -100,7 +102,10 @@ class GradientSources(Events):
         # After each of these passes, what is left of each gradient before the next one: 1, 0 or NaN. [parameters]
         self._left: list[Tensor] = []
         self._marks: list[Mark] = []
-        self._evidence = torch.empty(2, 0)
+        # Of each gradient, its digest and its squared norm. [parameters]
+        self._evidence = torch.empty(0, dtype=torch.int64), torch.empty(0)
+        self._read: FusedRead | None = None  # for the parameters so far
+        self._shapes: list[torch.Size] = []
         self._known_numbers: _Numbers | None = None
 
     # Events
@@ -112,7 +117,7 @@ class GradientSources(Events):
         measured: list[Tensor] = list(probe.parameters.values())
         places = {id(p): i for i, p in enumerate(self._parameters)}
         order = [places.get(id(p), -1) for p in measured]
-        self._parameters, self._attached = measured, True
+        self._parameters, self._attached, self._read = measured, True, None
         self._unfollowed = any(map(is_dtensor, measured))
         for each in self._passes:
             # A measured parameter may be hidden from the walk over the graph, as reentrant checkpointing does.
@@ -259,10 +264,13 @@ class GradientSources(Events):
             else:
                 running.share = torch.zeros((), device=losses[0].device)
 
-    def settle(self) -> tuple[Tensor, Tensor]:
+    def settle(self, reading: Reading | None = None) -> tuple[Tensor, Tensor]:
         """The loss that the present gradients are the gradient of, and the reasons for which it may be unknown.
 
         Called at the update, before it happens.
+
+        Args:
+            reading: of the gradients that the update uses, where they were read.
 
         Returns:
             float64 [1], NaN where it is not known; and float64 [len(REASONS)], 1 where that reason holds.
@@ -273,10 +281,11 @@ class GradientSources(Events):
             for each in self._passes:
                 each.share = numbers.zero
             return numbers.nan.reshape(1), numbers.only_unseen
+        seen = None if reading is None or self._several else (reading.gradients, reading.norms)
         first = self._passes[0]
         if len(self._passes) == 1 and first.loss is not None and any(first.reaches) and self._alone:
-            return self._settle_one(first)
-        shares, written = self._shares(device)
+            return self._settle_one(first, seen)
+        shares, written = self._shares(device, seen)
         last = next((each for each in reversed(self._passes) if self._reached(each)), self._passes[-1])
         for i, each in enumerate(self._passes):
             alike = self._scaled_alike(each, last)
@@ -302,9 +311,9 @@ class GradientSources(Events):
 
     # Parts of the above
 
-    def _settle_one(self, alone: BackwardPass) -> tuple[Tensor, Tensor]:
+    def _settle_one(self, alone: BackwardPass, seen: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """`settle` where one backward pass made all gradients, as in most trainings: the same in few operations."""
-        self._note_what_is_left()
+        self._note_what_is_left(seen)
         numbers, (left,) = self._numbers, self._left
         if not all(alone.reaches):  # what is left of the others counts only where something was done to it
             first = alone.reaches.index(True)
@@ -389,7 +398,7 @@ class GradientSources(Events):
             return
         if self._passes:
             self._note_what_is_left()
-        self._parameters = self._parameters + new
+        self._parameters, self._read = self._parameters + new, None
         for each in self._passes:
             each.reaches += [False] * len(new)
         self._left = [torch.cat([each, each.new_ones(len(new))]) for each in self._left]
@@ -411,29 +420,29 @@ class GradientSources(Events):
             self._passes = [BackwardPass(None, CARRIED, [p.grad is not None for p in self._parameters])]
             self._look()
             numbers = self._numbers  # the script may have made them, of zeros
-            self._left = [torch.where(self._evidence[0] == 0, numbers.zero, numbers.one)]
+            self._left = [torch.where(self._evidence[1] == 0, numbers.zero, numbers.one)]
 
-    def _note_what_is_left(self) -> None:
+    def _note_what_is_left(self, seen: tuple[Tensor, Tensor] | None = None) -> None:
         if self._unfollowed:
             return
-        before, then = self._marks, self._evidence
-        self._look()
-        now, numbers = self._evidence, self._numbers
-        same = (_bits(now) == _bits(then)).all(0)
+        before, (then, _) = self._marks, self._evidence
+        self._look(seen)
+        (now, norms), numbers = self._evidence, self._numbers
+        same = now == then
         if before != self._marks:
             same &= moved([a == b for a, b in zip(before, self._marks, strict=True)], now.device)
-        left = torch.where(same, numbers.one, torch.where(now[0] == 0, numbers.zero, numbers.nan))
+        left = torch.where(same, numbers.one, torch.where(norms == 0, numbers.zero, numbers.nan))
         if len(self._left) < len(self._passes):
             self._left.append(left)
         else:
             self._left[-1] = torch.where(left == 0, numbers.zero, self._left[-1] * left)
 
-    def _shares(self, device: torch.device) -> tuple[list[Tensor], Tensor]:
+    def _shares(self, device: torch.device, seen: tuple[Tensor, Tensor] | None) -> tuple[list[Tensor], Tensor]:
         """Of each pass, its share of the present gradients; and whether something else is part of them."""
         numbers = self._numbers
         if self._unfollowed:  # of one optimizer: see `Session.attached`
             return [numbers.one] * len(self._passes), numbers.zero
-        self._note_what_is_left()
+        self._note_what_is_left(seen)
         moves = self._moves
         shares: list[Tensor] = []
         after, zeroed = torch.ones_like(self._left[-1]), torch.zeros_like(self._left[-1], dtype=torch.bool)
@@ -464,16 +473,16 @@ class GradientSources(Events):
             return one.factor is other.factor
         return one.factor == other.factor
 
-    def _look(self) -> None:
+    def _look(self, seen: tuple[Tensor, Tensor] | None = None) -> None:
         self._marks = marks([p.grad for p in self._parameters])
-        self._evidence = self._looked()
+        self._evidence = self._looked() if seen is None else seen
 
-    def _looked(self) -> Tensor:
+    def _looked(self) -> tuple[Tensor, Tensor]:
+        """The digests and the squared norms of the present gradients; a digest sees every change of a bit."""
         if not self._parameters or self._unfollowed:
-            return torch.empty(2, 0)
-        return evidence([p.grad for p in self._parameters], self._parameters[0].device) + 0.0  # of -0.0, 0.0
-
-
-def _bits(values: Tensor) -> Tensor:
-    """As integers, where a NaN is equal to itself."""
-    return values.view({4: torch.int32, 8: torch.int64}[values.element_size()])
+            return self._evidence
+        parameters, shapes = self._parameters, [p.shape for p in self._parameters]
+        if self._read is None or shapes != self._shapes:  # the update of other shapes is refused elsewhere
+            self._read, self._shapes = FusedRead([p.detach() for p in parameters]), shapes
+        gradients = [None if (g := p.grad) is None or g.shape != p.shape else g.detach() for p in parameters]
+        return self._read.look(gradients)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from geomprobe.probe.evidence import moved
-from geomprobe.reproducibility.columns import Columns
+from geomprobe.reproducibility.columns import Columns, moved
 from geomprobe.trace.schema import GROUP_COLUMNS, MOVING_LR, STEPS, VALUES, group_column
 
 

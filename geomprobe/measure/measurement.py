@@ -10,6 +10,7 @@ from torch import Tensor
 
 from geomprobe.distributed.dtensor import is_dtensor, local_gradient
 from geomprobe.distributed.layout import Layout
+from geomprobe.kernels.fused_read import Reading
 from geomprobe.measure.curvature.autograd_graph import CurvatureUnavailable
 from geomprobe.measure.curvature.step_curvature import FiniteStep, HessianGradient, Sharpness, StepCurvature
 from geomprobe.measure.gradient_products import BeforeClipping, PerRankProducts, ReferenceProducts
@@ -18,9 +19,10 @@ from geomprobe.measure.options import MeasureOptions
 from geomprobe.measure.quantity import Combine, Part, Quantity, Recorded, References, Step, Training
 from geomprobe.measure.side_gradient import FullGradient, HeldOutGradient
 from geomprobe.probe.events import Closure, Events
-from geomprobe.probe.evidence import moved
 from geomprobe.probe.hooks.global_hooks import muted
 from geomprobe.probe.probe import Probe
+from geomprobe.reproducibility.columns import moved
+from geomprobe.reproducibility.step_reader import StepReader
 from geomprobe.trace.absence import UNPROVEN, Absence
 from geomprobe.trace.record import Record
 
@@ -47,6 +49,7 @@ class Measurement(Events):
         layout: how the training is spread over processes; found in the probe's model when None. All of them must
             then call `row` at each step.
         quantities: what there is to measure, as far as the options ask for it.
+        reader: of the pass, which reads for the step's fingerprint too; an own one when None.
 
     Attributes:
         layout: the same.
@@ -61,13 +64,15 @@ class Measurement(Events):
         layout: Layout | None = None,
         sources: GradientSources | None = None,
         quantities: Sequence[type[Quantity]] = QUANTITIES,
+        reader: StepReader | None = None,
     ) -> None:
         self._probe, self._options = probe, options
         self.layout = Layout.of(probe.model, probe.parameters) if layout is None else layout
         self._curvature = StepCurvature(probe, options, self.layout, sources)
         self.listeners: list[Events] = [self] if self._curvature.curvature is None else [self._curvature, self]
         self._parameters: list[Tensor] = list(probe.parameters.values())
-        training = Training(probe, self._parameters, options, self.layout, self._curvature)
+        self._reader = StepReader(self._parameters) if reader is None else reader
+        training = Training(probe, self._parameters, options, self.layout, self._curvature, self._reader)
         self._sharded = any(is_dtensor(parameter) for parameter in self._parameters)
         self._quantities = {of.name: of(training) for of in quantities if not of.option or getattr(options, of.option)}
         self.columns: dict[str, tuple[str, ...]] = {}
@@ -150,12 +155,17 @@ class Measurement(Events):
 
     # The row of a step
 
+    def read(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> Reading:
+        """Read the weights and the gradients, and take the inner products where the step is measured."""
+        return self._reader.read(gradients, grad_scale, sums=self._is_measured(self._probe.step))
+
     def row(
         self,
         gradients: Sequence[Tensor | None],
         grad_scale: Tensor | None,
         means: Mapping[str, Tensor] | None = None,
         absent: Tensor | None = None,
+        reading: Reading | None = None,
     ) -> dict[str, Tensor]:
         """The step's values; nothing of it is an event of the run, and the run stays as it is.
 
@@ -164,6 +174,7 @@ class Measurement(Events):
             grad_scale: what they are multiplied by, under a GradScaler with a fused optimizer.
             means: further numbers of this process by name, such as its loss, float64 of one dimension.
             absent: for each of `GradientSources.REASONS`, 1 where it holds on this process.
+            reading: what `read` has given, where the caller has asked for it.
 
         Returns:
             float64 of one dimension, on the parameters' device: for each of ``means`` the mean over the processes, by
@@ -172,7 +183,7 @@ class Measurement(Events):
         """
         number = self._probe.step
         with muted():
-            parts = self._parts(number, gradients, grad_scale)
+            parts = self._parts(number, gradients, grad_scale, reading)
             holds, numbers = self._absent(absent)
             self._curvature.discard()
             self.gradients_dropped()
@@ -207,8 +218,11 @@ class Measurement(Events):
             self._numbers[of] = moved(numbers, self._no_reasons.device, torch.float64)
         return torch.cat(holds) if len(holds) > 1 else next(iter(holds), self._no_reasons), self._numbers[of]
 
+    def _is_measured(self, number: int) -> bool:
+        return not number % self._options.every
+
     def _parts(
-        self, number: int, gradients: Sequence[Tensor | None], grad_scale: Tensor | None
+        self, number: int, gradients: Sequence[Tensor | None], grad_scale: Tensor | None, reading: Reading | None
     ) -> dict[str, dict[str, Part]]:
         """This process's values by quantity, of those that are measured at this step."""
         due = {name: quantity for name, quantity in self._quantities.items() if quantity.due(number)}
@@ -217,9 +231,10 @@ class Measurement(Events):
         if self._sharded:
             pairs = zip(gradients, self._parameters, strict=True)
             gradients = [local_gradient(gradient, parameter) for gradient, parameter in pairs]
-        if not number % self._options.every:
+        if self._is_measured(number):
             self._curvature.settle(gradients)
-        step = Step(number, gradients, grad_scale)
+        reading = self.read(gradients, grad_scale) if reading is None else reading
+        step = Step(number, gradients, grad_scale, reading.sums)
         parts = {}
         for name, quantity in due.items():
             try:

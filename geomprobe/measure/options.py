@@ -65,7 +65,6 @@ class MeasureOptions(Options):
         False, "under DDP, also keep those of each process's own gradient, before they are averaged"
     )
     before_clipping: bool = option(False, "also measure each step's gradient before the script clipped it")
-    compiled: bool = option(False, "compile the inner products: seconds at the start, faster steps", flag="--compile")
 
     def __post_init__(self) -> None:
         super().__post_init__()

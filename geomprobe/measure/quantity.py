@@ -15,6 +15,7 @@ from torch import Tensor
 from geomprobe.distributed.layout import Layout
 from geomprobe.measure.options import MeasureOptions
 from geomprobe.probe.probe import Probe
+from geomprobe.reproducibility.step_reader import StepReader
 from geomprobe.trace.record import Record
 from geomprobe.trace.schema import FINAL
 
@@ -49,6 +50,7 @@ class Training:
         options: what the replay was asked to measure.
         layout: how the training is spread over processes.
         curvature: the losses of the present step, for products with their Hessian.
+        reader: reads the weights and the gradient of each step.
     """
 
     probe: Probe
@@ -56,6 +58,7 @@ class Training:
     options: MeasureOptions
     layout: Layout
     curvature: StepCurvature
+    reader: StepReader
 
 
 class Recorded(NamedTuple):
@@ -66,9 +69,9 @@ class Recorded(NamedTuple):
     seed: int
 
     @property
-    def final(self) -> dict[str, list[Tensor]]:
-        """The final iterate, as `InnerProducts` takes references."""
-        return {FINAL: list(self.references[FINAL].values())}
+    def final(self) -> list[Tensor]:
+        """The final iterate, one tensor a parameter."""
+        return list(self.references[FINAL].values())
 
 
 class Step:
@@ -78,10 +81,17 @@ class Step:
         number: counted from 0.
         gradients: local values, one a parameter, as the optimizer has them.
         grad_scale: what they are multiplied by, under a GradScaler with a fused optimizer.
+        products: what the reader found: the inner products by `Training.reader`'s names.
     """
 
-    def __init__(self, number: int, gradients: Sequence[Tensor | None], grad_scale: Tensor | None = None) -> None:
-        self.number, self.gradients, self.grad_scale = number, gradients, grad_scale
+    def __init__(
+        self,
+        number: int,
+        gradients: Sequence[Tensor | None],
+        grad_scale: Tensor | None = None,
+        products: Tensor | None = None,
+    ) -> None:
+        self.number, self.gradients, self.grad_scale, self.products = number, gradients, grad_scale, products
 
     @cached_property
     def vectors(self) -> list[Tensor | None]:

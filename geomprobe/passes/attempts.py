@@ -16,6 +16,7 @@ from geomprobe.distributed.ranks import Ranks
 from geomprobe.errors import RunError
 from geomprobe.passes.checkpoint.resume_point import ResumePoint
 from geomprobe.trace.atomic_file import atomic_file
+from geomprobe.trace.locate import require_readable_part
 from geomprobe.trace.run_folder import RunFolder
 from geomprobe.trace.schema import SCHEMAS, VALUES, Kind
 from geomprobe.trace.stream.reader import (
@@ -38,6 +39,7 @@ def committed(run: RunFolder, kind: Kind, first: int = 0, stop: int | None = Non
 
     Parts that begin in the range and never got a row are removed, and damaged ones are cut before the damage.
     """
+    begun(run, kind)  # parts of another version are refused, not taken for empty ones
     found = []
     for path in run.parts(kind):
         begins = int(path.stem.rpartition("-")[2])
@@ -51,8 +53,15 @@ def committed(run: RunFolder, kind: Kind, first: int = 0, stop: int | None = Non
 
 
 def begun(run: RunFolder, kind: Kind) -> list[Header]:
-    """The parts that have rows, by first step, as they are: others may be writing them."""
-    found = [header for path in run.parts(kind) if (header := _header(path)) is not None and header.rows]
+    """The parts that have rows, by first step, as they are: others may be writing them.
+
+    Raises:
+        RunError: one is of another version of the format.
+    """
+    headers = [header for path in run.parts(kind) if (header := _header(path)) is not None]
+    for header in headers:
+        require_readable_part(header, SCHEMAS[kind])
+    found = [header for header in headers if header.rows]
     return sorted(found, key=lambda header: header.first_step)
 
 

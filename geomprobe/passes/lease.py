@@ -93,7 +93,7 @@ def _segment(target: RunFolder, recorded: Record, segment: tuple[int, int]) -> I
         if reached == stop and target.proof("trace", stop).exists():
             yield None
             return
-        # The last row that is there, or more, is made again, so that its gradient is seen to lead to what follows.
+        # The last row that is there, or more, is made again, so that its update is seen to lead to what follows.
         yield StepRange(first, stop, max(first, reached - 1))
 
 

@@ -15,6 +15,7 @@ from geomprobe.distributed.ranks import PATIENCE_S
 from geomprobe.errors import RunError, UsageError
 from geomprobe.measure.option_fields import Options, option, parser, whole
 from geomprobe.measure.options import MeasureOptions
+from geomprobe.trace.json_values import LARGEST_SKETCH
 
 ALL, FIRST = "all", "first"
 """Choices of an optimizer: each of them, by a pass for each; the one that steps first, whatever the others do."""
@@ -128,6 +129,20 @@ class RecordOptions(Options):
         text=_joined(","),
     )
     average: bool = option(False, "also keep the running average of the weights, as the reference average")
+    sketch: int = option(
+        0,
+        "also keep K numbers of the weights and K of the gradient of each step, from which inner products between "
+        "steps are estimated without a replay, such as 4096; 0 for none",
+        metavar="K",
+        parse=parser(
+            int,
+            lambda size: size == 0 or 2 <= size <= LARGEST_SKETCH,
+            f"is neither 0 nor a whole number from 2 to {LARGEST_SKETCH}",
+        ),
+    )
+    sketch_every: int = option(
+        1, "keep the sketch of every N-th step only; it is written in N parts, one a step", metavar="N", parse=whole(1)
+    )
     patience: float = _patience()
 
     def described(self) -> dict[str, Any]:

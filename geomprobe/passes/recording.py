@@ -27,12 +27,14 @@ from geomprobe.passes.references.averages import Averages
 from geomprobe.passes.references.kept import KeptReferences
 from geomprobe.passes.row_buffer import Block, RowBuffer
 from geomprobe.passes.session import Session, part_attributes
+from geomprobe.passes.sketching import StepSketch
 from geomprobe.probe.events import Events
 from geomprobe.probe.loops import TOP, Position
 from geomprobe.probe.probe import Probe
 from geomprobe.reproducibility.columns import Columns
 from geomprobe.reproducibility.environment import source_digests
-from geomprobe.reproducibility.fingerprint import StepFingerprint
+from geomprobe.reproducibility.fingerprint import FinalState, StepFingerprint
+from geomprobe.trace.blame import StateSteps
 from geomprobe.trace.run_folder import RunFolder
 from geomprobe.trace.schema import FINAL, FINGERPRINTS, STEPS
 from geomprobe.trace.stream.writer import WriteFailed
@@ -50,24 +52,31 @@ def recording(
     ``manifest`` is what is known of the environment before the script runs, ``point`` where to continue a recording.
     """
     manifest["recording"] = options.described()
+    state_steps = StateSteps.of({} if point is None else point.manifest)
+    manifest["optimizer_state_steps"] = state_steps._asdict()
     ranks = ranks or Ranks()
     own = run.of_rank(ranks.rank)
 
     def listeners(session: Session, probe: Probe, fingerprint: StepFingerprint, resumer: Resumer) -> list[Events]:
+        fingerprint.state_steps = state_steps
         references = KeptReferences(own, ranks, session.layout.sharded)
         averages = [AverageKeeper(probe, options, references)] if options.ema or options.average else []
         taken = [name for each in averages for name in each.averages.weights]
-        rows = RecordWriter(session, probe, own, fingerprint)
+        sketch = StepSketch(session, probe, options) if options.sketch else None
+        rows = RecordWriter(session, probe, own, fingerprint, sketch)
         replicated = session.layout.kind == "DDP" and not ranks.alone
         shared = checkpoint.SharedByFirst(ranks, run.checkpoints) if replicated else None
+        final_state = FinalState(fingerprint)
         return [
             SourceDigests(manifest),
             FinalWeights(probe, references),
+            final_state,
             *averages,
             ReferenceKeeper(session, probe, frozenset(options.reference_steps), references, taken),
+            *([sketch] if sketch else []),
             rows,
             Checkpointer(session, fingerprint, resumer, rows, options, own, shared),
-            RecordSealer(session, own, rows, references),
+            RecordSealer(session, own, rows, references, final_state),
         ]
 
     return Session(manifest, ranks, point, listeners, _no_steps, options.optimizer)
@@ -203,17 +212,25 @@ class ReferenceKeeper(Events):
 
 
 class RecordWriter(Events):
-    """Writes one row a step: epoch, loss, learning rate and fingerprint."""
+    """Writes one row a step: epoch, loss, learning rate, fingerprint and, where it is asked for, the sketch."""
 
     _log: AttemptLog  # opened at the first update, since it needs the manifest
 
-    def __init__(self, session: Session, probe: Probe, run: RunFolder, fingerprint: StepFingerprint) -> None:
+    def __init__(
+        self,
+        session: Session,
+        probe: Probe,
+        run: RunFolder,
+        fingerprint: StepFingerprint,
+        sketch: StepSketch | None = None,
+    ) -> None:
         self._session, self._probe, self._run, self._fingerprint = session, probe, run, fingerprint
-        self._groups = GroupValues(probe.optimizers)
+        self._groups, self._sketch = GroupValues(probe.optimizers), sketch
         places = {"epoch": False, "loss": True}
         columns = [Columns(name, STEPS, (name,), "float64", on_device) for name, on_device in places.items()]
         columns.append(self._groups.rate_column)
         columns += [each._replace(table=f"{FINGERPRINTS}/{each.table}") for each in fingerprint.columns]
+        columns += sketch.columns if sketch else []
         self._rows = RowBuffer(fingerprint.device, columns, self._write)
         self._row: dict[str, Any] = {}
         self.opened = False
@@ -225,8 +242,15 @@ class RecordWriter(Events):
 
     def before_update(self, gradients: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
         self._groups.before_update()
-        loss, _ = self._session.sources.settle()
-        self._row = {"epoch": [self._session.passes.epoch], "loss": loss, **self._fingerprint.take()}
+        reading = self._fingerprint.reader.read(gradients, grad_scale, sums=False)
+        loss, _ = self._session.sources.settle(reading)
+        self._row = {
+            "epoch": [self._session.passes.epoch],
+            "loss": loss,
+            **self._fingerprint.take(reading, grad_scale),
+        }
+        if self._sketch:
+            self._row |= self._sketch.row(gradients, grad_scale)
 
     def parent_stepping(self) -> None:
         self._groups.parent_stepping()
@@ -360,6 +384,7 @@ class RecordSealer(Events):
     run: RunFolder
     rows: RecordWriter
     references: KeptReferences
+    final_state: FinalState
 
     def complete(self) -> None:
         """Seal the record, once all processes have ended with as many steps.
@@ -370,16 +395,17 @@ class RecordSealer(Events):
         session = self.session
         if chimeras := self.references.drop_chimeras():
             session.manifest["references_left_out"] = chimeras
-        counts = session.ranks.all_gather("recorded", session.steps)
+        found = session.ranks.all_gather("recorded", [session.steps, self.final_state.digest])
         if not session.ranks.first:
             session.ranks.broadcast("sealed")
             return
-        for rank, count in enumerate(counts):
+        for rank, (count, _) in enumerate(found):
             if count != session.steps:
                 raise UnsupportedTraining(
                     f"rank 0 took {session.steps} steps and rank {rank} took {count}: they are not one training. Give "
                     "every process the same number of batches."
                 )
+        session.manifest["final_optimizer_state"] = [state for _, state in found]
         self._seal("complete", self.references.names)
 
     def fail(self, failure: BaseException | None) -> None:

@@ -35,9 +35,10 @@ from geomprobe.reproducibility.columns import Columns
 from geomprobe.reproducibility.comparison import Comparison
 from geomprobe.reproducibility.digest import same_bits
 from geomprobe.reproducibility.environment import FIRST_STEP_SECTIONS, require_same
-from geomprobe.reproducibility.fingerprint import StepFingerprint
+from geomprobe.reproducibility.fingerprint import FinalState, StepFingerprint
 from geomprobe.trace.absence import ABSENT, EPOCH, GIVEN_UP, LATE, RATE, Absence, steps_of
 from geomprobe.trace.atomic_file import write_json
+from geomprobe.trace.blame import FINAL_STATE, FINAL_WEIGHTS
 from geomprobe.trace.record import Record
 from geomprobe.trace.run_folder import RunFolder
 from geomprobe.trace.schema import FINAL, VALUES
@@ -82,14 +83,16 @@ def replaying(
                 "Several optimizers step this model: the gradient before clipping, and that of each rank, is only "
                 "measured where there is one. Leave --before-clipping and --per-rank out."
             )
-        measurement = Measurement(probe, options, session.layout, session.sources)
+        measurement = Measurement(probe, options, session.layout, session.sources, reader=fingerprint.reader)
         if session.updates.clipped_by:  # by now, in the first step of a script without `attach`
             measurement.clipping_missed()
+        fingerprint.state_steps = record.state_steps
+        state = FinalState(fingerprint)
         rows = RowChecker(
-            session, probe, fingerprint, run, record, references, measurement, comparison, options, segment
+            session, probe, fingerprint, state, run, record, references, measurement, comparison, options, segment
         )
         sealer = TraceSealer(session, rows)
-        return [*measurement.listeners, rows, sealer]
+        return [*measurement.listeners, state, rows, sealer]
 
     def without_steps() -> ReplayDiverged:
         comparison.differs(0, "length", "steps")
@@ -106,6 +109,7 @@ class RowChecker(Events):
     session: Session
     probe: Probe
     fingerprint: StepFingerprint
+    final_state: FinalState
     run: RunFolder
     record: Record
     references: References
@@ -150,10 +154,11 @@ class RowChecker(Events):
         if step >= stop and not self.options.uncertified:
             self._rows.flush()  # an earlier difference is the cause, and comes first
             self.differs(step, "length", "steps")
-        loss, absent = self.session.sources.settle()
-        measured = self.measurement.row(gradients, grad_scale, {"loss": loss}, absent)
+        reading = self.measurement.read(gradients, grad_scale)
+        loss, absent = self.session.sources.settle(reading)
+        measured = self.measurement.row(gradients, grad_scale, {"loss": loss}, absent, reading)
         epoch = self.session.passes.epoch
-        self._row = {"epoch": [epoch], **measured, **self.fingerprint.take()}
+        self._row = {"epoch": [epoch], **measured, **self.fingerprint.take(reading, grad_scale)}
         if np.isnan(epoch):
             self._row["absent"] = self._row["absent"] + EPOCH.number
         self._groups.before_update()
@@ -190,8 +195,11 @@ class RowChecker(Events):
         self.flush()
         if found.difference is None and steps < self.record.num_steps:
             self.differs(steps, "length", "steps")
+        same_state = self.record.final_state in (None, self.final_state.digest)
         if found.difference is None and not found.final_equal:
-            self.differs(steps, "weights", "final weights")
+            self.differs(steps, "weights", FINAL_WEIGHTS, *([] if same_state else ["optimizer"]))
+        if found.difference is None and not same_state:
+            self.differs(steps, "optimizer", FINAL_STATE)
         if not self.opened:
             raise found.error()
         self.agree()
@@ -203,13 +211,13 @@ class RowChecker(Events):
         self.comparison.join(self.session.ranks.all_gather("found", self.comparison.found()))
         self._commit.commit_all()
 
-    def differs(self, step: int, component: str, tensor: str) -> None:
+    def differs(self, step: int, component: str, tensor: str, *also: str) -> None:
         """Something that is in no fingerprint differs: the end of the replay, unless it is uncertified.
 
         Raises:
             ReplayDiverged: it is.
         """
-        self.comparison.differs(step, component, tensor)
+        self.comparison.differs(step, component, tensor, *also)
         if not self.options.uncertified:
             raise self.comparison.error()
 

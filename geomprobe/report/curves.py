@@ -14,6 +14,7 @@ from geomprobe.errors import UsageError
 from geomprobe.trace import geometry
 from geomprobe.trace.printable import printable
 from geomprobe.trace.reader import Trace, group_statistics
+from geomprobe.trace.record import Record
 from geomprobe.trace.schema import RECORD_FILE, TRACE_FILE
 
 Array = NDArray[np.float64]
@@ -134,7 +135,7 @@ def without_file(path: Path) -> Path:
     return path.parent if path.name in (RECORD_FILE, TRACE_FILE) else path
 
 
-def labels(traces: Sequence[Trace]) -> list[str]:
+def labels(traces: Sequence[Trace | Record]) -> list[str]:
     """A short name for each run: that of its folder, and the settings and script options in which these runs differ."""
     names = [run_name(trace.path) for trace in traces]
     if len(set(names)) < len(names):
@@ -169,7 +170,7 @@ def _settings(manifest: dict[str, Any]) -> dict[str, str]:
     return {key: _short(str(value)) for key, value in found.items() if value is not None}
 
 
-def _script(trace: Trace) -> dict[str, Any]:
+def _script(trace: Trace | Record) -> dict[str, Any]:
     return trace.manifest.get("script") or {}
 
 

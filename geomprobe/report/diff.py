@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from geomprobe.errors import RunError
 from geomprobe.report.table import number, table
-from geomprobe.trace.blame import Difference
+from geomprobe.trace.blame import Difference, likely
 from geomprobe.trace.blame import first_difference as blame
 from geomprobe.trace.locate import NothingThere
 from geomprobe.trace.printable import printable
@@ -29,6 +29,8 @@ BLOCK = 4096
 
 INFORMATIVE = "host"
 """The part of the manifest that says where a run was made, not how: it makes no two runs different."""
+
+_OTHERS = "covers other tensors"
 
 _WIDTH = 40
 """Characters of a manifest's value that are shown."""
@@ -57,6 +59,7 @@ class RunDifference:
         paths: the two runs.
         manifest: entry, and its value in either run (None where it has none).
         first: the first step whose fingerprints differ, and what is to blame there; None where all are equal.
+        likely: why, as far as what was equal before it can tell.
         steps: steps recorded by either run; None where the records were not compared.
         steps_equal: steps before the first difference.
         references: of each reference in both, the tensors that differ.
@@ -68,6 +71,7 @@ class RunDifference:
     paths: tuple[str, str]
     manifest: list[tuple[str, Any, Any]] = field(default_factory=list)
     first: tuple[int, Difference] | None = None
+    likely: str = ""
     steps: tuple[int, int] | None = None
     steps_equal: int = 0
     references: dict[str, list[str]] = field(default_factory=dict)
@@ -137,6 +141,8 @@ def _compare_records(a: Record, b: Record, result: RunDifference) -> None:
     result.steps = a.num_steps, b.num_steps
     result.first = first_difference(a, b)
     result.steps_equal = min(result.steps) if result.first is None else result.first[0]
+    if result.first is not None and not result.first[1].tensor.startswith(_OTHERS):
+        result.likely = likely(*result.first, a.state_steps.shared(b.state_steps))
     for name in a.references:
         if name in b.references:
             result.references[name] = _unlike(a.reference(name), b.reference(name))
@@ -151,11 +157,14 @@ def first_difference(a: Record, b: Record) -> tuple[int, Difference] | None:
     for component in COMPONENTS:
         if names[component] != b.names(component):
             only = sorted({*names[component]} ^ {*b.names(component)}) or names[component]
-            return 0, Difference(component, f"covers other tensors: {only[0]}", more=len(only) - 1)
-    shared = min(a.num_steps, b.num_steps)
+            return 0, Difference(component, f"{_OTHERS}: {only[0]}", more=len(only) - 1)
+    shared, state = min(a.num_steps, b.num_steps), a.state_steps.shared(b.state_steps)
     for start in range(0, shared, BLOCK):
         rows = start, min(start + BLOCK, shared)
         blocks = [{name: run.fingerprints(name, *rows) for name in COMPONENTS} for run in (a, b)]
+        if a.state_steps != b.state_steps:
+            for block in blocks:
+                block["optimizer"][[not state.taken(step) for step in range(*rows)]] = 0
         unlike = [(blocks[0][name] != blocks[1][name]).any(axis=1) for name in COMPONENTS]
         different = np.flatnonzero(np.logical_or.reduce(unlike))
         if len(different):
@@ -241,7 +250,8 @@ def _record_text(result: RunDifference) -> str:
         more = f" and {found.more} more" if found.more else ""
         lines = [
             f"fingerprints: first difference at step {step}: {found.component}, {printable(found.tensor)}{more} "
-            f"({result.steps_equal} of {max(result.steps)} steps equal before it)"
+            f"({result.steps_equal} of {max(result.steps)} steps equal before it)",
+            *([f"  Likely, {printable(result.likely)}."] if result.likely else []),
         ]
     for name, unlike in result.references.items():
         weights = "w_T" if name == "final" else f"reference {printable(name)}"

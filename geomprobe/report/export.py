@@ -105,7 +105,7 @@ def _facts(trace: Trace, found: Columns) -> dict[str, str]:
     """What the trace is, and the entry by which pandas makes ``step`` the index."""
     facts = {
         "schema": schema.TRACE_SCHEMA,
-        "schema_version": schema.SCHEMA_VERSION,
+        "schema_version": schema.VERSIONS[schema.TRACE_SCHEMA],
         **{name: getattr(trace, name) for name in ("status", "num_parameters", "certificate", "manifest")},
     }
     described = [

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from geomprobe.trace.reader import Trace
+    from geomprobe.trace.record import Record
 
 COLUMNS = ("rsi", "eb", "cosine")
 
@@ -124,7 +125,7 @@ def save(drawing: Figure, path: Path) -> None:
             raise UsageError(f"cannot write {path}: {error}") from error
 
 
-def labels(traces: Sequence[Trace]) -> list[str]:
+def labels(traces: Sequence[Trace | Record]) -> list[str]:
     """The runs' names as matplotlib draws them letter by letter: ``$`` starts no formula, and ``_`` hides no line."""
     names = (name.replace("$", r"\$") for name in curve_names.labels(traces))
     return [f" {name}" if name.startswith("_") else name for name in names]
@@ -204,7 +205,7 @@ def _label(column: str) -> str:
     return name if place in ("", "steps") else f"{name}\n{place}"
 
 
-def _title(drawing: Figure, traces: Sequence[Trace]) -> None:
+def _title(drawing: Figure, traces: Sequence[Trace | Record]) -> None:
     """The run, or how many; and in red, every run that is not proven to be the recorded one."""
     named = list(zip(labels(traces), traces, strict=True))
     doubts = [f"{name}: {trace.status.upper()}" for name, trace in named if trace.status != "complete"]

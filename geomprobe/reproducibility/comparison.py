@@ -11,19 +11,9 @@ from numpy.typing import NDArray
 
 from geomprobe.errors import ReplayDiverged
 from geomprobe.reproducibility.fingerprint import Layout
-from geomprobe.trace.blame import Difference, first_difference
+from geomprobe.trace.blame import FINAL_STATE, Difference, cause_before, first_difference, likely
 from geomprobe.trace.certificate import Certificate, FirstDifference
 from geomprobe.trace.record import Record
-
-_LIKELY = {
-    "rng": "something drew a different number of random numbers before this step",
-    "batch": "the samples, their order or their augmentation changed",
-    "weights": "something other than the optimizer moved the weights, or an operation has no deterministic form",
-    "optimizer": "something changed the optimizer's state or hyperparameters",
-    "loss": "an operation of the forward pass has no deterministic form, or the loss itself changed",
-    "buffers": "something changed a buffer, such as BatchNorm's running statistics",
-    "length": "the script does not stop where it stopped before",
-}
 
 
 class Comparison:
@@ -76,9 +66,9 @@ class Comparison:
             self.difference = start + row, Difference("length", "steps")
         return row
 
-    def differs(self, step: int, component: str, tensor: str) -> None:
+    def differs(self, step: int, component: str, tensor: str, *also: str) -> None:
         """Something that is in no fingerprint differs."""
-        self.difference = step, Difference(component, tensor)
+        self.difference = step, Difference(component, tensor, also)
 
     def found(self) -> dict[str, Any]:
         """What one of several processes sends to the others, in the end."""
@@ -86,17 +76,23 @@ class Comparison:
         return {
             "equal": self.equal,
             "final_equal": self.final_equal,
-            "difference": None if difference is None else [step, difference.component, difference.tensor],
+            "difference": None if difference is None else [step, *difference],
         }
 
     def join(self, found: Sequence[Mapping[str, Any]]) -> None:
         """Make it what all processes have found, each in its own part, by rank."""
         self.equal = min(each["equal"] for each in found)
         self.final_equal = all(each["final_equal"] for each in found)
-        differing = [(each["difference"], rank) for rank, each in enumerate(found) if each["difference"]]
-        if differing and len(found) > 1:
-            (step, component, tensor), self._rank = min(differing, key=lambda of: of[0][0])
-            self.differs(step, component, tensor)
+        if len(found) == 1:
+            return
+        differing = [
+            (step, cause_before(component), rank, Difference(component, tensor, tuple(also), more))
+            for rank, each in enumerate(found)
+            for step, component, tensor, also, more in ([each["difference"]] if each["difference"] else [])
+        ]
+        if differing:  # what one process's batch changes is in the gradients of all, in the same step
+            step, _, self._rank, difference = min(differing)
+            self.difference = step, difference
 
     def certificate(self, layout: Layout) -> dict[str, Any]:
         """The entries of a `Certificate`: what was compared, and what was found."""
@@ -120,17 +116,22 @@ class Comparison:
         total, run = self._record.num_steps, self._run
         if difference.component == "length":
             what = f"was recorded with {total} steps, and the replay took {'more' if step >= total else step}"
-        elif step >= total:
+        elif step >= total and difference.component == "weights":
             what = f"reached the end, but the weights after step {total - 1} are not w_T bit for bit"
             what += " (did the script write to them through .data after its last step?)"
+        elif difference.tensor == FINAL_STATE:
+            what = f"reached the end, but the optimizer's state after step {total - 1} is another one"
         else:
             what = f"differed from its recording at step {step} of {total}: first the {difference.component} "
             what += f"({difference.tensor})"
         also = f", then {', '.join(difference.also)}" if difference.also else ""
         where = "" if self._rank is None else f" on rank {self._rank}"
+        why = likely(step, difference, self._record.state_steps)
+        if difference.component == "gradient" and self._rank is not None:
+            why += "; or another rank's batch or loss is not the recorded one, and its own message says so"
         return ReplayDiverged(
             f"The replay of {run}{where} {what}{also}. All {self.equal} steps before it were equal. "
-            f"Likely, {_LIKELY[difference.component]}. `geomprobe inspect {run}` shows what was measured up to "
+            f"Likely, {why}. `geomprobe inspect {run}` shows what was measured up to "
             f"there; `geomprobe replay {run} --force --uncertified` goes on past it and marks every later row.",
             step=step,
             component=difference.component,

@@ -1,4 +1,4 @@
-"""What of a step is compared between the passes: its RNG, batch, weights, optimizer, loss and buffers."""
+"""What of a step is compared between the passes: RNG, batch, weights, gradient, optimizer, loss and buffers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from torch import Tensor
 
 from geomprobe.distributed.dtensor import local
 from geomprobe.errors import UnsupportedTraining
+from geomprobe.kernels.fused_read import Reading
+from geomprobe.kernels.tensor_digests import TensorDigests
 from geomprobe.probe.events import Events
 from geomprobe.probe.listeners import LossTracker
 from geomprobe.probe.probe import Probe
 from geomprobe.reproducibility.columns import Columns, by_table, column_names
-from geomprobe.reproducibility.digest import TensorDigests, fold, host_digest, leaves, rng_digests
+from geomprobe.reproducibility.digest import fold, host_digest, leaves, rng_digests
+from geomprobe.reproducibility.step_reader import StepReader
+from geomprobe.trace.blame import STATE_STEPS
 
 _LARGE = 2**20  # bytes
 
@@ -92,6 +96,8 @@ class StepInputs(Events):
 class StepFingerprint:
     """Digests of all that makes a step what it is. Those of device tensors stay on the device.
 
+    The optimizer's state is as large as the weights, or larger, so it is read at some steps only.
+
     Args:
         probe: whose model, optimizer and random streams; their tensors fix the columns.
         inputs: of the step that is being made.
@@ -101,46 +107,89 @@ class StepFingerprint:
         device: where the tensors are.
         columns: of a fingerprint, in their order; each component of `layout` is a table.
         layout: the names of the columns by component.
+        state_steps: the steps at which the optimizer's state is read; in all other rows its digests are 0.
+        reader: reads the weights and the gradients.
     """
 
     def __init__(self, probe: Probe, inputs: StepInputs, losses: LossTracker) -> None:
         self._probe, self._inputs, self._losses = probe, inputs, losses
         self.device = next(iter(probe.parameters.values())).device
         self._digests = TensorDigests(self.device)
-        self._weights = probe.weights
+        self.state_steps = STATE_STEPS
+        weights, measured = probe.weights, list(probe.parameters.values())
+        places = {id(p): i for i, p in enumerate(measured)}
+        others = [weight for weight in weights.values() if id(weight) not in places]
+        places |= {id(weight): len(measured) + i for i, weight in enumerate(others)}
+        order = [places[id(weight)] for weight in weights.values()]
+        self._order = torch.tensor(order, device=self.device) if order != sorted(order) else None
+        self.reader = StepReader(measured, others)
         self._buffers = tuple(probe.buffers)
         self._streams = streams = tuple(rng_digests())
+        self._hyperparameters = sorted({name for group in _groups(probe) for name in group} - {"params"})
+        moving = ["moving optimizer"] * (len(probe.optimizers) > 1)
+        hyperparameters = *self._hyperparameters, "other hyperparameters", *moving
+        parameters = tuple(probe.parameters)
         self.columns = [
             Columns("rng fetch", "rng", tuple(f"fetch/{stream}" for stream in streams), "int64", False),
             Columns("rng step", "rng", tuple(f"step/{stream}" for stream in streams), "int64", False),
             Columns("fetched", "batch", ("fetched",), "int64", False),
             Columns("inputs", "batch", ("inputs",), "int64", True),
-            Columns("weights", "weights", tuple(self._weights), "int64", True),
-            Columns("optimizer", "optimizer", tuple(probe.parameters), "int64", True),
-            Columns("tensor hyperparameters", "optimizer", ("tensor hyperparameters",), "int64", True),
-            Columns("hyperparameters", "optimizer", ("hyperparameters",), "int64", False),
+            Columns("weights", "weights", tuple(weights), "int64", True),
+            Columns("hyperparameters", "hyperparameters", hyperparameters, "int64", False),
+            Columns("tensor hyperparameters", "hyperparameters", ("tensor lr", "other tensors"), "int64", True),
+            Columns("optimizer", "optimizer", parameters, "int64", True),
+            Columns("plain state", "optimizer", ("plain state",), "int64", False),
             Columns("loss digest", "loss", ("loss",), "int64", True),
             Columns("buffers", "buffers", self._buffers, "int64", True),
+            Columns("gradients", "gradient", parameters, "int64", True),
         ]
-        self._on_device = [(each.name, len(each.columns)) for each in self.columns if each.on_device]
+        self._on_device = [
+            (each.name, len(each.columns))
+            for each in self.columns
+            if each.on_device and each.name not in ("weights", "gradients")
+        ]
         self.layout: Layout = column_names(self.columns)
 
-    def take(self) -> dict[str, Any]:
-        """The fingerprint of the step that is being made, by the names of `columns`."""
-        state, group_tensors, plain = _optimizer_state(self._probe)
-        buffers = self._probe.buffers
+    def take(self, reading: Reading, grad_scale: Tensor | None = None) -> dict[str, Any]:
+        """The fingerprint of the step that is being made, by the names of `columns`.
+
+        Args:
+            reading: what `reader` has found, of the gradients as the optimizer has them.
+            grad_scale: what they are multiplied by, under a GradScaler with a fused optimizer.
+        """
+        return self._row(reading, grad_scale, self.state_steps.taken(self._probe.step))
+
+    def state(self) -> dict[str, list[int]]:
+        """Digests of the random streams, weights, optimizer and buffers as they are now, by component."""
+        row = self._row(self.reader.look(), None, with_state=True)
+        values = {name: each.tolist() if isinstance(each, Tensor) else each for name, each in row.items()}
+        found = {
+            table: [value for each in group for value in values[each.name]]
+            for table, group in by_table(self.columns).items()
+        }
+        compared = "weights", "hyperparameters", "optimizer", "buffers"
+        return {"rng": values["rng step"]} | {name: found[name] for name in compared}
+
+    def optimizer_state(self) -> int:
+        """One digest of the optimizer's whole state as it is now."""
+        state, plain = _optimizer_state(self._probe)
+        return host_digest(repr((self._digests(state).tolist(), plain)).encode())
+
+    def _row(self, reading: Reading, grad_scale: Tensor | None, with_state: bool) -> dict[str, Any]:
+        probe = self._probe
+        buffers = probe.buffers
         if tuple(buffers) != self._buffers:
             changed = sorted(set(buffers) ^ set(self._buffers)) or ["their order"]
             raise UnsupportedTraining(
-                f"The model's buffers changed by step {self._probe.step}: {', '.join(changed)}. What is compared at "
+                f"The model's buffers changed by step {probe.step}: {', '.join(changed)}. What is compared at "
                 "each step is fixed when the first one is taken. Register all buffers before geomprobe.attach, or "
                 "record the stages as separate runs."
             )
+        state, plain_state = _optimizer_state(probe) if with_state else ([[] for _ in probe.parameters], None)
         groups = {
             "inputs": [self._inputs.digests],
-            "weights": [[local(weight)] for weight in self._weights.values()],
+            "tensor hyperparameters": _tensor_hyperparameters(probe, grad_scale),
             "optimizer": state,
-            "tensor hyperparameters": [group_tensors],
             "loss digest": [[loss.reshape(-1) for loss in self._losses.values]],
             "buffers": [[local(buffer)] for buffer in buffers.values()],
         }
@@ -151,19 +200,23 @@ class StepFingerprint:
             "rng fetch": [fetch.get(stream, 0) for stream in self._streams],
             "rng step": [now.get(stream, 0) for stream in self._streams],
             "fetched": [self._inputs.fetched_digest],
-            "hyperparameters": [host_digest(repr(plain).encode())],
+            "hyperparameters": self._plain_hyperparameters(),
+            "plain state": [0 if plain_state is None else host_digest(repr(plain_state).encode())],
+            "weights": reading.weights if self._order is None else reading.weights[self._order],
+            "gradients": reading.gradients,
             **{name: piece for (name, _), piece in zip(self._on_device, pieces, strict=True)},
         }
 
-    def state(self) -> dict[str, list[int]]:
-        """Digests of the random streams, weights, optimizer and buffers as they are now, by component."""
-        row = self.take()
-        values = {name: each.tolist() if isinstance(each, Tensor) else each for name, each in row.items()}
-        found = {
-            table: [value for each in group for value in values[each.name]]
-            for table, group in by_table(self.columns).items()
-        }
-        return {"rng": values["rng step"]} | {name: found[name] for name in ("weights", "optimizer", "buffers")}
+    def _plain_hyperparameters(self) -> list[int]:
+        """A digest for each name of a hyperparameter, over all groups; what is no tensor."""
+        values: dict[str, list[Any]] = {name: [] for name in (*self._hyperparameters, "other hyperparameters")}
+        for number, group in enumerate(_groups(self._probe)):
+            for name, value in sorted(group.items()):
+                if name != "params" and not isinstance(value, Tensor):
+                    values[name if name in values else "other hyperparameters"].append((number, name, value))
+        if len(self._probe.optimizers) > 1:
+            values["moving optimizer"] = [self._probe.moving]
+        return [host_digest(repr(each).encode()) for each in values.values()]
 
     def differs_from(self, state: Mapping[str, Sequence[int]]) -> tuple[str, str] | None:
         """The first component and tensor whose `state` is now another one; None where none is."""
@@ -178,10 +231,29 @@ class StepFingerprint:
         return None
 
 
-def _optimizer_state(probe: Probe) -> tuple[list[list[Tensor]], list[Tensor], list[Any]]:
-    """Tensors of each parameter's state; tensors among the hyperparameters; every plain value."""
-    plain: list[Any] = []
+class FinalState(Events):
+    """Digests the optimizer's state at the end of the script, or where the script takes the probe off.
+
+    Attributes:
+        digest: None before that.
+    """
+
+    def __init__(self, fingerprint: StepFingerprint) -> None:
+        self._fingerprint = fingerprint
+        self.digest: int | None = None
+
+    def detached(self) -> None:
+        if self.digest is None:
+            self.digest = self._fingerprint.optimizer_state()
+
+    def complete(self) -> None:
+        self.detached()
+
+
+def _optimizer_state(probe: Probe) -> tuple[list[list[Tensor]], list[Any]]:
+    """The tensors of each parameter's state, and what of it is no tensor."""
     state: list[list[Tensor]] = []
+    plain: list[Any] = []
     for parameter in probe.parameters.values():
         tensors, others = [], []
         for optimizer in probe.optimizers:
@@ -192,13 +264,19 @@ def _optimizer_state(probe: Probe) -> tuple[list[list[Tensor]], list[Tensor], li
                     others.append((name, value))
         state.append(tensors)
         plain.append(others)
-    of_groups: list[Tensor] = []
-    if len(probe.optimizers) > 1:
-        plain.append(("moves", probe.moving))
-    for group in (group for optimizer in probe.optimizers for group in optimizer.param_groups):
+    return state, plain
+
+
+def _tensor_hyperparameters(probe: Probe, grad_scale: Tensor | None) -> list[list[Tensor]]:
+    """The learning rates that are tensors; all other tensors among the hyperparameters."""
+    rates: list[Tensor] = []
+    others = [] if grad_scale is None else [grad_scale]
+    for group in _groups(probe):
         for name, value in sorted(group.items()):
             if isinstance(value, Tensor):
-                of_groups.append(value)
-            elif name != "params":
-                plain.append((name, value))
-    return state, of_groups, plain
+                (rates if name == "lr" else others).append(value)
+    return [rates, others]
+
+
+def _groups(probe: Probe) -> list[dict[str, Any]]:
+    return [group for optimizer in probe.optimizers for group in optimizer.param_groups]

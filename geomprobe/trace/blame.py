@@ -1,12 +1,62 @@
-"""Which of the things that differ in one step is to blame: `replay` and `diff` both ask here."""
+"""Which of the things that differ in one step is to blame, and why likely: `replay` and `diff` both ask here."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-_CAUSES = ("rng at fetch", "batch", "rng", "weights", "optimizer", "loss", "buffers")
-_CAUSES_WITHOUT_LOADER = ("rng", "batch", "weights", "optimizer", "loss", "buffers")
+from geomprobe.trace.schema import COMPONENTS
+
+_CAUSES = ("rng at fetch", "batch", "rng", *COMPONENTS[2:])
+
+FINAL_WEIGHTS, FINAL_STATE = "final weights", "state after the last step"
+"""Names of the weights and of the optimizer's state at the end, which are in no step's fingerprint."""
+
+
+class StateSteps(NamedTuple):
+    """The steps whose fingerprint holds digests of the optimizer's state; in other rows they are 0.
+
+    A record's manifest holds the rule, and a replay follows it.
+
+    Attributes:
+        first: so many steps from the start have them.
+        every: each step whose number is a multiple of it has them.
+
+    >>> [step for step in range(12) if StateSteps(first=2, every=5).taken(step)]
+    [0, 1, 5, 10]
+    """
+
+    first: int
+    every: int
+
+    @classmethod
+    def of(cls, manifest: Mapping[str, Any]) -> StateSteps:
+        """The rule of a recording; that of new ones for what its manifest does not say.
+
+        >>> StateSteps.of({"optimizer_state_steps": {"every": 16}})
+        StateSteps(first=4, every=16)
+        """
+        found = manifest.get("optimizer_state_steps") or {}
+        given = {name: found[name] for name in cls._fields if found.get(name) is not None}
+        return STATE_STEPS._replace(**given)
+
+    def taken(self, step: int) -> bool:
+        """Whether a step is one of them."""
+        return step < self.first or step % self.every == 0
+
+    def last_before(self, step: int) -> int:
+        """The last of them before a step that is not the first."""
+        return step - 1 if step <= self.first else max(self.first - 1, (step - 1) // self.every * self.every)
+
+    def shared(self, other: StateSteps) -> StateSteps:
+        """Steps that are in both rules."""
+        return StateSteps(min(self.first, other.first), math.lcm(self.every, other.every))
+
+
+STATE_STEPS = StateSteps(first=4, every=64)
+"""The rule for new recordings. A digest reads the whole state, which for Adam is twice the weights: read at every 64th
+step, it costs far less than 1 % of a step."""
 
 
 class Difference(NamedTuple):
@@ -32,7 +82,7 @@ def first_difference(
 
     A cause comes before its effects. The random numbers decide the batch: where a loader was asked, those before
     it was asked; where none was, those that were drawn up to the update. The weights and the batch decide the loss,
-    and the forward pass moves the buffers.
+    the forward pass moves the buffers, and all of them decide the gradient.
 
     Args:
         names: by component, the names of its fingerprints. An RNG stream is named ``fetch/NAME`` where it was read
@@ -51,7 +101,7 @@ def first_difference(
     fetches = [i for i, name in enumerate(names.get("rng", ())) if _at_fetch(name)]
     # The fingerprint of a stream at the fetch is 0 where nothing was fetched.
     asked = any(run["rng"][i] for run in (a, b) for i in fetches)
-    causes = _CAUSES if asked else _CAUSES_WITHOUT_LOADER
+    causes = _CAUSES if asked else COMPONENTS
     differing: list[tuple[int, str, str]] = []
     for component, own_names in names.items():
         for name, one, other in zip(own_names, a[component], b[component], strict=True):
@@ -65,6 +115,82 @@ def first_difference(
     also = dict.fromkeys(other for _, other, _ in differing if other != component)
     more = sum(other == component for _, other, _ in differing) - 1
     return Difference(component, tensor, tuple(also), more)
+
+
+def likely(step: int, found: Difference, state: StateSteps) -> str:
+    """Why the first difference of two runs has come about, as far as what was equal before it can tell.
+
+    Args:
+        step: of the difference. All steps before it are equal.
+        found: the difference.
+        state: the steps at which both runs have digests of the optimizer's state.
+
+    >>> print(likely(7, Difference("hyperparameters", "lr"), STATE_STEPS))
+    the schedule, or something else that sets the learning rate, gave another one for this step
+    """
+    match found.component:
+        case "weights":
+            return _weights(step, found, state)
+        case "hyperparameters":
+            return _hyperparameters(found.tensor)
+        case "optimizer":
+            return _state(step, found, state)
+    return _LIKELY[found.component]
+
+
+_LIKELY = {
+    "rng": "something drew a different number of random numbers before this step",
+    "batch": "the samples, their order or their augmentation changed",
+    "loss": "an operation of the forward pass has no deterministic form, or the loss itself changed",
+    "buffers": "something changed a buffer, such as BatchNorm's running statistics",
+    "gradient": "all that the gradient is made of was equal, so an operation of the backward pass has no deterministic "
+    "form, or something wrote to the gradients in this step (a hook, clipping, or a sum over processes)",
+    "length": "the script does not stop where it stopped before",
+}
+
+
+def _hyperparameters(name: str) -> str:
+    if name in ("lr", "tensor lr"):
+        return "the schedule, or something else that sets the learning rate, gave another one for this step"
+    if name == "moving optimizer":
+        return "another one of the optimizers stepped here"
+    return f"something changed the optimizer's hyperparameters ({name}) before this step"
+
+
+def _state(step: int, found: Difference, state: StateSteps) -> str:
+    if step == 0:
+        return "the optimizer began with another state, such as one loaded from another file"
+    if found.also:
+        return "something changed the optimizer's state"
+    since = f"after step {state.last_before(step)}, when it was last compared"
+    return (
+        f"something other than the update changed the optimizer's state {since}, or the update has no deterministic "
+        "form; the weights do not show it yet"
+    )
+
+
+def _weights(step: int, found: Difference, state: StateSteps) -> str:
+    """The rates, the hyperparameters and the gradient of the step before are equal: what else moves the weights?"""
+    if step == 0:
+        return "the model began with other weights: look at its initialization, or at the file that it loads"
+    before, update = step - 1, "the update has no deterministic form"
+    equal = f"the gradient, the learning rate and the other hyperparameters of step {before} were equal, so"
+    elsewhere = "something other than the optimizer wrote to the weights"
+    if "optimizer" not in found.also and (state.taken(step) or found.tensor == FINAL_WEIGHTS):
+        return f"{equal} {elsewhere}, or {update}; the optimizer's state is equal"
+    last = state.last_before(step)
+    if last == before:
+        wrote = "to the weights and the optimizer's state" if "optimizer" in found.also else "to the weights"
+        return f"{equal} {update}, or something other than it wrote {wrote}; the state that it began with was equal"
+    changed = f"something changed the optimizer's state after step {last}, when it was last compared"
+    if "optimizer" in found.also:
+        return f"{equal} {changed}, or {update}; the state differs too"
+    return f"{equal} {elsewhere}, {changed}, or {update}"
+
+
+def cause_before(component: str) -> int:
+    """The place of a component in the order of causes; what is in no fingerprint comes last."""
+    return COMPONENTS.index(component) if component in COMPONENTS else len(COMPONENTS)
 
 
 def _at_fetch(stream: str) -> bool:

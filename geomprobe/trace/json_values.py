@@ -14,6 +14,8 @@ from typing import Any
 from geomprobe.errors import RunError
 
 COUNT = range(1 << 53)
+LARGEST_SKETCH = 1 << 16
+"""Numbers of each vector: 1 MiB a step for both."""
 _DEEPEST = 32
 _AT_LEAST_ONE = range(1, 1 << 53)
 
@@ -54,6 +56,15 @@ MANIFEST: dict[str, Any] = {
     "paths": {"name": str, "measured": [range(-1, 1 << 53)], "stepped": [range(-1, 1 << 53)]},
     "ranks": {"kind": str, "world_size": range(1, 1 << 16)},
     "missed_reference_steps": [COUNT],
+    "optimizer_state_steps": {"first": COUNT, "every": _AT_LEAST_ONE},
+    "final_optimizer_state": [int],
+    "sketch": {
+        "size": range(1, LARGEST_SKETCH + 1),
+        "every": _AT_LEAST_ONE,
+        "seed": COUNT,
+        "sharded": bool,
+        "shapes": [[COUNT]],
+    },
 }
 """The entries of a manifest that something reads; what else is in it is only shown."""
 

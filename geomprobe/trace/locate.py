@@ -152,12 +152,21 @@ def _of_file(path: Path, file: Path, kind: str) -> Source:
 
 def _of_parts(path: Path, parts: tuple[Header, ...], kind: str) -> Source:
     for part in parts:
-        _check(part.path, kind, {"schema": part.schema, "schema_version": part.schema_version})
+        require_readable_part(part, kind)
         if part.tables != parts[0].tables:
             raise RunError(f"{parts[0].path} and {part.path} hold different columns; they are of two passes")
     attributes = parts[0].attributes
     manifest = json.loads(str(attributes.get("manifest", "{}")))
     return Source(path, "incomplete", int(attributes.get("num_parameters", 0)), manifest, parts=parts)
+
+
+def require_readable_part(part: Header, kind: str) -> None:
+    """Refuse a part of another kind or version.
+
+    Raises:
+        RunError: with what it is, and what to do.
+    """
+    _check(part.path, kind, {"schema": part.schema, "schema_version": part.schema_version})
 
 
 def _check(path: Path, kind: str, attributes: Mapping[str, Any]) -> None:
@@ -166,9 +175,15 @@ def _check(path: Path, kind: str, attributes: Mapping[str, Any]) -> None:
         raise RunError(f"{path} is an HDF5 file, but geomprobe did not make it; name a run folder")
     if found != kind:
         raise NothingThere(f"{path} holds {found}, not {kind}; name the run folder or its {schema.FILES[kind]}")
-    if version != schema.SCHEMA_VERSION:
+    readable = schema.VERSIONS[kind]
+    if kind == schema.RECORD_SCHEMA and isinstance(version, int) and version < readable:
         raise RunError(
-            f"{path} is of schema version {version}, and this geomprobe reads version {schema.SCHEMA_VERSION}. "
+            f"{path} is a record of schema version {version}, which has no digests of gradients, and this geomprobe "
+            f"reads version {readable}. Record the run again: geomprobe record --force"
+        )
+    if version != readable:
+        raise RunError(
+            f"{path} is of schema version {version}, and this geomprobe reads version {readable}. "
             "Open it with the geomprobe that wrote it, or make it again"
         )
 

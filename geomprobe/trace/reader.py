@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +21,8 @@ from geomprobe.trace.derive import Array, Derived
 from geomprobe.trace.hdf5_errors import damage_named
 from geomprobe.trace.locate import Source, read_rows, read_settled, spans
 from geomprobe.trace.path_folders import path_folder
+from geomprobe.trace.record import open_record
+from geomprobe.trace.sketch import Sketch
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,17 @@ class Trace:
     def parameters(self) -> list[str]:
         """Names of the parameter tensors that have columns of their own; empty unless they were asked for."""
         return self._second("parameters")
+
+    @functools.cached_property
+    def sketch(self) -> Sketch:
+        """The sketches that the run's recording has kept; see `geomprobe.trace.record.Record.sketch`.
+
+        Raises:
+            RunError: the recording is not beside this trace, or has none.
+        """
+        folder = self.path.parent if self.path.is_file() else self.path
+        with open_record(folder) as record:
+            return record.sketch
 
     @property
     def absences(self) -> dict[Absence, NDArray[np.int64]]:

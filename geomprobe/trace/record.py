@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,14 +15,20 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from geomprobe.errors import RunError
+from geomprobe.errors import RunError, UsageError
 from geomprobe.trace import schema
+from geomprobe.trace.blame import StateSteps
 from geomprobe.trace.derive import Array
 from geomprobe.trace.hdf5_errors import damage_named
 from geomprobe.trace.locate import Source, Span, read_rows, read_settled, spans
+from geomprobe.trace.sketch import Sketch, joined, projected
 from geomprobe.trace.weights import read_reference, read_reference_file
 
 Reference = dict[str, tuple[NDArray[Any], str]]
+
+
+class NoSketch(RunError):
+    """A recording was made without ``--sketch``."""
 
 
 class Record(ABC):
@@ -33,9 +40,11 @@ class Record(ABC):
         num_steps: steps recorded.
         num_parameters: scalar parameters of the model.
         manifest: the environment of the run.
+        rank: of several processes, whose fingerprints it has.
     """
 
-    def __init__(self, source: Source, num_steps: int) -> None:
+    def __init__(self, source: Source, num_steps: int, rank: int = 0) -> None:
+        self.rank = rank
         self.path = source.path
         self.status = source.status
         self.num_steps = num_steps
@@ -60,6 +69,17 @@ class Record(ABC):
         return self._rows(f"{schema.FINGERPRINTS}/{component}", start, stop)
 
     @property
+    def state_steps(self) -> StateSteps:
+        """The steps whose fingerprints hold digests of the optimizer's state."""
+        return StateSteps.of(self.manifest)
+
+    @property
+    def final_state(self) -> int | None:
+        """The digest of the optimizer's state after the last step; None where the recording has not come so far."""
+        found = self.manifest.get("final_optimizer_state") or []
+        return found[self.rank] if self.rank < len(found) else None
+
+    @property
     @abstractmethod
     def steps(self) -> dict[str, Array]:
         """The columns ``step``, ``epoch``, ``loss`` and ``lr`` [num_steps]."""
@@ -80,9 +100,37 @@ class Record(ABC):
             raise RunError(f"{self.path} ({self.status}) has no reference {name!r}; it has: {there}")
         return self._reference(name)
 
+    @functools.cached_property
+    def sketch(self) -> Sketch:
+        """The sketches that ``record --sketch`` keeps, from which inner products between steps are estimated.
+
+        Raises:
+            NoSketch: there are none.
+            RunError: they are damaged; or several processes have one each, and the record is not sealed yet.
+        """
+        described = self.manifest.get("sketch")
+        if not described:
+            raise NoSketch(f"{self.path} has no sketch: record it with --sketch 4096 (sketch=4096 in Python)")
+        parameters = (self.manifest.get("model") or {}).get("parameters") or []
+        missing = [name for name in ("size", "every", "seed", "shapes") if described.get(name) is None]
+        if missing or len(parameters) != len(described["shapes"]):
+            raise RunError(f"{self.path} is damaged: its manifest does not describe the sketch and the parameters")
+        rows = self._sketch_rows(bool(described.get("sharded")))
+        wanted = -(-2 * described["size"] // described["every"])
+        if rows.shape[1:] != (wanted,):
+            raise RunError(f"{self.path} is damaged: a row of its sketch should have {wanted} numbers")
+        references = Projections(self, described, parameters)
+        return Sketch(rows, described, references, self.num_steps if self.status == "complete" else None)
+
     def close(self) -> None:
         """Close the file; safe to call twice."""
 
+    def _whole_reference(self, name: str) -> Reference:
+        """A reference's weights as a whole, where each process has kept a shard of them."""
+        return self.reference(name)
+
+    @abstractmethod
+    def _sketch_rows(self, sharded: bool) -> Array: ...
     @abstractmethod
     def _rows(self, path: str, start: int, stop: int) -> NDArray[Any]: ...
     @abstractmethod
@@ -97,6 +145,37 @@ class Record(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Projections(Mapping[str, Array]):
+    """The projections of a recording's references by name, each computed when it is first asked for."""
+
+    def __init__(self, record: Record, described: Mapping[str, Any], parameters: Sequence[str]) -> None:
+        self._record, self._described, self._parameters = record, described, parameters
+        self._found: dict[str, Array] = {}
+        self._names = record.references
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, name: str) -> Array:
+        if name not in self._names:
+            raise KeyError(name)
+        if name not in self._found:
+            with open_record(self._record.path) as record:  # ours may have been closed
+                whole = record._whole_reference(name)
+            if missing := [each for each in self._parameters if each not in whole]:
+                raise RunError(f"{self._record.path} is damaged: its reference {name!r} lacks {missing[0]}")
+            try:
+                self._found[name] = projected(self._described, [whole[each] for each in self._parameters])
+            except UsageError as error:
+                raise RunError(
+                    f"{self._record.path}: its reference {name!r} does not fit the sketch: {error}"
+                ) from error
+        return self._found[name]
 
 
 def open_record(path: str | os.PathLike[str], rank: int = 0) -> Record:
@@ -136,7 +215,7 @@ class _Sealed(Record):
             self._own: Any = self._file[f"{schema.RANKS}/{rank}"] if rank else self._file
             self._groups = set(self._file)
             self._prints = set(self._own[schema.FINGERPRINTS])
-            super().__init__(source, source.facts["num_steps"])
+            super().__init__(source, source.facts["num_steps"], rank)
 
     def names(self, component: str) -> list[str]:
         if f"{component}_names" not in self._prints:
@@ -167,6 +246,26 @@ class _Sealed(Record):
             # Replicated weights are kept once, by rank 0.
             return read_reference(self._own[path] if path in self._own else self._file[path])
 
+    def _sketch_rows(self, sharded: bool) -> Array:
+        ranks = self._file.get(schema.RANKS, ()) if sharded else ()
+        found = [self._file, *(self._file[f"{schema.RANKS}/{rank}"] for rank in sorted(ranks, key=int))]
+        with damage_named(schema.SKETCH, self._path):
+            rows: Array = sum(group[f"{schema.SKETCH}/rows"][:] for group in found)
+        return rows
+
+    def _whole_reference(self, name: str) -> Reference:
+        if not self.manifest["sketch"].get("sharded"):
+            return self.reference(name)
+        path = f"references/{schema.escape(name)}"
+        places = [path, *(f"{schema.RANKS}/{rank}/{path}" for rank in sorted(self._file[schema.RANKS], key=int))]
+        shapes = dict(zip(self.manifest["model"]["parameters"], self.manifest["sketch"]["shapes"], strict=True))
+        with damage_named(path, self._path):
+            shards = [read_reference(self._file[place]) for place in places]
+            return {
+                parameter: (joined([shard[parameter][0] for shard in shards], shape), shards[0][parameter][1])
+                for parameter, shape in shapes.items()
+            }
+
     def close(self) -> None:
         self._file.close()
 
@@ -196,6 +295,13 @@ class _Streaming(Record):
 
     def _reference(self, name: str) -> Reference:
         return read_reference_file(self._folder / schema.reference_file(name))
+
+    def _sketch_rows(self, sharded: bool) -> Array:
+        if sharded:
+            raise RunError(
+                f"{self.path} is not sealed: each process has the sketch of its shard. Record the run to the end"
+            )
+        return self._rows(schema.SKETCH, 0, self.num_steps)
 
     def _rows(self, path: str, start: int, stop: int) -> NDArray[Any]:
         return read_rows(self._spans, self._tables[path], start, stop)[1]

@@ -14,7 +14,8 @@ from geomprobe.trace import geometry
 
 TRACE_SCHEMA = "geomprobe-trace"
 RECORD_SCHEMA = "geomprobe-record"
-SCHEMA_VERSION = 1
+VERSIONS = {RECORD_SCHEMA: 2, TRACE_SCHEMA: 1}
+"""The version of each format; a record of version 1 had no digests of gradients."""
 
 RECORD_FILE = "record.h5"
 TRACE_FILE = "trace.h5"
@@ -36,6 +37,8 @@ TABLES: dict[Kind, str] = {"record": STEPS, "trace": VALUES}
 """The float64 table of a part."""
 FINGERPRINTS = "fingerprints"
 """Prefix of the int64 tables of a record part, one a component."""
+SKETCH = "sketch"
+"""The float64 table of a record part, and group of the sealed record, that holds the sketches, if there are any."""
 FINAL = "final"
 """The reference that every trace has: the final iterate."""
 
@@ -197,7 +200,7 @@ FINAL_LINKS = (
 )
 """Second names of the final iterate's columns; `canonical` gives the first."""
 
-COMPONENTS = ("rng", "batch", "weights", "optimizer", "loss", "buffers")
+COMPONENTS = ("rng", "batch", "weights", "hyperparameters", "optimizer", "loss", "buffers", "gradient")
 """What a step's fingerprints cover, in the order of blame: an earlier one that differs explains the later."""
 
 

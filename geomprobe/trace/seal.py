@@ -136,6 +136,7 @@ def _write_rows(
     """Write what one rank recorded: the columns of its steps, its fingerprints, its references or shards of them."""
     header = joined[0].part
     datasets = {**columns, **_create_fingerprints(group, header, joined[-1].stop_step)}
+    datasets |= _create_sketch(group, header, joined[-1].stop_step)
     for rows, block in _blocks(joined, size, timeout_s):
         if columns:
             block |= zip(header.tables[schema.STEPS].columns, block[schema.STEPS].T, strict=True)
@@ -151,9 +152,9 @@ def _joined(parts: Sequence[Path], kind: str, stop: int | None, timeout_s: float
     if not headers:
         raise RunError("there are no parts to seal; nothing was streamed")
     for header in headers:
-        if header.schema != kind or header.schema_version != schema.SCHEMA_VERSION:
+        if header.schema != kind or header.schema_version != schema.VERSIONS[kind]:
             found = f"{header.schema} version {header.schema_version}"
-            raise RunError(f"{header.path} holds {found}, not {kind} version {schema.SCHEMA_VERSION}")
+            raise RunError(f"{header.path} holds {found}, not {kind} version {schema.VERSIONS[kind]}")
         if header.tables != headers[0].tables:
             raise RunError(f"{headers[0].path} and {header.path} hold different columns; they are of two runs")
     pieces = spans(headers) or [Span(headers[0], 0, 0)]
@@ -193,7 +194,7 @@ def _blocks(joined: list[Span], size: int, timeout_s: float) -> Iterator[tuple[s
 def _describe_file(
     file: Any, kind: str, status: str, num_steps: int, num_parameters: int, manifest: Mapping[str, Any]
 ) -> None:
-    file.attrs.update(schema=kind, schema_version=schema.SCHEMA_VERSION, status=status, num_steps=num_steps)
+    file.attrs.update(schema=kind, schema_version=schema.VERSIONS[kind], status=status, num_steps=num_steps)
     file.attrs.update(num_parameters=num_parameters, manifest=json.dumps(manifest))
 
 
@@ -222,6 +223,21 @@ def _create_fingerprints(file: Any, header: Header, rows: int) -> dict[str, Any]
         checked = {"chunks": _print_chunk(shape), "fletcher32": True} if all(shape) else {}
         datasets[name] = file.create_dataset(name, shape, "int64", **checked)
     return {name: dataset for name, dataset in datasets.items() if dataset.size}
+
+
+def _create_sketch(file: Any, header: Header, rows: int) -> dict[str, Any]:
+    if schema.SKETCH not in header.tables:
+        return {}
+    shape = rows, len(header.tables[schema.SKETCH].columns)
+    checked = {"chunks": _print_chunk(shape), "fletcher32": True} if rows else {}
+    dataset = file.create_dataset(f"{schema.SKETCH}/rows", shape, "float64", **checked)
+    described: dict[str, Any] = json.loads(str(header.attributes["manifest"]))["sketch"]
+    dataset.attrs.update({name: described[name] for name in ("size", "every", "seed")})
+    dataset.attrs["layout"] = (
+        "rows every*i to every*(i+1)-1, one after another, hold size numbers of the weights of step every*i, then size "
+        "of its gradient, then zeros"
+    )
+    return {schema.SKETCH: dataset}
 
 
 def _write_names(file: Any, path: str, names: Sequence[str]) -> None:

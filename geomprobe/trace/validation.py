@@ -46,7 +46,7 @@ def part_header(file: Any, size: int) -> dict[str, Any]:
     header |= {"first_step": tree.count("", "first_step"), "tables": {}, "rows": 0}
     attributes = {name: tree.attribute("", name) for name in file.attrs if name not in (*header, "tables")}
     header["attributes"] = attributes
-    if header["schema"] not in schema.FILES or header["schema_version"] != schema.SCHEMA_VERSION:
+    if header["schema"] not in schema.FILES or header["schema_version"] != schema.VERSIONS[header["schema"]]:
         return header  # what is wrong with it, the reader says
     manifest_of_text(attributes.get("manifest", "{}"))
     for name in ("num_parameters", "started"):
@@ -74,7 +74,7 @@ def sealed_facts(file: Any, size: int, step_columns: Sequence[str]) -> dict[str,
     found: dict[str, Any] = {"schema": tree.attribute("", "schema"), "part": tree.attribute("", "tables") is not None}
     found["schema_version"] = tree.attribute("", "schema_version")
     kind = found["schema"]
-    if found["part"] or kind not in schema.FILES or found["schema_version"] != schema.SCHEMA_VERSION:
+    if found["part"] or kind not in schema.FILES or found["schema_version"] != schema.VERSIONS[kind]:
         return found  # what is wrong with it, the reader says
     found["status"] = require_form(tree.text("", "status"), STATUSES[kind], "status")
     found["num_parameters"] = tree.count("", "num_parameters")
@@ -178,6 +178,10 @@ def _record(tree: _Tree) -> dict[str, Any]:
         tree.column(f"steps/{column.name}")
     for place in ("", *(f"{schema.RANKS}/{rank}/" for rank in tree.members(schema.RANKS) if _RANK.fullmatch(rank))):
         _fingerprints(tree, f"{place}{schema.FINGERPRINTS}")
+        if tree.exists(f"{place}{schema.SKETCH}/rows"):
+            rows, _ = tree.shape(f"{place}{schema.SKETCH}/rows", "float64", 2)
+            if rows != tree.length:
+                raise RunError(f"{place}{schema.SKETCH}/rows has {rows} rows, and the file says {tree.length}")
         for name in tree.members(f"{place}references"):
             tree.reference(f"{place}references/{name}")
     return {}

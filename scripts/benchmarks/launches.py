@@ -28,12 +28,14 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import geomprobe
+from geomprobe.kernels.numba_kernel import NumbaKernel
 from geomprobe.passes import row_buffer
 from geomprobe.report.table import table
 from geomprobe.reproducibility.digest import leaves
 from geomprobe.reproducibility.fingerprint import StepInputs
 
 STEPS, COUNTED = 4, 2
+READ = 4  # of TritonKernel.read: a copy of the table of addresses, zeros for the columns' sums, and two kernels
 RARELY = 1000  # the check of Hg, whose work no step in the middle has
 TARGET = {"record": (20, 0), "replay": (20, 0)}
 """Launches and waits beyond the plain step; with Hg, 1.1 of the launches of a step with a double backward by hand."""
@@ -136,8 +138,17 @@ def _as_on_a_device(work: Callable[[], DeviceWork]) -> Iterator[None]:
     def entered(inputs: StepInputs, given: Any) -> None:
         inputs._add(leaves(given)[0])  # the loader's batch is on the host, and what the model is given is not
 
+    read = NumbaKernel.read
+
+    def read_on_device(kernel: NumbaKernel, addresses: Any) -> Any:
+        with work().paused():
+            found = read(kernel, addresses)
+        work().add("TritonKernel.read", launches=READ)
+        return found
+
     with (
         mock.patch.multiple(StepInputs, fetched=fetched_on_host, entered=entered),
+        mock.patch.object(NumbaKernel, "read", read_on_device),
         mock.patch.object(row_buffer, "INTERVAL", float("inf")),  # a slow step must not count as one that ends a block
     ):
         yield

@@ -9,7 +9,6 @@ Six trainings of the same model on the same batches take turns, step by step in 
     inert       the loop with the probe attached and no pass running
     recording   pass 1
     replaying   pass 2, without Hg
-    compiled    the same, with compiled inner products
     naive       inner products as the scripts of No Wrong Turns take them: flatten, concatenate, float32, .item()
 
 Times are medians over steps, ratios medians over rounds of turns. Memory is the peak of a process that runs one
@@ -32,7 +31,7 @@ from torchvision.models import resnet18
 import geomprobe
 from geomprobe.report.table import table
 
-LANES = ["plain", "inert", "recording", "replaying", "compiled", "naive"]
+LANES = ["plain", "inert", "recording", "replaying", "naive"]
 WARM_UP = 3
 
 
@@ -100,8 +99,8 @@ def lane(name: str, folder: Path, data: list[tuple[Tensor, Tensor]]) -> lanes.La
         return lanes.Lane(train_probed(data))
     if name == "recording":
         return lanes.Lane(train_probed(data), lanes.recording(folder / name))
-    options = {"curvature_every": 0, "compiled": name == "compiled"}
-    return lanes.Lane(train_probed(data), lanes.replaying(folder / name, lambda: train_probed(data), **options))
+    replayed = lanes.replaying(folder / name, lambda: train_probed(data), curvature_every=0)
+    return lanes.Lane(train_probed(data), replayed)
 
 
 def main() -> None:

@@ -27,10 +27,10 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.models import resnet18
 
+from geomprobe.kernels.fused_read import FusedRead
 from geomprobe.measure.curvature.hessian_gradient import Curvature
 from geomprobe.measure.curvature.symmetry import direction
 from geomprobe.measure.gradient_sources import GradientSources
-from geomprobe.probe.evidence import evidence
 from geomprobe.probe.listeners import LossTracker
 from geomprobe.report.table import table
 
@@ -47,10 +47,10 @@ def train(name: str, data: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
     sources = GradientSources(losses)
     probe: Any = SimpleNamespace(parameters=dict(enumerate(parameters)))
     sources.attached(probe)
-    curvature = Curvature(parameters, model)
+    curvature, look = Curvature(parameters, model), FusedRead(parameters)
     for images, labels in data:
         optimizer.zero_grad()
-        before = evidence(parameters, parameters[0].device) if name in ("weights", "checked") else None
+        before = look.look(parameters)[0] if name in ("weights", "checked") else None
         loss = functional.cross_entropy(model(images), labels)
         if name == "sources":
             losses.losses_seen([loss])
@@ -68,7 +68,7 @@ def train(name: str, data: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
                 curvature.product(direction(parameters, 1), keep=True)
             curvature.product([p.grad for p in parameters])
             if before is not None:
-                (evidence(parameters, parameters[0].device) == before).all()
+                (look.look(parameters)[0] == before).all()
         optimizer.step()
         yield
 

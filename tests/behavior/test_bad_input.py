@@ -15,6 +15,7 @@ import geomprobe
 from geomprobe.errors import EnvironmentMismatch, RunError, UnsupportedTraining, UsageError
 from geomprobe.trace.reader import open_trace
 from geomprobe.trace.record import open_record
+from geomprobe.trace.schema import VERSIONS
 
 STEPS = 5
 
@@ -427,7 +428,7 @@ def test_an_interrupt_within_the_probe_ends_the_recording_though_the_script_goes
         except KeyboardInterrupt:
             loop.run(2)
 
-    def interrupted(_):
+    def interrupted(*_):
         raise KeyboardInterrupt
 
     refused(KeyboardInterrupt, record(train, run))
@@ -622,6 +623,21 @@ def test_a_record_of_another_schema_version_is_not_replayed(recorded):
         file.attrs["schema_version"] = 99
     words = "schema version 99", "Open it with the geomprobe that wrote it"
     refused(RunError, lambda: geomprobe.replay(plain, recorded), *words)
+
+
+def test_a_recording_of_the_version_before_that_was_cut_off_is_refused_and_kept(run, monkeypatch):
+    def cut_off():
+        loop = Loop()
+        loop.run(3)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as earlier:
+        earlier.setitem(VERSIONS, "geomprobe-record", 1)
+        refused(KeyboardInterrupt, record(cut_off, run))
+    (part,) = (run / "stream").glob("record-*.h5")
+    words = "is a record of schema version 1, which has no digests of gradients", "geomprobe record --force"
+    refused(RunError, lambda: geomprobe.record(plain, run, resume=True), part, *words)
+    assert part.exists()
 
 
 def test_an_earlier_trace_is_kept_without_force_and_where_the_replay_is_refused(recorded):

@@ -113,7 +113,7 @@ def test_a_replay_in_which_another_optimizer_steps_has_diverged(tmp_path: Path) 
     training = Training(accumulate=False)
     geomprobe.record(training, tmp_path / "run", seed=3).close()
     training.swapped = 7
-    with pytest.raises(ReplayDiverged, match="optimizer"):
+    with pytest.raises(ReplayDiverged, match="hyperparameters"):
         geomprobe.replay(training, tmp_path / "run")
 
 

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from support.cases import BATCH, CASES, COMPILED, PLAIN, SAMPLES, Case, Watch, train
+from support.cases import BATCH, CASES, PLAIN, SAMPLES, Case, Watch, train
 from support.oracle import Oracle, brute_force, columns_of
 
 import geomprobe
@@ -60,7 +60,7 @@ def run_both(case: Case, path: Path, watch: type[Watch] = Probed) -> Both:
     return Both(case, oracle, recorded, replayed, trace, path, columns_of(case, oracle.history))
 
 
-@pytest.fixture(scope="module", params=[*CASES, pytest.param(COMPILED, marks=pytest.mark.slow)], ids=str)
+@pytest.fixture(scope="module", params=CASES, ids=str)
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Both:
     return run_both(request.param, tmp_path_factory.mktemp("case") / "run")
 

@@ -12,6 +12,7 @@ from support.faulty_training import STEPS, STYLES, at_step, one_ulp, trainer
 import geomprobe
 from geomprobe.errors import ReplayDiverged
 from geomprobe.trace.reader import open_trace
+from geomprobe.trace.schema import COMPONENTS
 
 FIRST = 40  # in the middle of a block of rows
 
@@ -44,7 +45,7 @@ def test_rows_are_the_same_until_the_first_difference_and_never_after_it(tmp_pat
         "steps_equal": FIRST,
         "steps_attempted": STEPS,
         "final_weights_equal": False,
-        "components": ["rng", "batch", "weights", "optimizer", "loss", "buffers"],
+        "components": list(COMPONENTS),
         "first_difference": {"step": FIRST, "component": "weights", "tensor": "4.bias"},
     }
     assert np.isfinite(trace["cosine"]).all()

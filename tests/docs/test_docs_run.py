@@ -127,7 +127,8 @@ def trained():
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fragments")
-    geomprobe.two_pass(trained, folder / "runs" / "a", seed=0)
+    geomprobe.record(trained, folder / "runs" / "a", seed=0, sketch=8).close()
+    geomprobe.replay(trained, folder / "runs" / "a")
     shutil.copytree(folder / "runs" / "a", folder / "runs" / "source")
     return folder
 
@@ -183,7 +184,7 @@ def prepared(tmp_path_factory):
     (folder / "project").mkdir()
     (folder / "project" / "train.py").write_text(SCRIPT)
     for name in ("a", "b"):
-        run(["geomprobe", "record", "-o", f"runs/{name}", "train.py"], folder)
+        run(["geomprobe", "record", "-o", f"runs/{name}", "--sketch", "16", "train.py"], folder)
         run(
             ["geomprobe", "replay", f"runs/{name}", "--held-out-every", "4", "--full-gradient-every", "1"],
             folder,

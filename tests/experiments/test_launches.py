@@ -67,12 +67,14 @@ def test_the_hosts_tensors_cost_the_device_nothing():
 def test_work_is_put_down_to_the_line_that_asks_for_it():
     from device_work import DeviceWork
 
-    from geomprobe.probe.evidence import evidence
+    from geomprobe.kernels.tensor_digests import TensorDigests
 
+    digests = TensorDigests(torch.device("cpu"))
+    digests([[X]])  # which makes what it keeps
     with DeviceWork(large=6) as work:
-        evidence([X], torch.device("cpu"))
+        digests([[X]])
         X.clone()
-    assert {line.partition(":")[0] for line, _ in work.launches} == {"probe/evidence.py", ""}
+    assert {line.partition(":")[0] for line, _ in work.launches} == {"kernels/tensor_digests.py", ""}
     assert work.allocated == {("", "clone"): 24}
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from support.launches import STEPS, Training, recorded, replayed, start
+from torch import nn
 
 from geomprobe import open_trace
 from geomprobe.passes.references.loaded import from_numpy
@@ -62,6 +63,21 @@ def test_an_uncertified_replay_marks_what_any_rank_finds_different(run: Path, tm
     assert trace["same"].tolist() == [1.0] * 7 + [0.0] * (STEPS - 7)
     assert trace.certificate["steps_equal"] == 7
     first = trace.certificate["first_difference"]
+    assert (first["step"], first["component"], first["rank"]) == (7, "rng", 1)
+
+
+def with_dropout() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+
+
+def test_the_rank_that_explains_the_gradient_of_all_is_the_one_to_blame(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    codes = start(SIZE, recorded, tmp_path, Training("DDP", model=with_dropout), run)
+    assert [code for code, _ in codes] == [0] * SIZE, codes
+    training = Training("DDP", model=with_dropout, fault=(1, 7))
+    codes = start(SIZE, replayed, tmp_path, training, run, {"uncertified": True})
+    assert [code for code, _ in codes] == [0] * SIZE, codes
+    first = open_trace(run).certificate["first_difference"]
     assert (first["step"], first["component"], first["rank"]) == (7, "rng", 1)
 
 

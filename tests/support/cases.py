@@ -364,9 +364,6 @@ CASES = [
     Case("a parameter without dimensions", Tempered, _sgd(), replay={"per_parameter": True}),
 ]
 
-COMPILED = Case("compiled", lambda: mlp(2**14), _sgd(), replay={"compiled": True, "per_parameter": True})
-
-
 # Bits
 
 

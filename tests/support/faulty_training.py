@@ -176,7 +176,8 @@ FAULTS = {
     "two samples swapped": Fault("fetch", swap_samples, "batch", "fetched", ("batch", "inputs")),
     "another augmentation": Fault("fetch", change_noise, "batch", "fetched", ("batch", "inputs")),
     "another loss": Fault("forward", smooth, "loss", "loss"),
-    "another learning rate": Fault("forward", group("lr", 0.0500001), "optimizer", "hyperparameters"),
-    "another momentum": Fault("update", group("momentum", 0.8), "optimizer", "hyperparameters"),
-    "another weight decay": Fault("fetch", group("weight_decay", 1e-5), "optimizer", "hyperparameters"),
+    "another learning rate": Fault("forward", group("lr", 0.0500001), "hyperparameters", "lr"),
+    "another momentum": Fault("update", group("momentum", 0.8), "hyperparameters", "momentum"),
+    "another weight decay": Fault("fetch", group("weight_decay", 1e-5), "hyperparameters", "weight_decay"),
+    "another gradient": Fault("update", lambda t: one_ulp(t.model[4].bias.grad), "gradient", "4.bias"),
 }

@@ -19,7 +19,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from geomprobe.trace.schema import REFERENCE_COLUMNS
+from geomprobe.trace.schema import REFERENCE_COLUMNS, VERSIONS
 from geomprobe.trace.stream.checksum import row_checksums
 
 VERBS = ("inspect", "verify", "watch", "plot", "report", "diff", "export")
@@ -221,7 +221,7 @@ def write_part(path: Path, kind: str = "geomprobe-trace", rows: int = 5, **chang
     step, values = np.arange(rows), np.arange(1.0, 1.0 + rows * len(columns)).reshape(rows, -1)
     checks = np.stack([step, row_checksums(step, values)], axis=1)
     with h5py.File(path, "w", libver="latest") as file:
-        file.attrs.update(schema=kind, schema_version=1, first_step=0, manifest="{}", num_parameters=1)
+        file.attrs.update(schema=kind, schema_version=VERSIONS[kind], first_step=0, manifest="{}", num_parameters=1)
         file.attrs["tables"] = json.dumps({table: {"columns": columns, "dtype": "float64"}})
         file.create_dataset(f"tables/{table}", data=values, maxshape=(None, len(columns)), chunks=(64, len(columns)))
         file.create_dataset("checks", data=checks, maxshape=(None, 2), chunks=(64, 2))

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from geomprobe.trace.schema import VERSIONS
+
 
 @dataclass
 class History:
@@ -191,7 +193,9 @@ def write_trace(
     if same is not None:
         steps["same"] = np.asarray(same, float)
     with h5py.File(path, "w") as file:
-        file.attrs.update(schema="geomprobe-trace", schema_version=1, status=status, num_steps=rows)
+        file.attrs.update(
+            schema="geomprobe-trace", schema_version=VERSIONS["geomprobe-trace"], status=status, num_steps=rows
+        )
         file.attrs.update(num_parameters=w.shape[1], manifest=json.dumps(manifest))
         _write(file, "steps", steps)
         _write(file, "inner_products", p)
@@ -254,10 +258,14 @@ def write_record(path: Path, history: History, *, status="complete", salt=0, epo
         "rng": {"torch": np.arange(steps) * 1000003 + salt, "python": np.full(steps, 7)},
         "batch": {},
         "optimizer": {},
+        "hyperparameters": {"lr": history.lr.view(np.int64)},
         "buffers": {},
+        "gradient": {n: _digest(history.gradients[:, s]) for n, s in history.slices.items()},
     }
     with h5py.File(path, "w") as file:
-        file.attrs.update(schema="geomprobe-record", schema_version=1, status=status, num_steps=steps)
+        file.attrs.update(
+            schema="geomprobe-record", schema_version=VERSIONS["geomprobe-record"], status=status, num_steps=steps
+        )
         file.attrs.update(num_parameters=history.weights.shape[1])
         file.attrs["manifest"] = json.dumps(history.manifest if manifest is None else manifest)
         _write(file, "steps", {

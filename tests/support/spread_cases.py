@@ -22,10 +22,10 @@ from geomprobe.distributed.layout import Layout
 from geomprobe.errors import GeomprobeError
 from geomprobe.measure.curvature.double_backward import graph_of, hessian_vector_product
 from geomprobe.measure.curvature.hessian_gradient import Curvature
-from geomprobe.measure.inner_products import InnerProducts
 from geomprobe.measure.measurement import Measurement
 from geomprobe.measure.options import MeasureOptions
 from geomprobe.probe.parameters import measured_parameters
+from geomprobe.reproducibility.step_reader import StepReader
 from support.refused_layouts import WORLD, named, refusals
 from support.sharded_variants import fsdp_variants
 from support.shared_training import WRAPPERS, Net, Sometimes, ddp, flat, fsdp, full, optimizer_of
@@ -58,6 +58,15 @@ def _layout(module: nn.Module) -> tuple[str, bool, tuple[bool, ...]]:
     return layout.kind, layout.sharded, layout.owned
 
 
+def sums_of(parameters: Any, references: Any, gradients: Any, owned: Any = None) -> Tensor:
+    """This process's part of all inner products."""
+    reader = StepReader(parameters)
+    reader.refer_to(references, owned=owned)
+    sums = reader.read(gradients).sums
+    assert sums is not None
+    return sums
+
+
 def replicated_dtensors() -> dict[str, Any]:
     """Parameters that are replicated DTensors, whose gradients come as summands: numbers and Hg."""
     mesh = init_device_mesh("cpu", (WORLD,))
@@ -74,8 +83,7 @@ def replicated_dtensors() -> dict[str, Any]:
     curvature.backward(loss, closure=lambda: spread(distribute_tensor(x, mesh, [Shard(0)])).square().mean())
     came = {type(placement).__name__ for p in parameters for placement in p.grad.placements}
     stars = [torch.ones_like(p) for p in plain.parameters()]
-    products = InnerProducts(parameters, {"final": stars}, owned=layout.owned)
-    measured = layout.sum(products.measure([p.grad for p in parameters]))
+    measured = layout.sum(sums_of(parameters, {"final": stars}, [p.grad for p in parameters], layout.owned))
     gradients = [p.grad.full_tensor() for p in parameters]
     step = curvature.over_step(gradients, 0.1)
     hg = curvature.product(gradients)
@@ -85,7 +93,7 @@ def replicated_dtensors() -> dict[str, Any]:
     return {
         "came": came,
         "loss": (float(loss.full_tensor() if is_dtensor(loss) else loss), float(expected)),
-        "products": (measured, InnerProducts(list(plain.parameters()), {"final": stars}).measure(g)),
+        "products": (measured, sums_of(list(plain.parameters()), {"final": stars}, g)),
         "hg": (flat(hg), flat(hessian_vector_product([graph], list(plain.parameters()), g))),
         "step": step,
         "plain": all(type(h) is Tensor for h in hg),
@@ -301,7 +309,7 @@ def replicas_apart() -> bool:
     wrapped = fully_shard(Net(), mesh=mesh)
     parameters = list(wrapped.parameters())
     layout = Layout.of(*named(wrapped))
-    sums = layout.sum(InnerProducts(parameters, {}, owned=layout.owned).measure([None] * len(parameters)))
+    sums = layout.sum(sums_of(parameters, {}, [None] * len(parameters), layout.owned))
     expected = sum(float(full(p).double().square().sum()) for p in parameters)
     return abs(float(sums[2]) - expected) < 1e-12 * expected
 

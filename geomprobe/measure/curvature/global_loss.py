@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from geomprobe.distributed.dtensor import like_local, local, local_gradient
 from geomprobe.distributed.layout import ElsewhereFailed, Layout, fsdp_modules
 from geomprobe.measure.curvature.autograd_graph import Blocker, CurvatureUnavailable
-from geomprobe.measure.inner_products import dots
+from geomprobe.measure.inner_products import PairProducts
 from geomprobe.reproducibility.isolation import keep_gradients
 
 Closure = Callable[[], Tensor]
@@ -227,7 +227,7 @@ class Reduction:
             return self.factor
         own = [self._own.of.get(t, torch.zeros_like(t, requires_grad=False)) for t in tensors]
         mean, reduced = self._loss.mean(own), self._reduced
-        products = dots([(reduced, reduced), (reduced, mean), (mean, mean)], self._layout.owned)
+        products = PairProducts(self._loss.parameters, self._layout.owned)(reduced, mean)
         of_reduced, between, of_mean = self._layout.sum(products).tolist()
         if not of_mean or not math.isfinite(of_mean + of_reduced):
             return 1.0  # no gradient, or none that is finite: the next step's may do

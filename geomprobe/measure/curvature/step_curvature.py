@@ -15,6 +15,7 @@ from torch import Tensor
 from geomprobe.distributed.dtensor import local
 from geomprobe.distributed.layout import Layout
 from geomprobe.errors import GeomprobeError
+from geomprobe.kernels.fused_read import FusedRead
 from geomprobe.measure.curvature.autograd_graph import (
     CurvatureUnavailable,
     coarsest_epsilon,
@@ -27,34 +28,30 @@ from geomprobe.measure.curvature.hessian_gradient import Curvature
 from geomprobe.measure.curvature.lanczos import top_eigenvalue
 from geomprobe.measure.curvature.symmetry import apart, asymmetric, default_interval, direction, turned
 from geomprobe.measure.gradient_sources import BackwardPass, GradientSources
-from geomprobe.measure.inner_products import dots
+from geomprobe.measure.inner_products import PairProducts
 from geomprobe.measure.options import MeasureOptions
 from geomprobe.measure.quantity import Combine, Part, Quantity, Recorded, Step
 from geomprobe.probe.events import Closure, Events
-from geomprobe.probe.evidence import Mark, evidence, marks, moved
+from geomprobe.probe.evidence import Mark, marks
 from geomprobe.probe.hooks.global_hooks import unscaled
 from geomprobe.probe.probe import Probe
+from geomprobe.reproducibility.columns import moved
 from geomprobe.reproducibility.isolation import RNGState, capture_rng
 from geomprobe.trace.absence import ELSEWHERE, GIVEN_UP, HOOKED, LATE, NOT_CAUGHT
 from geomprobe.trace.schema import parameter_column, product_column
 
 
 class _Weights(NamedTuple):
-    """What tells whether the weights are still what they were."""
+    """What tells whether the weights are still what they were: their marks, and the digest of each."""
 
     marks: list[Mark]
-    evidence: Tensor
-
-    @classmethod
-    def of(cls, parameters: Sequence[Tensor]) -> _Weights:
-        return cls(marks(parameters), evidence(parameters, parameters[0].device))
+    digests: Tensor
 
     def differ_from(self, other: _Weights) -> Tensor:
         """Whether they are, on their device."""
         if self.marks != other.marks:
-            return torch.ones((), dtype=torch.bool, device=self.evidence.device)
-        same = (self.evidence == other.evidence) | (self.evidence.isnan() & other.evidence.isnan())
-        return ~same.all()
+            return torch.ones((), dtype=torch.bool, device=self.digests.device)
+        return (self.digests != other.digests).any()
 
 
 class StepCurvature(Events):
@@ -93,6 +90,7 @@ class StepCurvature(Events):
         self.unproven: Tensor | None = None
         self.epsilon = 0.0
         self.has_own_functions = False
+        self._read: FusedRead | None = None
         self._complete = True  # no backward pass of the step went another way
         self._caught = 0
         self._same_use_checked = layout.world_size == 1
@@ -121,7 +119,7 @@ class StepCurvature(Events):
 
     def part_entered(self) -> None:
         if not self._calls_seen and self._wanted():
-            self._seen.append(_Weights.of(self._parameters))  # in whatever way they were moved since
+            self._seen.append(self._weights())  # in whatever way they were moved since
 
     def entered(self, inputs: Any) -> None:
         if not self._calls_seen:
@@ -205,7 +203,7 @@ class StepCurvature(Events):
         held = self._held[host]
         if self.curvature is None:
             return held
-        now = _Weights.of(self._parameters) if self.ready is not None else None
+        now = self._weights() if self.ready is not None else None
         elsewhere: list[Tensor] = []
         for source, seen in self._evaluated if now is not None else ():
             assert now is not None
@@ -222,7 +220,13 @@ class StepCurvature(Events):
     def _see_weights(self) -> None:
         """Note the weights that a loss is evaluated at: at the model's first call, and at others where they changed."""
         if not self._seen or marks(self._parameters) != self._seen[-1].marks:
-            self._seen.append(_Weights.of(self._parameters))
+            self._seen.append(self._weights())
+
+    def _weights(self) -> _Weights:
+        values = [local(p).detach() for p in self._parameters]
+        if self._read is None:
+            self._read = FusedRead(values)
+        return _Weights(marks(self._parameters), self._read.look(values)[0])
 
     def sharpness_of(self, closure: Closure) -> None:
         self.fixed_loss = closure
@@ -306,20 +310,22 @@ class FiniteStep(Quantity):
     option, cadence = "finite_step", "curvature_interval"
     columns = ("steps/secant_residual", "steps/linear_decrease_gap")
 
+    def open(self, recorded: Recorded) -> None:
+        self._products = PairProducts(self.training.parameters, self.training.layout.owned)
+
     def local(self, step: Step) -> dict[str, Part] | None:
         lr = float(self.training.probe.optimizer.param_groups[0].get("lr", 0.0))
         if (curvature := self.training.curvature.ready) is None or not lr:
             return None
         if (change := curvature.over_step(step.vectors, lr)) is None:
             return None
-        g, turn = step.vectors, change.turned
         return {
-            "squares": Part(dots([(g, g), (turn, turn)], self.training.layout.owned), Combine.SUM),
+            "products": Part(self._products(step.vectors, change.turned), Combine.SUM),
             "gap": Part(change.gap, Combine.SAME),
         }
 
     def finish(self, whole: Mapping[str, Tensor]) -> Tensor:
-        of_gradient, of_turn = whole["squares"]
+        of_gradient, _, of_turn = whole["products"]
         return torch.stack([(of_turn / of_gradient).sqrt(), whole["gap"]])
 
 
@@ -366,15 +372,16 @@ class HessianGradient(Quantity):
         every = self.training.options.check_curvature_every
         steps = None if recorded.record is None else recorded.record.num_steps
         self._check_every = default_interval(steps) if every is None else every
-        layout = self.training.layout
+        layout, members = self.training.layout, self.training.parameters
+        self._products = PairProducts(members, layout.owned, per_parameter=self.training.options.per_parameter)
+        self._totals = PairProducts(members, layout.owned)
         self._seed = recorded.seed + (layout.rank if layout.sharded else 0)
         self._next_check = 0
 
     def local(self, step: Step) -> dict[str, Part] | None:
         if (curvature := self.training.curvature.ready) is None:
             return None
-        layout, g = self.training.layout, step.vectors
-        parts = {}
+        g, parts = step.vectors, {}
         if checked := bool(self._check_every) and step.number >= self._next_check:
             self._next_check = step.number - step.number % self._check_every + self._check_every
             u = direction([local(p) for p in self.training.parameters], self._seed + step.number)
@@ -382,20 +389,19 @@ class HessianGradient(Quantity):
             hu = curvature.product(u, keep=True)
         differences = self._differences(curvature, g) if checked and self.training.curvature.has_own_functions else None
         hg = curvature.product(g)
-        products = dots([(g, hg), (hg, hg)], layout.owned, per_parameter=self.training.options.per_parameter)
-        parts["products"] = Part(products, Combine.SUM)
+        parts["products"] = Part(self._products(g, hg)[..., 1:], Combine.SUM)
         if checked:
-            parts["check"] = Part(dots([(u, hg), (g, hu), (hg, hg), (g, g), (hu, hu)], layout.owned), Combine.SUM)
+            parts["check"] = Part(torch.stack([self._totals(u, hg), self._totals(g, hu)]), Combine.SUM)
         if checked and again is not None:
             sources = self.training.curvature.sources
             again = again if sources is None else sources.of_moving(again)
-            parts["gradient"] = Part(dots([(again, g), (g, g), (again, again)], layout.owned), Combine.SUM)
+            parts["gradient"] = Part(self._totals(again, g), Combine.SUM)
         if differences is not None:
             far, near = differences
             better = [2 * b - a for a, b in zip(far, near, strict=True)]
             off, moved = ([a - b for a, b in zip(*pair, strict=True)] for pair in ((better, hg), (far, near)))
-            squares = dots([(off, off), (moved, moved), (hg, hg)], layout.owned)
-            parts["differences"] = Part(squares, Combine.SUM)
+            found = torch.stack([self._totals(off, off), self._totals(moved, moved), self._totals(hg, hg)])
+            parts["differences"] = Part(found[:, 0], Combine.SUM)
         return parts
 
     @property
@@ -407,10 +413,8 @@ class HessianGradient(Quantity):
     def _differences(self, curvature: Curvature, g: list[Tensor | None]) -> tuple[list[Tensor], list[Tensor]] | None:
         """Two finite differences of the gradient along ``g``, over a step and over half of it."""
         weights = [local(p).detach() for p in self.training.parameters]
-        layout = self.training.layout
-        of_w, of_g = (
-            layout.sum(dots([(weights, weights), (g, g), (weights, weights)], layout.owned))[:2].sqrt().tolist()
-        )
+        of_g, _, of_w = self.training.layout.sum(self._totals(g, weights)).tolist()
+        of_w, of_g = math.sqrt(of_w), math.sqrt(of_g)
         if not of_g or not math.isfinite(of_g):
             return None
         step = torch.finfo(weights[0].dtype).eps ** (1 / 3) * (of_w or 1.0) / of_g

@@ -42,14 +42,14 @@ def asymmetric(products: Tensor, count: int, epsilon: float) -> Tensor:
     What rounding leaves is far below the square root of the machine epsilon, what a changed gradient leaves far above.
 
     Args:
-        products: ``u.Jg, g.Ju, Jg.Jg, g.g, Ju.Ju``, float64, of ``J^T`` in each place.
+        products: ``u.u, u.Jg, Jg.Jg`` and ``g.g, g.Ju, Ju.Ju``, float64 ``[2, 3]``, of ``J^T`` in each place.
         count: of the values of a vector.
         epsilon: machine epsilon of the coarsest type that the loss passes through.
 
-    >>> asymmetric(torch.tensor([1.0, 1.0, 4.0, 1.0, 4.0]), 2, 1e-16)
+    >>> asymmetric(torch.tensor([[2.0, 1.0, 4.0], [1.0, 1.0, 4.0]]), 2, 1e-16)
     tensor(False)
     """
-    along, across, of_g, norm, of_u = products
+    (_, along, of_g), (norm, across, of_u) = products
     size = of_g.sqrt() + (norm * of_u / max(count, 1)).sqrt()
     return (along - across).abs() > epsilon**0.5 * size
 
@@ -75,11 +75,11 @@ def turned(products: Tensor, epsilon: float) -> Tensor:
     """Whether the gradient of the graphs is no multiple of the optimizer's, on their device.
 
     Args:
-        products: ``a.g, g.g, a.a`` of the graphs' gradient ``a`` and the optimizer's ``g``, float64.
+        products: ``a.a, a.g, g.g`` of the graphs' gradient ``a`` and the optimizer's ``g``, float64.
         epsilon: machine epsilon, as for `asymmetric`.
 
-    >>> turned(torch.tensor([2.0, 4.0, 1.0]), 1e-7), turned(torch.tensor([1.0, 4.0, 1.0]), 1e-7)
+    >>> turned(torch.tensor([1.0, 2.0, 4.0]), 1e-7), turned(torch.tensor([1.0, 1.0, 4.0]), 1e-7)
     (tensor(False), tensor(True))
     """
-    between, of_g, of_again = products
+    of_again, between, of_g = products
     return between < (1 - epsilon**0.5) * (of_g * of_again).sqrt()

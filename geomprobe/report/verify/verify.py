@@ -10,6 +10,7 @@ from geomprobe.report.table import number, table
 from geomprobe.report.verify import any_optimizer as identities
 from geomprobe.report.verify.check import FAIL, SKIPPED, Check, Precision, held, precision, skipped
 from geomprobe.report.verify.plain_sgd import check_plain_sgd
+from geomprobe.report.verify.sketch import check_sketch
 from geomprobe.trace.certificate import Certificate
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ class Verification:
 def verify(trace: Trace) -> Verification:
     """Check a trace against itself: derived columns, bounds, the certificate and, for plain SGD, NWT eq. 4.
 
+    Where the recording beside it has a sketch, that is compared with the trace.
+
     Raises:
         RunError: the trace holds no row, names a dtype without known rounding, or is damaged.
 
@@ -79,6 +82,7 @@ def verify(trace: Trace) -> Verification:
         *identities.check_identities(c, p),
         *identities.check_side_gradients(c, p),
         *check_plain_sgd(c, p, certified=not Certificate.of(trace.certificate).why_not(trace.num_steps)),
+        *check_sketch(trace, p),
     ]
     missing = identities.not_finite(c)
     return Verification(str(trace.path), trace.status, trace.num_steps, missing, p, tuple(checks))

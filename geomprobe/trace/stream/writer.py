@@ -20,7 +20,7 @@ import numpy as np
 
 from geomprobe.errors import RunError, UsageError
 from geomprobe.trace.hdf5_errors import WriteFailed, abandon, reason
-from geomprobe.trace.schema import SCHEMA_VERSION, TRACE_SCHEMA, check_raw
+from geomprobe.trace.schema import TRACE_SCHEMA, VERSIONS, check_raw
 from geomprobe.trace.stream.checksum import row_checksums
 
 __all__ = ["PartWriter", "Table", "WriteFailed"]
@@ -99,7 +99,7 @@ class PartWriter:
         # once more, which on a full disk ends in a crash.
         self._release = weakref.finalize(self, abandon, self._file)
         try:
-            own = {"schema": schema, "schema_version": SCHEMA_VERSION, "first_step": first_step}
+            own = {"schema": schema, "schema_version": VERSIONS[schema], "first_step": first_step}
             self._file.attrs.update({**attributes, **own, "tables": json.dumps(layout)})
             self._datasets = {
                 table.name: self._dataset(f"tables/{table.name}", len(table.columns), table.dtype)

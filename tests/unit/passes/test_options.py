@@ -117,7 +117,7 @@ def test_the_functions_show_every_option_in_their_signature_and_help(function, k
     ("function", "asked", "near"),
     [
         (geomprobe.record, "emas", "of record; the nearest is ema"),
-        (geomprobe.replay, "compile", "of replay; the nearest is compiled"),
+        (geomprobe.replay, "per_ranks", "of replay; the nearest is per_rank"),
         (geomprobe.two_pass, "held_out", "of replay; the nearest is held_out_every"),
         (geomprobe.replay, "xyz", "of replay; there are every, curvature_every, "),
     ],

@@ -1,6 +1,7 @@
 """diff finds the first difference there is, and nothing in equal runs."""
 
 import copy
+import json
 
 import h5py
 import numpy as np
@@ -83,6 +84,31 @@ def test_components_that_cover_other_tensors_differ_from_the_first_step(runs):
     result = diff(*runs)
     assert first(result) == (0, "rng", "covers other tensors: cuda:0")
     assert "at step 0: rng, covers other tensors: cuda:0 and 1 more (" in render(result)
+    assert "Likely" not in render(result)
+
+
+def test_the_likely_reason_is_said_as_in_a_replay(runs):
+    change_print(runs[1], "gradient", 13)
+    result = diff(*runs)
+    assert first(result) == (13, "gradient", "0.weight")
+    assert "steps equal before it)\n  Likely, all that the gradient is made of was equal, so" in render(result)
+
+
+def test_the_state_of_an_optimizer_is_compared_where_both_records_have_it(runs):
+    for run, rule in zip(runs, ({"first": 4, "every": 6}, {"first": 2, "every": 4}), strict=True):
+        with h5py.File(run / "record.h5", "r+") as file:
+            file.attrs["manifest"] = json.dumps(json.loads(file.attrs["manifest"]) | {"optimizer_state_steps": rule})
+            for name in ("optimizer", "optimizer_names"):
+                del file[f"fingerprints/{name}"]
+            taken = [step < rule["first"] or step % rule["every"] == 0 for step in range(60)]
+            file["fingerprints/optimizer"] = np.where(taken, 5, 0)[:, None].astype(np.int64)
+            file.create_dataset("fingerprints/optimizer_names", data=np.array([b"0.weight"], "S8"))
+    assert diff(*runs).first is None
+    change_print(runs[1], "optimizer", 20)
+    assert diff(*runs).first is None
+    change_print(runs[1], "optimizer", 24)
+    assert first(diff(*runs)) == (24, "optimizer", "0.weight")
+    assert "after step 12, when it was last compared" in diff(*runs).likely
 
 
 def test_manifest_entries_are_shown_with_both_values(tmp_path, history, runs):

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from geomprobe.reproducibility.digest import TensorDigests, fold, host_digest, leaves, rng_digests
+from geomprobe.kernels.tensor_digests import TensorDigests
+from geomprobe.reproducibility.digest import fold, host_digest, leaves, rng_digests
 
 CPU = torch.device("cpu")
 
@@ -214,7 +215,8 @@ def test_the_number_of_threads_does_not_matter() -> None:
 
 def test_another_process_gives_the_same_digests() -> None:
     code = (
-        "import torch; from geomprobe.reproducibility.digest import TensorDigests, host_digest, leaves;"
+        "import torch; from geomprobe.kernels.tensor_digests import TensorDigests;"
+        "from geomprobe.reproducibility.digest import host_digest, leaves;"
         "t = torch.arange(50_000).sin();"
         "print(TensorDigests(torch.device('cpu'))([[t], [t[:9], t[9:]]]).tolist(),"
         "host_digest(*leaves({'a': {3, 1, 2}, 'b': ('x', 'y'), 'c': {'p', 'q', 'r'}})[1]))"

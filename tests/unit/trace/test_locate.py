@@ -7,6 +7,7 @@ from support.part_cases import write_part
 from geomprobe.errors import RunError
 from geomprobe.trace.reader import open_trace
 from geomprobe.trace.record import open_record
+from geomprobe.trace.schema import VERSIONS
 from geomprobe.trace.seal import seal_record, seal_trace
 
 TRACE, RECORD = "geomprobe-trace", "geomprobe-record"
@@ -93,8 +94,26 @@ def test_a_record_of_another_version_or_none_is_refused(tmp_path):
     with pytest.raises(RunError, match="is no run of geomprobe"):
         open_record(tmp_path)
     other_version(tmp_path, "record.h5")
-    with pytest.raises(RunError, match="schema version 99"):
+    with pytest.raises(RunError, match=r"schema version 99, and this geomprobe reads version 2\. Open it with"):
         open_record(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["record.h5", "stream/p.h5"])
+def test_a_record_of_the_version_before_is_refused_with_what_to_do(tmp_path, monkeypatch, name):
+    if name == "record.h5":
+        recorded(tmp_path)
+        with h5py.File(tmp_path / name, "r+") as file:
+            file.attrs["schema_version"] = 1
+    else:
+        with monkeypatch.context() as earlier:
+            earlier.setitem(VERSIONS, RECORD, 1)
+            streaming(tmp_path, RECORD)
+    with pytest.raises(RunError) as caught:
+        open_record(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path / name} is a record of schema version 1, which has no digests of gradients, and this geomprobe "
+        "reads version 2. Record the run again: geomprobe record --force"
+    )
 
 
 def test_the_sealed_file_wins_over_parts_that_were_left_behind(tmp_path):

@@ -95,7 +95,16 @@ def test_the_contract_names_every_step_column():
         "step epoch loss lr grad_norm distance grad_dot_offset rsi eb cosine lolr clr hg_norm g_hg "
         "corridor_residual relative_residual flow_drift"
     )
-    assert schema.COMPONENTS == ("rng", "batch", "weights", "optimizer", "loss", "buffers")
+    assert schema.COMPONENTS == (
+        "rng",
+        "batch",
+        "weights",
+        "hyperparameters",
+        "optimizer",
+        "loss",
+        "buffers",
+        "gradient",
+    )
 
 
 def test_an_unknown_column_is_told_with_near_matches():

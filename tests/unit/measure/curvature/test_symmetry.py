@@ -12,7 +12,7 @@ def found(matrix: torch.Tensor, seed: int) -> bool:
     g = torch.randn(len(matrix), generator=torch.Generator().manual_seed(seed)).to(matrix)
     (u,) = direction([g], seed)
     jg, ju = matrix.T @ g, matrix.T @ u
-    products = torch.stack([u @ jg, g @ ju, jg @ jg, g @ g, ju @ ju]).double()
+    products = torch.stack([u @ u, u @ jg, jg @ jg, g @ g, g @ ju, ju @ ju]).double().view(2, 3)
     return bool(asymmetric(products, len(g), torch.finfo(matrix.dtype).eps))
 
 
