@@ -50,21 +50,34 @@ class BackwardPass:
     reaches: list[bool] = field(default_factory=list)
     factor: Tensor | None = None
     hooked: bool = False
-    share: Tensor | None = None
     earlier: bool = False
+    _share: Tensor | None = None
+    _found: tuple[Tensor, Tensor] | None = None  # whether it is 1, and whether it is 0
+
+    @property
+    def share(self) -> Tensor | None:
+        if self._share is None and self._found is not None:
+            whole, none = (each.double() for each in self._found)
+            self._share = whole / (whole + none)  # 1, 0, or 0 / 0
+        return self._share
+
+    @share.setter
+    def share(self, share: Tensor | None) -> None:
+        self._share, self._found = share, None
+
+    def found(self, whole: Tensor, none: Tensor) -> None:
+        """Let the share be 1 where it is ``whole``, 0 where there is ``none`` left of it, and else NaN."""
+        self._share, self._found = None, (whole, none)
 
 
 class _Numbers:
-    """Constants on the device: to make them there at each step would take a kernel, or a wait, each."""
-
-    UNKNOWN = 2.0  # for a share that is NaN, where it is compared
+    """Constants on the device: to make them there at each step would take a kernel each, or a wait."""
 
     def __init__(self, device: torch.device) -> None:
         self.zero, self.one, self.nan = moved([0.0, 1.0, torch.nan], device, torch.float64).unbind()
         reasons = GradientSources.REASONS
-        holds_at = {WRITTEN: self.UNKNOWN, UNSEEN: 0.0}  # of the only backward pass's share
-        self.reasons = moved([holds_at.get(of, -1.0) for of in reasons], device, torch.float64)
-        self.only_unseen = moved([float(of is UNSEEN) for of in reasons], device, torch.float64)
+        only = [[float(of is the_one) for of in reasons] for the_one in (None, UNSEEN, WRITTEN)]
+        self.no_reason, self.unseen, self.written = moved(only, device, torch.float64).unbind()
 
 
 class GradientSources(Events):
@@ -280,10 +293,10 @@ class GradientSources(Events):
         if not self._passes or (all(p.grad is None for p in own) and not self._unfollowed):
             for each in self._passes:
                 each.share = numbers.zero
-            return numbers.nan.reshape(1), numbers.only_unseen
+            return numbers.nan.reshape(1), numbers.unseen
         seen = None if reading is None or self._several else (reading.gradients, reading.norms)
         first = self._passes[0]
-        if len(self._passes) == 1 and first.loss is not None and any(first.reaches) and self._alone:
+        if len(self._passes) == 1 and first.loss is not None and all(first.reaches) and self._alone and not self._left:
             return self._settle_one(first, seen)
         shares, written = self._shares(device, seen)
         last = next((each for each in reversed(self._passes) if self._reached(each)), self._passes[-1])
@@ -312,18 +325,18 @@ class GradientSources(Events):
     # Parts of the above
 
     def _settle_one(self, alone: BackwardPass, seen: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """`settle` where one backward pass made all gradients, as in most trainings: the same in few operations."""
-        self._note_what_is_left(seen)
-        numbers, (left,) = self._numbers, self._left
-        if not all(alone.reaches):  # what is left of the others counts only where something was done to it
-            first = alone.reaches.index(True)
-            places = [i if reached else first for i, reached in enumerate(alone.reaches)]
-            left = torch.where(left.isnan(), left, left[moved(places, left.device)])
-        lowest, highest = torch.aminmax(left)
-        alone.share = share = torch.where(lowest == highest, lowest, numbers.nan)
+        """`settle` where one backward pass made all gradients, and nothing has been noted of it since: in few kernels.
+
+        That is how it is in most trainings.
+        """
+        numbers, (same, gone) = self._numbers, self._same_and_gone(seen)
+        whole, none = same.all(), (gone > same).all()
         assert alone.loss is not None
-        loss = torch.where(share == 1, alone.loss.to(left.device), numbers.nan)
-        return loss.reshape(1), (share.nan_to_num(numbers.UNKNOWN) == numbers.reasons).double()
+        alone.found(whole, none)
+        loss = torch.where(whole, alone.loss.to(whole.device), numbers.nan)
+        return loss.reshape(1), torch.where(
+            whole, numbers.no_reason, torch.where(none, numbers.unseen, numbers.written)
+        )
 
     @property
     def _alone(self) -> bool:
@@ -388,7 +401,7 @@ class GradientSources(Events):
                 part = value.reshape(()).double()
                 parts.append(part if weight is None else part * torch.as_tensor(weight).reshape(()))
         if found.unknown is None:
-            found.loss = sum(parts[1:], parts[0] + 0.0) if parts else losses[0].new_zeros((), dtype=torch.float64)
+            found.loss = sum(parts[1:], parts[0]) if parts else losses[0].new_zeros((), dtype=torch.float64)
         return found
 
     def _add_leaves(self, losses: Sequence[Tensor]) -> None:
@@ -425,17 +438,22 @@ class GradientSources(Events):
     def _note_what_is_left(self, seen: tuple[Tensor, Tensor] | None = None) -> None:
         if self._unfollowed:
             return
-        before, (then, _) = self._marks, self._evidence
-        self._look(seen)
-        (now, norms), numbers = self._evidence, self._numbers
-        same = now == then
-        if before != self._marks:
-            same &= moved([a == b for a, b in zip(before, self._marks, strict=True)], now.device)
-        left = torch.where(same, numbers.one, torch.where(norms == 0, numbers.zero, numbers.nan))
+        numbers, (same, gone) = self._numbers, self._same_and_gone(seen)
+        left = torch.where(same, numbers.one, torch.where(gone, numbers.zero, numbers.nan))
         if len(self._left) < len(self._passes):
             self._left.append(left)
         else:
             self._left[-1] = torch.where(left == 0, numbers.zero, self._left[-1] * left)
+
+    def _same_and_gone(self, seen: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Of each gradient, whether it is what it was when it was last looked at, and whether it is zero."""
+        before, (then, _) = self._marks, self._evidence
+        self._look(seen)
+        now, norms = self._evidence
+        same = now == then
+        if before != self._marks:
+            same &= moved([a == b for a, b in zip(before, self._marks, strict=True)], now.device)
+        return same, norms == 0
 
     def _shares(self, device: torch.device, seen: tuple[Tensor, Tensor] | None) -> tuple[list[Tensor], Tensor]:
         """Of each pass, its share of the present gradients; and whether something else is part of them."""

@@ -193,7 +193,8 @@ class Measurement(Events):
         row = {name: whole[name][name] for name in means or ()}
         for name, quantity in self._quantities.items():
             row[name] = quantity.finish(whole[name]) if name in whole else self._unmeasured[name]
-        found = whole["absent"]["absent"] > 0
+        found = whole["absent"]["absent"]
+        found = found if self.layout.world_size == 1 else found > 0
         row["absent"] = (found * numbers).sum().reshape(1)
         if of_loss := [q.name for q in self._quantities.values() if q.of_step_loss and q.name in whole]:
             unknown, unproven = found.any(), self._curvature.unproven

@@ -83,6 +83,7 @@ class DeviceWork(TorchDispatchMode):
     def __init__(self, large: int = 2**20) -> None:
         super().__init__()
         self._large, self._of_host, self._places = large, WeakTensorKeyDictionary(), _Places(self)
+        self._counts = False
         self.launches: Counter[tuple[str, str]] = Counter()
         self.waits: Counter[tuple[str, str]] = Counter()
         self.allocated: Counter[tuple[str, str]] = Counter()
@@ -91,6 +92,11 @@ class DeviceWork(TorchDispatchMode):
         """Say that tensors would be on the host."""
         for tensor in tensors:
             self._of_host[tensor] = True
+
+    def device(self, *tensors: Tensor) -> None:
+        """Say that tensors would be on the device."""
+        for tensor in tensors:
+            self._of_host.pop(tensor, None)
 
     def host_steps(self, optimizer: Optimizer) -> None:
         """Say that the optimizer's counts of steps are on the host, as they are unless it is fused or capturable."""
@@ -102,9 +108,9 @@ class DeviceWork(TorchDispatchMode):
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Count nothing of what the host does in here with its own tensors."""
-        counters = self.launches.copy(), self.waits.copy(), self.allocated.copy()
+        counts, self._counts = self._counts, False
         yield
-        self.launches, self.waits, self.allocated = counters
+        self._counts = counts
 
     def __enter__(self) -> DeviceWork:
         state = torch.get_rng_state
@@ -116,9 +122,11 @@ class DeviceWork(TorchDispatchMode):
         self._patch = mock.patch.object(torch, "get_rng_state", on_host)  # which no mode sees
         self._patch.start()
         self._places.__enter__()
+        self._counts = True
         return super().__enter__()
 
     def __exit__(self, *raised: Any) -> None:
+        self._counts = False
         super().__exit__(*raised)
         self._places.__exit__(*raised)
         self._patch.stop()
@@ -147,7 +155,9 @@ class DeviceWork(TorchDispatchMode):
         return out
 
     def add(self, name: str, launches: int = 0, waits: int = 0, allocated: int = 0) -> None:
-        """Count what the line of geomprobe that is running asks for."""
+        """Count what the line of geomprobe that is running asks for; nothing outside of ``with``."""
+        if not self._counts:
+            return
         for counter, count in ((self.launches, launches), (self.waits, waits), (self.allocated, allocated)):
             if count:
                 counter[_line(), name] += count
@@ -171,21 +181,16 @@ class _Places(TorchFunctionMode):
             if kwargs.get("device") is None:
                 self._work.host(*_tensors(out))
             else:
-                _forget(of_host, out)
+                self._work.device(out)
                 if func in (torch.tensor, torch.as_tensor, torch.asarray) and (on_host or not _tensors(args)):
                     self._work.add(func.__name__, launches=1, waits=1)  # made on the host, and moved
         elif func is torch.Tensor.new_tensor:
-            _forget(of_host, out)
+            self._work.device(out)
             self._work.add("new_tensor", launches=1, waits=1)
         elif func is torch.Tensor.to and on_host and any(isinstance(a, (torch.device, str)) for a in everything):
-            _forget(of_host, out)
+            self._work.device(out)
             self._work.add("to", launches=1, waits=not (kwargs.get("non_blocking") or any(a is True for a in args)))
         return out
-
-
-def _forget(of_host: WeakTensorKeyDictionary, tensor: Tensor) -> None:
-    if tensor in of_host:
-        del of_host[tensor]
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -33,8 +33,12 @@ from geomprobe.passes import row_buffer
 from geomprobe.report.table import table
 from geomprobe.reproducibility.digest import leaves
 from geomprobe.reproducibility.fingerprint import StepInputs
+from geomprobe.trace.blame import STATE_STEPS
 
-STEPS, COUNTED = 4, 2
+STEPS, COUNTED = (
+    STATE_STEPS.first + 2,
+    STATE_STEPS.first,
+)  # the optimizer's state is read at the first steps, then rarely
 READ = 4  # of TritonKernel.read: a copy of the table of addresses, zeros for the columns' sums, and two kernels
 RARELY = 1000  # the check of Hg, whose work no step in the middle has
 TARGET = {"record": (20, 0), "replay": (20, 0)}
@@ -143,6 +147,7 @@ def _as_on_a_device(work: Callable[[], DeviceWork]) -> Iterator[None]:
     def read_on_device(kernel: NumbaKernel, addresses: Any) -> Any:
         with work().paused():
             found = read(kernel, addresses)
+        work().device(*found)
         work().add("TritonKernel.read", launches=READ)
         return found
 
@@ -165,7 +170,7 @@ def beyond(work: DeviceWork, plain: DeviceWork) -> tuple[int, int]:
     return launches - launches_before, waits - waits_before
 
 
-def print_where(name: str, work: DeviceWork, most: int = 16) -> None:
+def print_where(name: str, work: DeviceWork, most: int = 40) -> None:
     """The lines of geomprobe that ask for the most."""
     own = {place for counter in (work.launches, work.waits) for place in counter if place[0]}
     worst = sorted(own, key=lambda place: (-work.waits[place], -work.launches[place], place))

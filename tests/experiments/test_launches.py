@@ -10,8 +10,8 @@ from torch import nn
 TARGET = 20
 """Launches of a recorded and of a replayed step beyond the plain one, whatever the number of tensors; and no waits."""
 
-REACHED = {"record": 90, "replay": 250}
-"""What an MLP of 6 tensors has today: most of it digests and inner products of each tensor by itself."""
+REACHED = {"record": 48, "replay": 51}
+"""What an MLP of 6 tensors has today: half of it is the digests of the batch, the loss and the buffers."""
 
 
 @pytest.fixture(autouse=True)
@@ -71,11 +71,12 @@ def test_work_is_put_down_to_the_line_that_asks_for_it():
 
     digests = TensorDigests(torch.device("cpu"))
     digests([[X]])  # which makes what it keeps
-    with DeviceWork(large=6) as work:
+    large = torch.ones(100)
+    with DeviceWork(large=100) as work:
         digests([[X]])
-        X.clone()
+        large.clone()
     assert {line.partition(":")[0] for line, _ in work.launches} == {"kernels/tensor_digests.py", ""}
-    assert work.allocated == {("", "clone"): 24}
+    assert work.allocated == {("", "clone"): 400}
 
 
 def _perceptron():
@@ -85,10 +86,11 @@ def _perceptron():
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW", "fused AdamW"])
 def test_a_step_asks_for_no_more_launches_than_before_and_waits_for_nothing(optimizer):
+    pytest.importorskip("numba")
     from launches import OPTIMIZERS, beyond, counted
 
     found = counted(_perceptron, OPTIMIZERS[optimizer], ["plain", *REACHED])
     for name, reached in REACHED.items():
         launches, waits = beyond(found[name], found["plain"])
         assert waits == 0, found[name].waits
-        assert TARGET // 4 < launches <= reached, found[name].launches
+        assert TARGET // 2 < launches <= reached, found[name].launches
