@@ -125,6 +125,9 @@ def _report(trace: Trace, run: str) -> int:
     else:
         verdict = f"{certificate.counts}: UNCERTIFIED, later rows are marked in the column `same`"
     show(f"Wrote {run}/{TRACE_FILE}: {verdict}.")
+    if not trace.manifest.get("strict", True):
+        came = "all of them came out" if trace.status == "complete" else "not all of them came out"
+        show(f"It was recorded with --no-strict, so some operations may have no deterministic form: {came} the same.")
     show(f"Next: geomprobe verify {run}", file=sys.stderr)
     return 0
 

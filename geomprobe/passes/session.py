@@ -31,6 +31,7 @@ from geomprobe.probe.parameters import ModelDiscovery, described, refuse_another
 from geomprobe.probe.paths import OptimizerPaths
 from geomprobe.probe.probe import Probe
 from geomprobe.reproducibility.fingerprint import StepFingerprint, StepInputs
+from geomprobe.reproducibility.refused import explained
 
 # At these the pass raises what it failed with, again and again, for a script that catches errors and continues.
 _STOPPING = {"begin", "fetching", "between_steps", "before_update", "after_update", "reference"}
@@ -235,10 +236,11 @@ class Session(Observer):
             if self.failure not in (None, error):
                 raise self.failure from error  # the script failed because the pass had stopped, or differed
             if self.manifest["strict"] and "use_deterministic_algorithms(True)" in str(error):
+                told = explained(error, None if self.probe is None else self.probe.model)
                 raise UnsupportedTraining(
-                    f"{error} The recording is strict about that: replace the operation, or record with `geomprobe "
-                    "record --no-strict` (strict=False in Python), and the replay will show whether it came out the "
-                    "same."
+                    f"{error} {told} The recording is strict about that: replace the operation (all of them are in "
+                    "docs/cuda.md), or record with `geomprobe record --no-strict` (strict=False in Python), and the "
+                    "replay will show whether it came out the same."
                 ) from error
             raise
         except BaseException:  # interrupted: what is written stays as an unfinished pass

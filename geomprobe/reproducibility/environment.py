@@ -25,6 +25,7 @@ from geomprobe.errors import EnvironmentMismatch
 # A difference in one of these can change bits although every flag below reads the same.
 BIT_CHANGING_VARIABLES = (
     "ATEN_CPU_CAPABILITY",
+    "CUBLASLT_WORKSPACE_SIZE",
     "CUBLAS_WORKSPACE_CONFIG",
     "DNNL_MAX_CPU_ISA",
     "MKL_CBWR",
@@ -50,6 +51,9 @@ BIT_CHANGING_VARIABLES = (
     "ONEDNN_MAX_CPU_ISA",
     "PYTHONHASHSEED",
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "TORCH_BLAS_PREFER_CUBLASLT",
+    "TORCH_CUDNN_USE_HEURISTIC_MODE_B",
+    "TORCH_LINALG_PREFER_CUSOLVER",
 )
 
 
@@ -124,6 +128,7 @@ def start_manifest(*, seed: int, strict: bool, script: Mapping[str, Any]) -> dic
             "numpy": np.__version__,
             "cuda": torch.version.cuda if devices else None,
             "cudnn": torch.backends.cudnn.version() if devices else None,
+            "nccl": _nccl() if devices else None,
         },
         "hardware": {
             "machine": platform.machine(),
@@ -140,8 +145,13 @@ def start_manifest(*, seed: int, strict: bool, script: Mapping[str, Any]) -> dic
     }
 
 
+def _nccl() -> str | None:
+    return ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else None
+
+
 def flags() -> dict[str, Any]:
     """torch's switches that move bits, as they stand now."""
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     return {
         "num_threads": torch.get_num_threads(),
         "num_interop_threads": torch.get_num_interop_threads(),
@@ -152,8 +162,25 @@ def flags() -> dict[str, Any]:
         "cudnn": bool(torch.backends.cudnn.enabled),
         "cudnn_benchmark": bool(torch.backends.cudnn.benchmark),
         "cudnn_deterministic": bool(torch.backends.cudnn.deterministic),
+        "cudnn_float32": _float32_precision(cudnn),
+        "cublas_float32": _float32_precision(cuda.matmul),
+        "cublas_reduced_float16": str(cuda.matmul.allow_fp16_reduced_precision_reduction),
+        "cublas_reduced_bfloat16": str(cuda.matmul.allow_bf16_reduced_precision_reduction),
+        "linalg_library": str(cuda.preferred_linalg_library()),
+        "attention": {
+            "flash": cuda.flash_sdp_enabled(),
+            "memory_efficient": cuda.mem_efficient_sdp_enabled(),
+            "math": cuda.math_sdp_enabled(),
+            "cudnn": cuda.cudnn_sdp_enabled(),
+        },
         "flush_denormal": float(torch.tensor(1e-310, dtype=torch.float64) * 1.0) == 0.0,
     }
+
+
+def _float32_precision(backend: Any) -> str:
+    """Whether a library of CUDA may use TF32: torch's present name for it, or the one before 2.9."""
+    found = getattr(backend, "fp32_precision", None)
+    return str(backend.allow_tf32) if found is None else str(found)
 
 
 def training_manifest(
