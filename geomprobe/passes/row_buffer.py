@@ -68,7 +68,10 @@ class RowBuffer:
         self._whole = False  # an error or Ctrl-C in here loses this row's place, and no later one may take it
         count = len(self._host)
         for dtype, names in self._device_names.items():
-            torch.cat([row[name] for name in names], out=self._blocks[dtype][count])
+            values, place = [row[name] for name in names], self._blocks[dtype][count]
+            if sum(map(torch.numel, values)) != place.numel():  # `cat` would write to other memory
+                raise RuntimeError(f"a row has {[v.numel() for v in values]} values of {names} for {place.numel()}")
+            torch.cat(values, out=place)
         self._host.append([row[name] for name in self._host_names])
         if len(self._host) == CAPACITY or time.monotonic() - self._opened > INTERVAL:
             self._rotate()
