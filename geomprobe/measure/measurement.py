@@ -48,8 +48,8 @@ class Measurement(Events):
         sources: knows which backward passes a step's gradient is made of.
         layout: how the training is spread over processes; found in the probe's model when None. All of them must
             then call `row` at each step.
-        quantities: what there is to measure, as far as the options ask for it.
         reader: of the pass, which reads for the step's fingerprint too; an own one when None.
+        quantities: what there is to measure, as far as the options ask for it.
 
     Attributes:
         layout: the same.
@@ -63,8 +63,8 @@ class Measurement(Events):
         options: MeasureOptions,
         layout: Layout | None = None,
         sources: GradientSources | None = None,
-        quantities: Sequence[type[Quantity]] = QUANTITIES,
         reader: StepReader | None = None,
+        quantities: Sequence[type[Quantity]] = QUANTITIES,
     ) -> None:
         self._probe, self._options = probe, options
         self.layout = Layout.of(probe.model, probe.parameters) if layout is None else layout

@@ -126,6 +126,8 @@ class StepFingerprint:
         self._buffers = tuple(probe.buffers)
         self._streams = streams = tuple(rng_digests())
         self._hyperparameters = sorted({name for group in _groups(probe) for name in group} - {"params"})
+        self._texts: list[str] = []  # of the hyperparameters, and their digests
+        self._of_texts: list[int] = []
         moving = ["moving optimizer"] * (len(probe.optimizers) > 1)
         hyperparameters = *self._hyperparameters, "other hyperparameters", *moving
         parameters = tuple(probe.parameters)
@@ -216,7 +218,10 @@ class StepFingerprint:
                     values[name if name in values else "other hyperparameters"].append((number, name, value))
         if len(self._probe.optimizers) > 1:
             values["moving optimizer"] = [self._probe.moving]
-        return [host_digest(repr(each).encode()) for each in values.values()]
+        texts = [repr(each) for each in values.values()]
+        if texts != self._texts:  # they nearly always stay
+            self._texts, self._of_texts = texts, [host_digest(text.encode()) for text in texts]
+        return self._of_texts
 
     def differs_from(self, state: Mapping[str, Sequence[int]]) -> tuple[str, str] | None:
         """The first component and tensor whose `state` is now another one; None where none is."""
