@@ -110,6 +110,7 @@ def test_nothing_of_the_run_changes(way):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_gives_the_same_bits_each_time_and_the_cpu_s_numbers():
     device = torch.device("cuda")
     w = [torch.randn(3_000_001), torch.randn(64, 3, 7, 7), torch.randn(5).bfloat16()]
