@@ -18,6 +18,7 @@ unset PYTHONDONTWRITEBYTECODE
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 .venv/bin/lint-imports --no-logo
-# The tests of a file share what its fixtures record, so one process runs them all.
-.venv/bin/python -m pytest -n 2 --dist loadfile -m "$only" "$@"
+# The tests of a file share what its fixtures record, so one worker runs them all.
+# Three workers on 2 cores: much of their time they wait for processes that a test has started.
+.venv/bin/python -m pytest -n 3 --dist loadfile -m "$only" "$@"
 [ -z "$all" ] || sh scripts/test_integrations.sh

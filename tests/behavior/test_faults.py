@@ -1,5 +1,6 @@
 """A replay that is not the same run is caught at the first step that differs, with the cause by name."""
 
+import functools
 import random
 import shutil
 
@@ -14,6 +15,17 @@ from geomprobe.trace.blame import FINAL_STATE, STATE_STEPS
 
 DEEP = 65  # past the first block of rows, and the first step of an epoch
 STATE = STATE_STEPS.every  # the first step of a block, at which the optimizer's state is compared
+
+replay = functools.partial(geomprobe.replay, curvature_every=8)  # no fault has to do with it, and it takes longest
+
+
+def in_style(quick):
+    """A test in each style; the quick ones only in this one."""
+    return pytest.mark.parametrize("style", [style if style == quick else slow(style) for style in STYLES])
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,7 +49,7 @@ class Recorded:
         if not run.exists():
             train = trainer(style, **options)
             geomprobe.record(train, run, seed=1)
-            geomprobe.replay(train, run)
+            replay(train, run)
         return run
 
 
@@ -58,7 +70,7 @@ def diverge(recorded, folder, style, fault, **options):
     """The divergence of a replay with a fault, and the run that it leaves."""
     run = replayable(recorded.run(style, **options), folder)
     with pytest.raises(ReplayDiverged) as caught:
-        geomprobe.replay(trainer(style, fault=fault, **options), run)
+        replay(trainer(style, fault=fault, **options), run)
     return caught.value, run
 
 
@@ -77,20 +89,19 @@ def assert_caught(found, run, recorded_run, step, component, tensor):
         np.testing.assert_array_equal(trace[column], whole[column][:step])
 
 
-# Each fault in one style, and each style with a fault of each point of a step.
-EVERYWHERE = {"two samples swapped", "an ulp in a weight", "another momentum", "another loss"}
+STEP_OF = {"batches": DEEP, "attach": 3, "unmodified": DEEP}
 
 
 @pytest.mark.parametrize(
-    ("name", "style", "step"),
+    ("name", "style"),
     [
-        pytest.param(name, style, step, marks=() if style == "batches" or name in EVERYWHERE else pytest.mark.slow)
-        for name in FAULTS
-        for style, step in (("batches", DEEP), ("attach", 3), ("unmodified", DEEP))
+        (name, style) if style == STYLES[number % len(STYLES)] else slow(name, style)
+        for number, name in enumerate(FAULTS)
+        for style in STYLES
     ],
 )
-def test_a_fault_is_caught_at_its_step_with_its_cause(recorded, tmp_path, name, style, step):
-    fault = FAULTS[name]
+def test_a_fault_is_caught_at_its_step_with_its_cause(recorded, tmp_path, name, style):
+    fault, step = FAULTS[name], STEP_OF[style]
     if fault.component == "optimizer" and step == DEEP:
         step = STATE
     found, run = diverge(recorded, tmp_path, style, at_step(step, fault.point, fault.do), momentum=0.9)
@@ -99,7 +110,7 @@ def test_a_fault_is_caught_at_its_step_with_its_cause(recorded, tmp_path, name, 
     assert f"at step {step} of {STEPS}: first the {expected[0]} ({expected[1]})" in str(found)
 
 
-@pytest.mark.parametrize("style", STYLES)
+@in_style("batches")
 @pytest.mark.parametrize("moment", ["exp_avg", "exp_avg_sq", "step"])
 def test_an_ulp_in_a_state_of_adam_is_caught(recorded, tmp_path, style, moment):
     fault = at_step(STATE, "fetch", state("4.bias", moment))
@@ -108,7 +119,7 @@ def test_an_ulp_in_a_state_of_adam_is_caught(recorded, tmp_path, style, moment):
     assert_caught(found, run, recorded_run, STATE, "optimizer", "4.bias")
 
 
-@pytest.mark.parametrize("style", STYLES)
+@in_style("attach")
 def test_a_state_that_changed_after_it_was_compared_is_caught_at_the_end_where_no_weight_shows_it(
     recorded, tmp_path, style
 ):
@@ -119,7 +130,7 @@ def test_a_state_that_changed_after_it_was_compared_is_caught_at_the_end_where_n
     assert f"changed the optimizer's state after step {STATE}, when it was last compared" in str(found)
 
 
-@pytest.mark.parametrize("style", STYLES)
+@in_style("unmodified")
 def test_a_label_that_changed_is_the_batch_where_it_is_shown_and_the_loss_elsewhere(recorded, tmp_path, style):
     fault = at_step(DEEP, "fetch", lambda t: t.data.y.add_(1).remainder_(3))
     found, run = diverge(recorded, tmp_path, style, fault, momentum=0.9)
@@ -127,7 +138,7 @@ def test_a_label_that_changed_is_the_batch_where_it_is_shown_and_the_loss_elsewh
     assert_caught(found, run, recorded.run(style, momentum=0.9), DEEP, *expected)
 
 
-@pytest.mark.parametrize("style", STYLES)
+@in_style("batches")
 def test_another_gradient_is_caught_in_its_own_step(recorded, tmp_path, style):
     fault = at_step(DEEP, "update", lambda t: t.model[0].weight.grad.mul_(2))
     found, run = diverge(recorded, tmp_path, style, fault, momentum=0.9)
@@ -135,7 +146,7 @@ def test_another_gradient_is_caught_in_its_own_step(recorded, tmp_path, style):
     assert "an operation of the backward pass has no deterministic form" in str(found)
 
 
-@pytest.mark.parametrize("style", STYLES)
+@in_style("attach")
 @pytest.mark.parametrize(
     ("stream", "seed"),
     [("python", random.seed), ("numpy", np.random.seed), ("torch", torch.manual_seed)],
@@ -145,7 +156,7 @@ def test_a_wrong_seed_is_caught_at_the_first_step(recorded, tmp_path, style, str
     assert_caught(found, run, recorded.run(style, momentum=0.9), 0, "rng", f"fetch/{stream}")
 
 
-@pytest.mark.parametrize("style", STYLES)
+@in_style("unmodified")
 def test_a_replay_of_one_step_less_is_caught_where_it_ends(recorded, tmp_path, style):
     fault = at_step(0, "start", lambda t: setattr(t, "stop", STEPS - 1))
     found, run = diverge(recorded, tmp_path, style, fault, momentum=0.9)
@@ -153,7 +164,7 @@ def test_a_replay_of_one_step_less_is_caught_where_it_ends(recorded, tmp_path, s
     assert f"recorded with {STEPS} steps, and the replay took {STEPS - 1}" in str(found)
 
 
-@pytest.mark.parametrize("style", STYLES)
+@in_style("batches")
 def test_a_replay_of_one_step_more_is_caught_where_the_recording_ended(recorded, tmp_path, style):
     fault = at_step(STEPS, "end", lambda t: one_step(t, style))
     found, run = diverge(recorded, tmp_path, style, fault, momentum=0.9)
@@ -161,7 +172,7 @@ def test_a_replay_of_one_step_more_is_caught_where_the_recording_ended(recorded,
     assert f"recorded with {STEPS} steps, and the replay took more" in str(found)
 
 
-@pytest.mark.parametrize("style", STYLES)
+@in_style("attach")
 def test_a_difference_comes_before_the_error_that_it_causes(recorded, tmp_path, style):
     def stop_early(t, point):
         if (t.step, point) == (66, "forward"):
@@ -171,11 +182,11 @@ def test_a_difference_comes_before_the_error_that_it_causes(recorded, tmp_path, 
 
     run = replayable(recorded.run(style, momentum=0.9), tmp_path)
     with pytest.raises(ReplayDiverged) as caught:
-        geomprobe.replay(trainer(style, fault=stop_early, momentum=0.9), run)
+        replay(trainer(style, fault=stop_early, momentum=0.9), run)
     assert_caught(caught.value, run, recorded.run(style, momentum=0.9), 66, "weights", "4.weight")
 
 
-@pytest.mark.parametrize("style", STYLES)
+@in_style("unmodified")
 def test_a_last_update_that_differs_is_caught_by_the_final_weights(recorded, tmp_path, style):
     def built(t):
         def alter(*_):
@@ -190,27 +201,28 @@ def test_a_last_update_that_differs_is_caught_by_the_final_weights(recorded, tmp
     assert geomprobe.open_trace(run).certificate["final_weights_equal"] is False
 
 
-@pytest.mark.parametrize("style", STYLES)
+@in_style("batches")
 def test_weights_altered_after_the_last_step_of_a_replay_change_nothing_of_the_run(recorded, tmp_path, style):
     run = replayable(recorded.run(style, momentum=0.9), tmp_path)
     fault = at_step(STEPS, "end", lambda t: one_ulp(t.model[0].weight))
-    assert geomprobe.replay(trainer(style, fault=fault, momentum=0.9), run).status == "complete"
+    assert replay(trainer(style, fault=fault, momentum=0.9), run).status == "complete"
 
 
-@pytest.mark.parametrize(("style", "step"), [("batches", DEEP), ("attach", 3), ("unmodified", DEEP)])
-def test_a_script_that_swallows_exceptions_cannot_hide_a_divergence(recorded, tmp_path, style, step):
+@in_style("unmodified")
+def test_a_script_that_swallows_exceptions_cannot_hide_a_divergence(recorded, tmp_path, style):
+    step = STEP_OF[style]
     fault = at_step(step, "forward", lambda t: one_ulp(t.model[4].weight))
     found, run = diverge(recorded, tmp_path, style, fault, swallow=True, momentum=0.9)
     recorded_run = recorded.run(style, swallow=True, momentum=0.9)
     assert_caught(found, run, recorded_run, step, "weights", "4.weight")
 
 
-@pytest.mark.parametrize("style", STYLES)
+@in_style("attach")
 def test_another_set_of_tensors_is_refused_before_the_first_step(recorded, tmp_path, style):
     run = replayable(recorded.run(style, momentum=0.9), tmp_path)
     fault = at_step(0, "built", lambda t: t.model.register_buffer("scale", torch.ones(1)))
     with pytest.raises(EnvironmentMismatch, match=r"3 entries under buffers, and here there are 4 .*scale"):
-        geomprobe.replay(trainer(style, fault=fault, momentum=0.9), run)
+        replay(trainer(style, fault=fault, momentum=0.9), run)
 
 
 def threads(t):
@@ -237,7 +249,7 @@ MISMATCHES = {
 }
 
 
-@pytest.mark.parametrize(("style", "swallow"), [("batches", False), ("attach", False), ("unmodified", True)])
+@pytest.mark.parametrize(("style", "swallow"), [slow("batches", False), slow("attach", False), ("unmodified", True)])
 @pytest.mark.parametrize("entry", MISMATCHES)
 def test_another_environment_is_refused_before_the_first_step(recorded, tmp_path, style, swallow, entry):
     change, before, now = MISMATCHES[entry]
@@ -245,7 +257,7 @@ def test_another_environment_is_refused_before_the_first_step(recorded, tmp_path
     run = replayable(recorded.run(style, **options), tmp_path)
     try:
         with pytest.raises(EnvironmentMismatch) as caught:
-            geomprobe.replay(trainer(style, fault=at_step(0, "start", change), **options), run)
+            replay(trainer(style, fault=at_step(0, "start", change), **options), run)
     finally:
         torch.set_num_threads(1)
     assert f"recorded with {entry} = {before}, but here it is {now}" in str(caught.value)

@@ -15,7 +15,7 @@ from geomprobe.trace.record import open_record
 
 STEPS = 400  # seven blocks of rows
 COMPONENTS = ("rng", "weights", "optimizer")
-TRIALS = [3, pytest.param(50, marks=pytest.mark.slow)]
+TRIALS = [2, pytest.param(50, marks=pytest.mark.slow)]
 READ_S = 30
 
 SCRIPT = f"""

@@ -31,8 +31,9 @@ def path(bench, tmp_path):
 # Killed
 
 
-@pytest.mark.parametrize("trials", [1, pytest.param(100, marks=pytest.mark.slow)])
-def test_passes_killed_at_random_moments_end_in_the_files_of_undisturbed_ones(trials):
+@pytest.mark.slow
+def test_passes_killed_at_random_moments_end_in_the_files_of_undisturbed_ones():
+    trials = 100
     options = "--trials", trials, "--seed", trials
     done = python(ROOT / "tests/stress/kill_and_resume.py", *options, timeout_s=300 + 60 * trials)
     assert done.out.endswith(f"\n{trials} of {trials} equal\n"), done

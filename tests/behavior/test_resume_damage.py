@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import signal
 
 import pytest
@@ -23,11 +24,18 @@ def path(tmp_path):
     return tmp_path / "run"
 
 
-@pytest.fixture
-def killed(bench, path):
+@pytest.fixture(scope="module")
+def cut_off(bench):
     """A recording that was killed in step `LATE`, with checkpoints up to step 60."""
+    path = bench.folder / "killed"
     assert bench.record(path, AT=str(LATE), DO="SIGKILL").code == -signal.SIGKILL
     return path
+
+
+@pytest.fixture
+def killed(cut_off, path):
+    """A copy of that one."""
+    return shutil.copytree(cut_off, path)
 
 
 @pytest.fixture

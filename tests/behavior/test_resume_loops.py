@@ -199,12 +199,13 @@ LOOPS = [
 @pytest.mark.parametrize(
     ("loops", "every"),
     [
-        *(pytest.param(loops, "2steps", id=f"2steps-{loops.__name__}") for loops in LOOPS),
-        *(
-            pytest.param(loops, "epoch", id=f"epoch-{loops.__name__}", marks=() if telling else pytest.mark.slow)
-            for loops in LOOPS
-            for telling in [loops is loader_of_each_epoch]
-        ),
+        pytest.param(loops, every, id=f"{every}-{loops.__name__}", marks=() if quick else pytest.mark.slow)
+        for every, telling in (
+            ("2steps", [own_generator, two_stages, accumulation_across_epochs, loader_with_a_state]),
+            ("epoch", [loader_of_each_epoch]),
+        )
+        for loops in LOOPS
+        for quick in [loops in telling]
     ],
 )
 def test_a_cut_run_goes_on_to_the_same_bits(tmp_path: Path, loops: Any, every: str) -> None:

@@ -44,7 +44,13 @@ for _ in range(3):
 """
 
 
-@pytest.mark.parametrize(("choice", "rate", "count"), [("Generator", 0.1, 8), ("1", 0.02, 3)])
+@pytest.mark.parametrize(
+    ("choice", "rate", "count"),
+    [
+        pytest.param("Generator", 0.1, 8, marks=pytest.mark.slow),
+        ("1", 0.02, 3),
+    ],
+)
 def test_the_command_records_the_path_that_is_named_and_the_replay_takes_it(
     choice: str, rate: float, count: int, tmp_path: Path
 ) -> None:
@@ -102,7 +108,7 @@ def every_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("name", "rows"), [("Critic", 3), ("Generator", 6)])
+@pytest.mark.parametrize(("name", "rows"), [pytest.param("Critic", 3, marks=pytest.mark.slow), ("Generator", 6)])
 def test_each_of_all_paths_is_what_its_name_alone_gives(name: str, rows: int, every_path: Path) -> None:
     assert run("record", "--seed", "0", "--optimizer", name, "-o", name, "gan.py", cwd=every_path).code == 0
     assert run("replay", name, "--per-parameter", cwd=every_path).code == 0

@@ -18,8 +18,15 @@ from geomprobe.trace.record import open_record
 COLUMNS = ("loss", "grad_norm", "distance", "rsi", "eb", "cosine", "lolr", "clr", "hg_norm", "g_hg")
 
 
-@pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
-@pytest.mark.parametrize("size", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [
+        ("DDP", 2),
+        ("FSDP2", 3),
+        *(pytest.param("DDP", size, marks=pytest.mark.slow) for size in (3, 4)),
+        *(pytest.param("FSDP2", size, marks=pytest.mark.slow) for size in (2, 4)),
+    ],
+)
 def test_a_run_of_several_processes_measures_what_one_process_would_on_the_global_batch(
     tmp_path: Path, kind: str, size: int
 ) -> None:
@@ -59,7 +66,7 @@ def test_each_rank_s_own_gradient_is_kept_where_it_is_asked_for(tmp_path: Path) 
     np.testing.assert_allclose(np.mean(own, axis=0), trace["inner_products/g.d"], rtol=1e-9)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_differs_is_named_with_its_step_and_stops_them_all(tmp_path: Path, rank: int) -> None:
     run = tmp_path / "run"
     both_passes(2, Training("DDP"), run)

@@ -24,11 +24,12 @@ DOUBLE = Case("", "SGD, fused", torch.float64, scaled=True, overflow_at=(2,), pa
 
 QUICK = [
     replace(MIXED, kind="DDP", segmented=True),
-    replace(MIXED, kind="FSDP2"),
-    replace(ACCUMULATED, kind="FSDP2", segmented=True),
+    replace(ACCUMULATED, kind="FSDP2"),
     replace(COMPILED, kind="DDP"),
 ]
 SLOW = [
+    replace(MIXED, kind="FSDP2"),
+    replace(ACCUMULATED, kind="FSDP2", segmented=True),
     replace(LOW, kind="DDP"),
     replace(LOW, kind="FSDP2"),
     replace(ACCUMULATED, kind="DDP"),
@@ -78,6 +79,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
 EACH = pytest.mark.parametrize(
     "case", [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)], ids=str
 )
+SEGMENTED = [
+    *(case for case in QUICK if case.segmented),
+    *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW if case.segmented),
+]
 
 
 @EACH
@@ -108,7 +113,7 @@ def test_attempted_and_applied_steps_are_counted_apart_and_alike_on_every_rank(r
         assert record.manifest["updates"] == trace.manifest["updates"] == found[0].manifest["updates"]
 
 
-@pytest.mark.parametrize("case", [case for case in QUICK if case.segmented], ids=str)
+@pytest.mark.parametrize("case", SEGMENTED, ids=str)
 def test_a_replay_in_segments_counts_the_attempts_of_a_whole_one(runs: Runs, case: Case) -> None:
     trace = runs[case][1]
     assert_same(trace.path / "trace.h5", trace.path.with_suffix(".h5"))

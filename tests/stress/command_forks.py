@@ -20,21 +20,28 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
+import h5py
+
+from geomprobe.cli import VERBS
+
 # Read at start-up, so a command that lacks them would start itself again; one thread, since more do not survive a fork.
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "OMP_NUM_THREADS": "1"}
 
 # What the passes import on their way; torch imports Inductor where deterministic algorithms are switched on.
 IMPORTED = (
-    "geomprobe.cli.record",
-    "geomprobe.cli.replay",
-    "geomprobe.cli.inspect",
+    *(f"geomprobe.cli.{verb}" for verb in VERBS),
+    "geomprobe.cli.jobs",
+    "geomprobe.cli.every_path",
     "geomprobe.cli.launch",
     "geomprobe.passes.api",
+    "h5py._hl.dims",
     "numpy.ma",
     "torch._inductor",
     "torch.distributed.checkpoint.state_dict_saver",
     "torch.distributed.checkpoint.state_dict_loader",
     "torch.utils.data",
+    "torch.utils.serialization.config",
+    "stress.before_forks",
 )
 
 
@@ -108,9 +115,9 @@ def _become(cwd: str | Path, out: str | Path, err: str | Path, env: Mapping[str,
 
 
 def _leave(argv: Sequence[str]) -> None:
-    """Run a command line and exit as it says, with what Python and C libraries do at exit, such as HDF5.
+    """Run a command line and exit as it says, with what Python, C and HDF5 do at exit.
 
-    Only taking torch's modules apart is left out, which takes a second.
+    Only taking torch apart is left out, its modules and its libraries, which takes a second.
     """
     code: int | str | None = 0
     try:
@@ -126,7 +133,9 @@ def _leave(argv: Sequence[str]) -> None:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    ctypes.PyDLL(None).exit(code or 0)  # with Python's lock held, since destructors of torch ask for it
+    ctypes.CDLL(h5py.h5.__file__).H5close()
+    ctypes.CDLL(None).fflush(None)
+    os._exit(code or 0)
 
 
 def _run(first: str, *rest: str) -> None:

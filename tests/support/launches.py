@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import geomprobe
 from geomprobe.errors import Stopped
-from support.ranks import _CONTEXT
+from support.ranks import context
 
 LIMIT_S = 120.0
 STEPS, EPOCHS, SAMPLES = 12, 2, 72
@@ -74,7 +74,7 @@ def start(size: int, job: Callable[..., Any], folder: Path, *arguments: Any) -> 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [
-        _CONTEXT.Process(target=_rank, args=(rank, size, port, folder, job, arguments)) for rank in range(size)
+        context().Process(target=_rank, args=(rank, size, port, folder, job, arguments)) for rank in range(size)
     ]
     for process in processes:
         process.start()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
+import os
 import traceback
 import uuid
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from stress.command_forks import IMPORTED
@@ -26,11 +30,19 @@ _CONTEXT.set_forkserver_preload(
 _LIMIT_S = 120.0
 
 
+@functools.cache
+def context() -> Any:
+    """What makes processes by forks of that process, which is started now: it would not find tests/ by itself."""
+    with mock.patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parents[1])):
+        forkserver.ensure_running()
+    return _CONTEXT
+
+
 def run(world_size: int, job: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
     """``job(*arguments)`` on each of ``world_size`` ranks; its results in their order."""
     name = uuid.uuid4().hex
     ranks = [
-        _CONTEXT.Process(target=_rank, args=(rank, world_size, folder / name, job, arguments))
+        context().Process(target=_rank, args=(rank, world_size, folder / name, job, arguments))
         for rank in range(world_size)
     ]
     for process in ranks:

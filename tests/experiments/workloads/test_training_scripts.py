@@ -79,15 +79,15 @@ def test_defaults_are_the_papers(monkeypatch: pytest.MonkeyPatch, arguments: lis
 @pytest.mark.parametrize(
     "arguments",
     [
-        IMAGES,
+        pytest.param(IMAGES, marks=pytest.mark.slow),
         [*IMAGES, "--model", "medium-mlp"],
-        [*IMAGES, "--model", "vgg16", "--optimizer", "adam", "--no-augment"],
+        pytest.param([*IMAGES, "--model", "vgg16", "--optimizer", "adam", "--no-augment"], marks=pytest.mark.slow),
         [*IMAGES, "--optimizer", "clr", "--max-lr", "1"],
-        [*IMAGES, "--optimizer", "sgd", "--warmup", "1"],
+        pytest.param([*IMAGES, "--optimizer", "sgd", "--warmup", "1"], marks=pytest.mark.slow),
         LANGUAGE,
-        [*LANGUAGE, "--model", "gpt", "--optimizer", "momentum"],
+        pytest.param([*LANGUAGE, "--model", "gpt", "--optimizer", "momentum"], marks=pytest.mark.slow),
         SEGMENTATION,
-        [*SEGMENTATION, "--model", "segnet"],
+        pytest.param([*SEGMENTATION, "--model", "segnet"], marks=pytest.mark.slow),
     ],
     ids=lambda arguments: " ".join(a for a in arguments if not a.isdigit())[:80],
 )

@@ -11,7 +11,7 @@ from support.resumable import Bench, said
 from geomprobe.trace.reader import open_trace
 
 LIMIT_S = 240
-FAULTY = 53  # in the second of three segments
+FAULTY = 53  # in the second of three segments, and in the first of two
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +24,9 @@ def recorded(bench, tmp_path):
     return bench.recorded(tmp_path / "run")
 
 
-def jobs(bench, run, *options, **env):
-    """Start ``replay --jobs 3``, which starts processes of its own."""
-    return start("replay", run, "--jobs", "3", *options, cwd=bench.folder, env=env)
+def jobs(bench, run, *options, count=3, **env):
+    """Start ``replay --jobs``, which starts processes of its own."""
+    return start("replay", run, "--jobs", count, *options, cwd=bench.folder, env=env)
 
 
 def begun(err):
@@ -35,25 +35,29 @@ def begun(err):
     return {line[0]: int(line[-1]) for line in lines}
 
 
-def test_a_fault_in_one_segment_is_named_and_the_others_work_is_kept(bench, recorded):
-    failed = jobs(bench, recorded, AT=str(FAULTY), DO="fault").wait(LIMIT_S)
+@pytest.mark.parametrize(
+    ("count", "firsts", "faulty", "steps"),
+    [
+        (2, [0, 60], "1/2", "0 to 59"),
+        pytest.param(3, [0, 40, 80], "2/3", "40 to 79", marks=pytest.mark.slow),
+    ],
+)
+def test_a_fault_in_one_segment_is_named_and_the_others_work_is_kept(bench, recorded, count, firsts, faulty, steps):
+    failed = jobs(bench, recorded, count=count, AT=str(FAULTY), DO="fault").wait(LIMIT_S)
     err = failed.err
     assert failed.code == 3, err
-    assert begun(err) == {"[1/3]": 0, "[2/3]": 40, "[3/3]": 80}
-    assert "[2/3] geomprobe replay: error: " in err, err
+    assert begun(err) == {f"[{number}/{count}]": first for number, first in enumerate(firsts, 1)}
+    assert f"[{faulty}] geomprobe replay: error: " in err, err
     assert f"at step {FAULTY} of 120" in err
-    assert "segment 2/3 (steps 40 to 79) diverged; see its lines above. What the others measured is kept" in err
-    assert f"`geomprobe replay {recorded} --jobs 3 --resume` does only what is left" in err
+    assert f"segment {faulty} (steps {steps}) diverged; see its lines above. What the others measured is kept" in err
+    assert f"`geomprobe replay {recorded} --jobs {count} --resume` does only what is left" in err
     assert not (recorded / "trace.h5").exists()
-    assert sorted(path.name for path in (recorded / "stream").glob("trace-*")) == [
-        "trace-00000000.h5",
-        "trace-00000040.h5",
-        "trace-00000080.h5",
-    ]
-    # What is left is the second segment, from the checkpoint before the fault.
-    mended = jobs(bench, recorded, "--resume").wait(LIMIT_S)
+    kept = sorted(path.name for path in (recorded / "stream").glob("trace-*"))
+    assert kept == [f"trace-{first:08d}.h5" for first in firsts]
+    # What is left is that segment, from the checkpoint before the fault.
+    mended = jobs(bench, recorded, "--resume", count=count).wait(LIMIT_S)
     assert mended.code == 0, mended.err
-    assert begun(mended.err) == {"[2/3]": 50}
+    assert begun(mended.err) == {f"[{faulty}]": 50}
     assert "120 of 120 steps equal, w_T bitwise equal: certified" in mended.out
     bench.assert_whole(recorded, "trace.h5")
 

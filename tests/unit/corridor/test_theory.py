@@ -46,6 +46,13 @@ CURVED = {
 }
 
 each_corridor = pytest.mark.parametrize("landscape", CORRIDORS.values(), ids=CORRIDORS.keys())
+few_corridors = pytest.mark.parametrize(  # where the flow is integrated, which takes a second
+    "landscape",
+    [
+        pytest.param(landscape, marks=() if name in ("convex cone", "glued corridors") else pytest.mark.slow, id=name)
+        for name, landscape in CORRIDORS.items()
+    ],
+)
 each_curved = pytest.mark.parametrize("landscape", CURVED.values(), ids=CURVED.keys())
 
 
@@ -141,7 +148,7 @@ def test_cg_theorem_2_11_makes_a_corridor_a_solution_of_the_eikonal_equation(lan
 # Gradient descent and the flow (CG section 3).
 
 
-@each_corridor
+@few_corridors
 def test_cg_theorem_3_1_in_a_corridor_descent_steps_on_the_flow(landscape):
     h, steps = 0.1, 10
     flow = gradient_flow(landscape, [n * h for n in range(steps + 1)])
@@ -232,7 +239,7 @@ def test_cg_remark_a_2_momentum_keeps_to_the_line_only_if_its_velocity_is_aligne
     assert distance_from_line(0.1 * across) > 1e-2
 
 
-@each_corridor
+@few_corridors
 def test_cg_remark_a_3_momentum_is_the_flow_at_another_speed(landscape):
     h, beta, steps = 0.01, 0.9, 10
     times = np.cumsum([0.0, *(h * (1 - beta**n) / (1 - beta) for n in range(1, steps + 1))])
@@ -240,7 +247,7 @@ def test_cg_remark_a_3_momentum_is_the_flow_at_another_speed(landscape):
     torch.testing.assert_close(momentum(landscape, h, steps, beta=beta), flow, rtol=1e-10, atol=1e-10)
 
 
-@each_corridor
+@few_corridors
 def test_cg_a_2_runge_kutta_4_follows_the_flow_in_a_corridor(landscape):
     h, steps = 0.1, 10
     flow = gradient_flow(landscape, [n * h for n in range(steps + 1)])

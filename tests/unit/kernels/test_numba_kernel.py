@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -99,6 +99,19 @@ def test_compiled_code_is_kept_on_disk_and_found_again(tmp_path: Path) -> None:
     assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*.nb*")) == kept
 
 
+def test_where_no_cache_can_be_written_the_loop_is_compiled_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def njit(cache: bool = False, **_: object) -> Callable[[object], object]:
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return lambda function: function
+
+    calls: list[tuple[int, ...]] = []
+    monkeypatch.setattr(numba_kernel, "njit", njit)
+    numba_kernel._Loop(lambda *values: calls.append(values))(1, 2)
+    assert calls == [(1, 2)]
+
+
+@pytest.mark.slow
 def test_it_compiles_anew_where_no_cache_can_be_written(tmp_path: Path) -> None:
     expected = in_a_process(ROOT)
     file = tmp_path / "file"
