@@ -137,8 +137,8 @@ def _prefetch(typing: Any, address: Any) -> Any:
     return types.void(types.int64), code
 
 
-class _Loop:
-    """A function that numba compiles for the types of its first call, and keeps on disk where that can be done."""
+class Loop:
+    """A function that numba compiles for the types of its arguments, and keeps on disk where that can be done."""
 
     def __init__(self, function: Callable[..., None]) -> None:
         self._function = function
@@ -243,7 +243,7 @@ def _rest(x, first, last, marks, kind):
     return total
 
 
-@_Loop
+@Loop
 def _read_chunks(chunks, table, marks, first, last, parts, digests, columns, kind, star_kind):
     """Some of the chunks, which are (tensor, its first element, its last, where the rows of the tensor end)."""
     size, star_size = _size(kind), _size(star_kind)
@@ -299,7 +299,7 @@ def _read_chunks(chunks, table, marks, first, last, parts, digests, columns, kin
         digests[chunk, 0], digests[chunk, 1] = of_w, of_g
 
 
-@_Loop
+@Loop
 def _add_chunks(chunks, marks, parts, digests, columns, totals, found, kind):
     """What the chunks of each tensor have found, in their order; the column sums are mixed here."""
     of_row = 8 * WIDTH // _size(kind)
