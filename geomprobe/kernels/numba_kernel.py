@@ -112,7 +112,7 @@ def _bits(typing: Any, address: Any, index: Any, kind: Any) -> Any:
 
 
 @intrinsic
-def _size(typing: Any, kind: Any) -> Any:
+def bytes_of(typing: Any, kind: Any) -> Any:
     """Bytes of an element, as a constant, by which loops are unrolled."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -190,7 +190,7 @@ def _piece(w, g, star, at, of_w, of_g, kind, star_kind):
         of_w[at + j] += x
         of_g[at + j] += y
         # As many elements as a word has, although not its own: so both are read as they lie, in whole vectors.
-        for k in range(8 // _size(kind)):
+        for k in range(8 // bytes_of(kind)):
             i = k * PIECE + j
             a = _number(g, i, kind)
             gg += a * a
@@ -212,7 +212,7 @@ def _row(w, g, star, of_w, of_g, kind, star_kind):
     row_of_w = row_of_g = 0
     bytes_of_star = 0
     if star_kind is not None:
-        bytes_of_star = PIECE * 8 // _size(kind) * _size(star_kind)
+        bytes_of_star = PIECE * 8 // bytes_of(kind) * bytes_of(star_kind)
     for piece in range(WIDTH // PIECE):
         for line in range(0, 8 * PIECE, 64):
             _prefetch(w + AHEAD * 8 * PIECE + line)
@@ -253,9 +253,9 @@ def _rest(x, first, last, marks, kind):
 @Loop
 def _read_chunks(chunks, table, marks, first, last, parts, digests, columns, kind, star_kind):
     """Some of the chunks, which are (tensor, its first element, its last, where the rows of the tensor end)."""
-    size, star_size = _size(kind), 0
+    size, star_size = bytes_of(kind), 0
     if star_kind is not None:
-        star_size = _size(star_kind)
+        star_size = bytes_of(star_kind)
     of_row = 8 * WIDTH // size
     for chunk in range(first, last):
         tensor, begin, end, head = chunks[chunk, 0], chunks[chunk, 1], chunks[chunk, 2], chunks[chunk, 3]
@@ -312,7 +312,7 @@ def _read_chunks(chunks, table, marks, first, last, parts, digests, columns, kin
 @Loop
 def _add_chunks(chunks, marks, parts, digests, columns, totals, found, kind):
     """What the chunks of each tensor have found, in their order; the column sums are mixed here."""
-    of_row = 8 * WIDTH // _size(kind)
+    of_row = 8 * WIDTH // bytes_of(kind)
     count = chunks.shape[0]
     for chunk in range(count):
         tensor, begin, head = chunks[chunk, 0], chunks[chunk, 1], chunks[chunk, 3]

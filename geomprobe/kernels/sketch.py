@@ -65,9 +65,8 @@ class Projector:
             return self._on_device(pieces)
         out = np.zeros(self.size)
         for start, values in pieces:
-            for part in values.split(self.chunk):
-                self._add(_array(part), start, out, self.seed)
-                start += len(part)
+            for first, array in _arrays(start, values, self.chunk):
+                self._add(array, first, out, self.seed)
         return torch.from_numpy(out)
 
     def _on_device(self, pieces: Iterable[Piece]) -> Tensor:
@@ -169,8 +168,14 @@ def _rows_of_sparse(tensor: Tensor, start: int) -> Iterator[Piece]:
         yield start + row * size, of_row.contiguous()
 
 
-def _array(values: Tensor) -> Any:
-    return (values if values.dtype in (torch.float32, torch.float64) else values.float()).numpy()
+def _arrays(start: int, values: Tensor, limit: int) -> Iterator[tuple[int, Any]]:
+    """Values as numpy has them; those of 16 bits are converted, ``limit`` elements at a time."""
+    if values.dtype in (torch.float32, torch.float64):
+        yield start, values.numpy()
+        return
+    for part in values.split(limit):
+        yield start, part.float().numpy()
+        start += len(part)
 
 
 def _packed(pieces: Iterable[Piece], limit: int) -> Iterator[Piece]:
