@@ -6,7 +6,6 @@ hash serves 64. The vectors are written out here: what the compiler finds by its
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from llvmlite import ir
 from numba import njit, types
 
 from geomprobe.kernels.numba_kernel import Loop, bytes_of, intrinsic
-from geomprobe.trace import projection
 
 LANES = 16  # elements; divides 64
 
@@ -94,18 +92,13 @@ def _add(x, out, start, sign_key, turn_key):
                 bucket += 1
 
 
-def add(x: Any, start: int, out: Any, seed: int) -> None:
-    """`geomprobe.trace.projection.add`, of contiguous float32 or float64.
+def add(x: Any, start: int, out: Any, keys: tuple[int, int]) -> None:
+    """`geomprobe.trace.projection.add`, of contiguous float32 or float64; the keys are those of the seed.
 
-    >>> here, there = np.zeros(4), np.zeros(4)
-    >>> add(np.array([1.0, 2.0, 3.0]), 2, here, 0); projection.add(np.array([1.0, 2.0, 3.0]), 2, there, 0)
+    >>> from geomprobe.trace import projection
+    >>> x, here, there = np.array([1.0, 2.0, 3.0]), np.zeros(4), np.zeros(4)
+    >>> add(x, 2, here, projection.keys(0)); projection.add(x, 2, there, seed=0)
     >>> here.tolist() == there.tolist()
     True
     """
-    _add(x, out, start, *_keys(seed))
-
-
-@lru_cache(maxsize=4)
-def _keys(seed: int) -> tuple[Any, Any]:
-    sign_key, turn_key = projection.keys(seed)
-    return _U(sign_key), _U(turn_key)
+    _add(x, out, start, _U(keys[0]), _U(keys[1]))

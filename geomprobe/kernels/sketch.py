@@ -12,6 +12,7 @@ Three ways, chosen by where the tensors are and what is installed:
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -51,12 +52,12 @@ class Projector:
             way = on_cpu if device.type == "cpu" else "torch"
         self.way: Way = way
         self.chunk = CPU_CHUNK if device.type == "cpu" else DEVICE_CHUNK
-        self._add: Callable[[Any, int, Any, int], None] = projection.add
+        self._add: Callable[[Any, int, Any], None] = functools.partial(projection.add, seed=seed)
         if way == "numba":
             from geomprobe.kernels.numba_sketch import add
 
-            add(np.empty(0, np.float32), 0, np.empty(size), seed)  # compiles now, not within a training step
-            self._add = add
+            self._add = functools.partial(add, keys=projection.keys(seed))
+            self._add(np.empty(0, np.float32), 0, np.empty(size))  # compiles now, not within a training step
 
     @torch.no_grad()
     def __call__(self, pieces: Iterable[Piece]) -> Tensor:
@@ -66,7 +67,7 @@ class Projector:
         out = np.zeros(self.size)
         for start, values in pieces:
             for first, array in _arrays(start, values, self.chunk):
-                self._add(array, first, out, self.seed)
+                self._add(array, first, out)
         return torch.from_numpy(out)
 
     def _on_device(self, pieces: Iterable[Piece]) -> Tensor:

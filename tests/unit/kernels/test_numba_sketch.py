@@ -16,7 +16,7 @@ def test_every_beginning_and_end_of_a_piece_gives_the_bits_of_the_definition(dty
             x = numbers.standard_normal(count + 1).astype(dtype)[1:]  # aligned for its elements alone
             x[: count // 2] *= dtype(1e20)
             found, wanted = np.ones(size), np.ones(size)
-            add(x, start, found, seed=3)
+            add(x, start, found, projection.keys(3))
             projection.add(x, start, wanted, seed=3)
             assert np.array_equal(found, wanted)
 
@@ -24,7 +24,7 @@ def test_every_beginning_and_end_of_a_piece_gives_the_bits_of_the_definition(dty
 def test_zeros_keep_their_signs_and_what_is_not_finite_comes_through():
     x = np.array([0.0, -0.0, np.inf, -np.inf, np.nan] * 20, np.float32)
     found, wanted = np.full(128, -0.0), np.full(128, -0.0)
-    add(x, 7, found, 0)
+    add(x, 7, found, projection.keys(0))
     projection.add(x, 7, wanted, 0)
     finite = ~np.isnan(wanted)
     assert found[finite].tobytes() == wanted[finite].tobytes()
