@@ -23,7 +23,7 @@ from torch import Tensor
 
 from geomprobe.errors import UnsupportedTraining, UsageError
 from geomprobe.kernels.tensor_digests import TensorDigests
-from geomprobe.kernels.torch_kernel import memory_order, products
+from geomprobe.kernels.torch_kernel import memory_order, products, squared_norm
 
 SHARED = ("g.g", "w.g", "w.w")
 OF_REFERENCE = ("g.d", "w.d", "d.d")
@@ -168,7 +168,7 @@ class FusedRead:
     def _found(
         self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None], sums: bool
     ) -> tuple[Tensor, Tensor]:
-        """Digests ``[weights, 2]`` and inner products ``[weights, names]``, of no reference without ``sums``."""
+        """Digests ``[weights, 2]`` and inner products ``[weights, names]``; g.g alone without ``sums``."""
         if len(gradients) != len(self._weights):
             raise UnsupportedTraining(
                 f"{len(gradients)} gradients for {len(self._weights)} parameters. Give each one or None."
@@ -182,17 +182,17 @@ class FusedRead:
             if sums:
                 _require_measurable(given)
             self._plans[sums] = self._plan(weights, gradients, sums)
-        return self._plans[sums].read(weights, gradients, self._references_for(sums))
+        return self._plans[sums].read(weights, gradients)
 
     def _plan(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None], sums: bool) -> _Plan:
-        return _Plan(self._kind, self._digests, weights, gradients, self._references_for(sums))
-
-    def _references_for(self, sums: bool) -> Sequence[Sequence[Tensor]]:
-        return self._stars if sums else [()] * len(self._weights)
+        return _Plan(self._kind, self._digests, weights, gradients, self._stars if sums else None)
 
 
 class _Plan:
-    """Which weights a kernel reads, and which plain torch, with gradients and references that lie as these do."""
+    """Which weights a kernel reads, and which plain torch, with gradients that lie as these do.
+
+    Without ``stars``, g.g is the only product; with empty ones, those of w and g are.
+    """
 
     def __init__(
         self,
@@ -200,10 +200,13 @@ class _Plan:
         digests: TensorDigests,
         weights: Sequence[Tensor],
         gradients: Sequence[Tensor | None],
-        stars: Sequence[Sequence[Tensor]],
+        stars: Sequence[Sequence[Tensor]] | None,
     ) -> None:
         self._device = device = weights[0].device
-        self._references = len(stars[0])
+        self._sums = stars is not None
+        self._stars = stars = stars or [()] * len(weights)
+        of_gradient = ([True, True, False] + [True, False, False] * len(stars[0])) if self._sums else [True]
+        self._width = len(of_gradient)
         self._digests = digests
         members: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
         self._slow: list[int] = []
@@ -219,31 +222,25 @@ class _Plan:
         ]
         missing = [[g is None] for g in gradients]
         self._missing = _moved(missing, device) if [True] in missing else None
-        self._of_gradient = _moved([True, True, False] + [True, False, False] * self._references, device)
+        self._of_gradient = _moved(of_gradient, device)
         self._slow_rows = _moved(self._slow, device)
 
     def _kernel(self, kind: Any, weights: Sequence[Tensor], star_dtype: torch.dtype) -> Any:
         sizes = tuple(w.numel() for w in weights)
-        return _kernel(kind, sizes, weights[0].dtype, star_dtype, max(1, self._references), self._device)
+        references = max(1, len(self._stars[0])) if self._sums else 0
+        return _kernel(kind, sizes, weights[0].dtype, star_dtype, references, self._device)
 
-    def read(
-        self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None], stars: Sequence[Sequence[Tensor]]
-    ) -> tuple[Tensor, Tensor]:
+    def read(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
         """Digests ``[weights, 2]``, and inner products ``[weights, names]``."""
-        width = 3 + 3 * self._references
+        width = self._width
         digests = found = torch.empty(0)
         if self._slow or len(self._groups) > 1:
             digests = torch.empty(len(weights), 2, dtype=torch.int64, device=self._device)
             found = torch.empty(len(weights), width, dtype=torch.float64, device=self._device)
         if self._slow:
-            digests[self._slow_rows], found[self._slow_rows] = self._slowly(weights, gradients, stars)
+            digests[self._slow_rows], found[self._slow_rows] = self._slowly(weights, gradients)
         for kernel, group, rows in self._groups:
-            addresses = [
-                (w := weights[i].data_ptr(), w if (g := gradients[i]) is None else g.data_ptr())
-                + (tuple([star.data_ptr() for star in stars[i]]) or (w,))
-                for i in group
-            ]
-            words, sums = kernel.read(addresses)
+            words, sums = kernel.read([self._addresses(i, weights[i], gradients[i]) for i in group])
             if len(group) == len(weights):
                 digests, found = words, sums[:, :width]
             else:
@@ -253,14 +250,18 @@ class _Plan:
             found.masked_fill_(self._missing & self._of_gradient, 0.0)
         return digests, found
 
-    def _slowly(
-        self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None], stars: Sequence[Sequence[Tensor]]
-    ) -> tuple[Tensor, Tensor]:
+    def _addresses(self, i: int, weight: Tensor, gradient: Tensor | None) -> tuple[int, ...]:
+        w = weight.data_ptr()
+        pair = w, w if gradient is None else gradient.data_ptr()
+        return pair + (tuple([star.data_ptr() for star in self._stars[i]]) or (w,)) if self._sums else pair
+
+    def _slowly(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
         groups, found = [], []
         for i in self._slow:
             w, g = weights[i].resolve_neg(), gradients[i]
             groups += [[w], _gradient_parts(g, w)]
-            found.append(products(w, w if g is None else _dense(g).resolve_neg(), stars[i]))
+            g = w if g is None else _dense(g).resolve_neg()
+            found.append(products(w, g, self._stars[i]) if self._sums else squared_norm(g))
         digests = self._digests(groups).view(-1, 2)
         return digests, torch.stack([sums.to(self._device, non_blocking=True) for sums in found])
 

@@ -112,7 +112,7 @@ def _bits(typing: Any, address: Any, index: Any, kind: Any) -> Any:
 
 
 @intrinsic
-def _size(typing: Any, kind: Any) -> Any:
+def bytes_of(typing: Any, kind: Any) -> Any:
     """Bytes of an element, as a constant, by which loops are unrolled."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -137,8 +137,8 @@ def _prefetch(typing: Any, address: Any) -> Any:
     return types.void(types.int64), code
 
 
-class _Loop:
-    """A function that numba compiles for the types of its first call, and keeps on disk where that can be done."""
+class Loop:
+    """A function that numba compiles for the types of its arguments, and keeps on disk where that can be done."""
 
     def __init__(self, function: Callable[..., None]) -> None:
         self._function = function
@@ -155,6 +155,7 @@ class _Loop:
             self._compiled(*arguments)
 
 
+# With a `star_kind` of None, numba compiles nothing of what is there where it is not None: g.g is the one sum.
 # Sums may be added in any order, as long as it is the same one each time: nothing else of floats is loosened.
 _summing = njit(nogil=True, fastmath={"reassoc", "contract"})
 _counting = njit(nogil=True)
@@ -164,14 +165,16 @@ _counting = njit(nogil=True)
 def _products(w, g, star, first, last, kind, star_kind):
     gg = wg = ww = gd = wd = dd = 0.0
     for i in range(first, last):
-        a, b = _number(g, i, kind), _number(w, i, kind)
-        d = b - _number(star, i, star_kind)
+        a = _number(g, i, kind)
         gg += a * a
-        wg += a * b
-        ww += b * b
-        gd += a * d
-        wd += b * d
-        dd += d * d
+        if star_kind is not None:
+            b = _number(w, i, kind)
+            d = b - _number(star, i, star_kind)
+            wg += a * b
+            ww += b * b
+            gd += a * d
+            wd += b * d
+            dd += d * d
     return gg, wg, ww, gd, wd, dd
 
 
@@ -187,16 +190,18 @@ def _piece(w, g, star, at, of_w, of_g, kind, star_kind):
         of_w[at + j] += x
         of_g[at + j] += y
         # As many elements as a word has, although not its own: so both are read as they lie, in whole vectors.
-        for k in range(8 // _size(kind)):
+        for k in range(8 // bytes_of(kind)):
             i = k * PIECE + j
-            a, b = _number(g, i, kind), _number(w, i, kind)
-            d = b - _number(star, i, star_kind)
+            a = _number(g, i, kind)
             gg += a * a
-            wg += a * b
-            ww += b * b
-            gd += a * d
-            wd += b * d
-            dd += d * d
+            if star_kind is not None:
+                b = _number(w, i, kind)
+                d = b - _number(star, i, star_kind)
+                wg += a * b
+                ww += b * b
+                gd += a * d
+                wd += b * d
+                dd += d * d
     return gg, wg, ww, gd, wd, dd, row_of_w, row_of_g
 
 
@@ -205,7 +210,9 @@ def _row(w, g, star, of_w, of_g, kind, star_kind):
     """Of one row: the six sums, and the sums of its words."""
     gg = wg = ww = gd = wd = dd = 0.0
     row_of_w = row_of_g = 0
-    bytes_of_star = PIECE * 8 // _size(kind) * _size(star_kind)
+    bytes_of_star = 0
+    if star_kind is not None:
+        bytes_of_star = PIECE * 8 // bytes_of(kind) * bytes_of(star_kind)
     for piece in range(WIDTH // PIECE):
         for line in range(0, 8 * PIECE, 64):
             _prefetch(w + AHEAD * 8 * PIECE + line)
@@ -243,14 +250,16 @@ def _rest(x, first, last, marks, kind):
     return total
 
 
-@_Loop
+@Loop
 def _read_chunks(chunks, table, marks, first, last, parts, digests, columns, kind, star_kind):
     """Some of the chunks, which are (tensor, its first element, its last, where the rows of the tensor end)."""
-    size, star_size = _size(kind), _size(star_kind)
+    size, star_size = bytes_of(kind), 0
+    if star_kind is not None:
+        star_size = bytes_of(star_kind)
     of_row = 8 * WIDTH // size
     for chunk in range(first, last):
         tensor, begin, end, head = chunks[chunk, 0], chunks[chunk, 1], chunks[chunk, 2], chunks[chunk, 3]
-        w, g, star = table[tensor, 0], table[tensor, 1], table[tensor, 2]
+        w, g, star = table[tensor, 0], table[tensor, 1], table[tensor, min(2, table.shape[1] - 1)]
         part = parts[chunk]
         columns_of_w, columns_of_g = columns[chunk, 0], columns[chunk, 1]
         # Loops, where slices would be shorter: numba takes seconds to compile what these say of shapes that differ.
@@ -287,22 +296,23 @@ def _read_chunks(chunks, table, marks, first, last, parts, digests, columns, kin
                 position = at - head + (head // of_row + WIDTH if head else 0)
                 of_w += _rest(w, at, to, marks[position:], kind)
                 of_g += _rest(g, at, to, marks[position:], kind)
-            # These elements are now in the nearest cache: what else is to be known of them, such as a sketch, is
-            # computed here, by a loop of its own over the elements from `at` to `to`.
-            for k in range(3, table.shape[1]):
-                sums = _products(w, g, table[tensor, k], at, to, kind, star_kind)
-                part[3 * k - 3] += sums[3]
-                part[3 * k - 2] += sums[4]
-                part[3 * k - 1] += sums[5]
+            if star_kind is not None:
+                for k in range(3, table.shape[1]):
+                    sums = _products(w, g, table[tensor, k], at, to, kind, star_kind)
+                    part[3 * k - 3] += sums[3]
+                    part[3 * k - 2] += sums[4]
+                    part[3 * k - 1] += sums[5]
             at = to
-        part[0], part[1], part[2], part[3], part[4], part[5] = gg, wg, ww, gd, wd, dd
+        part[0] = gg
+        if star_kind is not None:
+            part[1], part[2], part[3], part[4], part[5] = wg, ww, gd, wd, dd
         digests[chunk, 0], digests[chunk, 1] = of_w, of_g
 
 
-@_Loop
+@Loop
 def _add_chunks(chunks, marks, parts, digests, columns, totals, found, kind):
     """What the chunks of each tensor have found, in their order; the column sums are mixed here."""
-    of_row = 8 * WIDTH // _size(kind)
+    of_row = 8 * WIDTH // bytes_of(kind)
     count = chunks.shape[0]
     for chunk in range(count):
         tensor, begin, head = chunks[chunk, 0], chunks[chunk, 1], chunks[chunk, 3]
@@ -326,7 +336,7 @@ class NumbaKernel:
         sizes: of each weight, its number of elements.
         dtype: of the weights and their gradients.
         star_dtype: of the references.
-        references: how many there are, at least one.
+        references: how many there are; with none, g.g is the only product.
         device: the CPU.
     """
 
@@ -335,8 +345,9 @@ class NumbaKernel:
     def __init__(
         self, sizes: Sequence[int], dtype: torch.dtype, star_dtype: torch.dtype, references: int, device: torch.device
     ) -> None:
-        self._kinds = np.empty(0, KINDS[dtype]), np.empty(0, KINDS[star_dtype])
-        self._tensors, self._width = len(sizes), 3 + 3 * references
+        # A kind of None has code of its own, which computes g.g alone.
+        self._kinds = np.empty(0, KINDS[dtype]), np.empty(0, KINDS[star_dtype]) if references else None
+        self._tensors, self._width = len(sizes), 3 + 3 * references if references else 1
         cuts = [
             (tensor, first, min(first + CHUNK, size), words_in_rows(size, dtype.itemsize) * 8 // dtype.itemsize)
             for tensor, size in enumerate(sizes)
@@ -349,7 +360,10 @@ class NumbaKernel:
         self._run(np.zeros((0, 2 + references), np.int64), np.zeros((0, 4), np.int64))
 
     def read(self, addresses: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
-        """Digests ``[tensors, 2]`` and products ``[tensors, 3 + 3 references]`` of w, g and each w*, by address."""
+        """Digests ``[tensors, 2]`` and products ``[tensors, 3 + 3 references]`` of w, g and each w*, by address.
+
+        Without references, the products are g.g alone, ``[tensors, 1]``.
+        """
         return self._run(np.array(addresses, np.int64).reshape(self._tensors, -1), self._chunks)
 
     def _run(self, table: Any, chunks: Any) -> tuple[Tensor, Tensor]:

@@ -52,6 +52,12 @@ class Projector:
             way = on_cpu if device.type == "cpu" else "torch"
         self.way: Way = way
         self.chunk = CPU_CHUNK if device.type == "cpu" else DEVICE_CHUNK
+        self._add: Callable[[Any, int, Any], None] = functools.partial(projection.add, seed=seed)
+        if way == "numba":
+            from geomprobe.kernels.numba_sketch import add
+
+            self._add = functools.partial(add, keys=projection.keys(seed))
+            self._add(np.empty(0, np.float32), 0, np.empty(size))  # compiles now, not within a training step
 
     @torch.no_grad()
     def __call__(self, pieces: Iterable[Piece]) -> Tensor:
@@ -59,14 +65,10 @@ class Projector:
         if self.way == "torch":
             return self._on_device(pieces)
         out = np.zeros(self.size)
-        add = self._numba_add() if self.way == "numba" else functools.partial(projection.add, seed=self.seed)
         for start, values in pieces:
-            add(_array(values), start, out)
+            for first, array in _arrays(start, values, self.chunk):
+                self._add(array, first, out)
         return torch.from_numpy(out)
-
-    def _numba_add(self) -> Callable[[Any, int, Any], None]:
-        loop, keys = _numba_loop(), [np.uint64(key) for key in projection.keys(self.seed)]
-        return lambda x, start, out: loop(x, np.uint64(start), out, *keys)
 
     def _on_device(self, pieces: Iterable[Piece]) -> Tensor:
         out = torch.zeros(self.size, dtype=torch.float64, device=self._device)
@@ -151,7 +153,7 @@ def _flat(tensor: Tensor, start: int) -> Iterator[Piece]:
         yield start, tensor.reshape(-1)
     else:
         for part in tensor.split(max(1, CPU_CHUNK * len(tensor) // tensor.numel())):
-            yield start, part.reshape(-1)
+            yield start, part.contiguous().view(-1)
             start += part.numel()
 
 
@@ -167,8 +169,14 @@ def _rows_of_sparse(tensor: Tensor, start: int) -> Iterator[Piece]:
         yield start + row * size, of_row.contiguous()
 
 
-def _array(values: Tensor) -> Any:
-    return (values if values.dtype in (torch.float32, torch.float64) else values.float()).numpy()
+def _arrays(start: int, values: Tensor, limit: int) -> Iterator[tuple[int, Any]]:
+    """Values as numpy has them; those of 16 bits are converted, ``limit`` elements at a time."""
+    if values.dtype in (torch.float32, torch.float64):
+        yield start, values.numpy()
+        return
+    for part in values.split(limit):
+        yield start, part.float().numpy()
+        start += len(part)
 
 
 def _packed(pieces: Iterable[Piece], limit: int) -> Iterator[Piece]:
@@ -205,41 +213,3 @@ def _words(key: int, start: int, count: int, device: torch.device) -> Tensor:
     z = (z ^ _shifted(z, 30)) * _signed(FACTORS[0])
     z = (z ^ _shifted(z, 27)) * _signed(FACTORS[1])
     return z ^ _shifted(z, 31)
-
-
-@functools.cache
-def _numba_loop() -> Any:
-    """`projection.add` as a compiled loop, kept on disk for later processes; (x, start, out, sign_key, turn_key)."""
-    from numba import njit
-
-    return njit(nogil=True, cache=True, error_model="numpy")(_loop)
-
-
-def _loop(x: Any, start: Any, out: Any, sign_key: Any, turn_key: Any) -> None:
-    one, step = np.uint64(1), np.uint64(0x9E3779B97F4A7C15)
-    first, second = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-    size, low = np.uint64(len(out)), np.uint64(63)
-    done, count = np.uint64(0), np.uint64(len(x))
-    while done < count:
-        number = start + done
-        block = number // size
-        place = number - block * size
-        z = turn_key + (block + one) * step
-        z = (z ^ (z >> np.uint64(30))) * first
-        z = (z ^ (z >> np.uint64(27))) * second
-        z = z ^ (z >> np.uint64(31))
-        bucket = (place + (((z >> np.uint64(32)) * size) >> np.uint64(32))) % size
-        end = done + min(count - done, size - place, size - bucket)
-        while done < end:
-            number = start + done
-            z = sign_key + ((number >> np.uint64(6)) + one) * step
-            z = (z ^ (z >> np.uint64(30))) * first
-            z = (z ^ (z >> np.uint64(27))) * second
-            z = (z ^ (z >> np.uint64(31))) >> (number & low)
-            width = min(end - done, np.uint64(64) - (number & low))
-            ins, outs = x[done : done + width], out[bucket : bucket + width]
-            for j in range(len(ins)):
-                value = ins[j]
-                outs[j] += -value if (z >> np.uint64(j)) & one else value
-            done += width
-            bucket += width

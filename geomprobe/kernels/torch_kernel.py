@@ -31,6 +31,17 @@ def products(w: Tensor, g: Tensor, references: Sequence[Tensor]) -> Tensor:
     return torch.stack(found).sum(0)
 
 
+def squared_norm(g: Tensor) -> Tensor:
+    """``g.g`` in float64, as it lies in memory, ``[1]``.
+
+    >>> squared_norm(torch.tensor([3.0, 4.0])).tolist()
+    [25.0]
+    """
+    g = torch.view_as_real(g.resolve_conj()) if g.is_complex() else g
+    blocks = (piece.double() for piece in g.permute(memory_order(g)).reshape(-1).split(BLOCK))
+    return torch.stack([block.dot(block) for block in blocks]).sum(0, keepdim=True)
+
+
 def memory_order(tensor: Tensor) -> tuple[int, ...]:
     """The dimensions from the slowest in memory to the fastest."""
     dimensions = range(tensor.dim())

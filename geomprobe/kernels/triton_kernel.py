@@ -93,7 +93,8 @@ def _read(
     row = table + (2 + REFERENCES) * tensor
     w_at = tl.load(row).to(tl.pointer_type(TYPE))
     g_at = tl.load(row + 1).to(tl.pointer_type(TYPE))
-    part = parts + (3 + 3 * REFERENCES) * program
+    PRODUCTS: tl.constexpr = 3 + 3 * REFERENCES if REFERENCES else 1
+    part = parts + PRODUCTS * program
     of_columns = columns + 2 * WIDTH * tensor
     of_w = tl.zeros((), tl.int64)
     of_g = tl.zeros((), tl.int64)
@@ -103,32 +104,33 @@ def _read(
     gd = tl.zeros((STEP,), tl.float64)
     wd = tl.zeros((STEP,), tl.float64)
     dd = tl.zeros((STEP,), tl.float64)
-    star_at = tl.load(row + 2).to(tl.pointer_type(STAR_TYPE))
+    star_at = tl.load(row + (2 if REFERENCES else 0)).to(tl.pointer_type(STAR_TYPE))
     for first in range(begin, end, STEP):
         at = first + tl.arange(0, STEP)
         inside = at < end
         w = tl.load(w_at + at, inside, 0.0)
         g = tl.load(g_at + at, inside, 0.0)
-        star = tl.load(star_at + at, inside, 0.0)
-        # What else is to be known of w and g, such as a sketch, is computed here, from the same registers.
         of_w += _digest(w, at, first, end, head, of_columns, marks, STEP, SIZE, WIDTH)
         of_g += _digest(g, at, first, end, head, of_columns + WIDTH, marks, STEP, SIZE, WIDTH)
-        x, y = w.to(tl.float64), g.to(tl.float64)
-        d = x - star.to(tl.float64)
+        y = g.to(tl.float64)
         gg += y * y
-        wg += x * y
-        ww += x * x
-        gd += y * d
-        wd += x * d
-        dd += d * d
+        if REFERENCES > 0:
+            x = w.to(tl.float64)
+            d = x - tl.load(star_at + at, inside, 0.0).to(tl.float64)
+            wg += x * y
+            ww += x * x
+            gd += y * d
+            wd += x * d
+            dd += d * d
     tl.store(digests + 2 * program, of_w)
     tl.store(digests + 2 * program + 1, of_g)
     tl.store(part, tl.sum(gg))
-    tl.store(part + 1, tl.sum(wg))
-    tl.store(part + 2, tl.sum(ww))
-    tl.store(part + 3, tl.sum(gd))
-    tl.store(part + 4, tl.sum(wd))
-    tl.store(part + 5, tl.sum(dd))
+    if REFERENCES > 0:
+        tl.store(part + 1, tl.sum(wg))
+        tl.store(part + 2, tl.sum(ww))
+        tl.store(part + 3, tl.sum(gd))
+        tl.store(part + 4, tl.sum(wd))
+        tl.store(part + 5, tl.sum(dd))
     # Of each further reference. The chunk's w and g come from the nearest cache.
     for k in tl.static_range(1, REFERENCES):
         other_at = tl.load(row + 2 + k).to(tl.pointer_type(STAR_TYPE))
@@ -192,7 +194,7 @@ class TritonKernel:
         sizes: of each weight, its number of elements.
         dtype: of the weights and their gradients.
         star_dtype: of the references.
-        references: how many there are, at least one.
+        references: how many there are; with none, g.g is the only product.
         device: the GPU.
     """
 
@@ -224,7 +226,10 @@ class TritonKernel:
         self._run(torch.tensor([row], device=device), one, torch.tensor([[0, 1, 0]], device=device), 1, 1)
 
     def read(self, addresses: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
-        """Digests ``[tensors, 2]`` and products ``[tensors, 3 + 3 references]`` of w, g and each w*, by address."""
+        """Digests ``[tensors, 2]`` and products ``[tensors, 3 + 3 references]`` of w, g and each w*, by address.
+
+        Without references, the products are g.g alone, ``[tensors, 1]``.
+        """
         last, table = self._last
         if addresses != last:
             table = torch.tensor(addresses, dtype=torch.int64)
@@ -235,7 +240,7 @@ class TritonKernel:
         return self._run(table, self._chunks, self._bounds, *self._counts)
 
     def _run(self, table: Tensor, chunks: Tensor, bounds: Tensor, tensors: int, programs: int) -> tuple[Tensor, Tensor]:
-        width = 3 + 3 * self._references
+        width = 3 + 3 * self._references if self._references else 1
         floats: dict[str, Any] = {"dtype": torch.float64, "device": self._device}
         integers: dict[str, Any] = {"dtype": torch.int64, "device": self._device}
         parts, digests = torch.empty(programs, width, **floats), torch.empty(programs, 2, **integers)

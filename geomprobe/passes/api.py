@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -199,7 +199,7 @@ def two_pass(
         seed: of the generators of Python, NumPy and torch; drawn and stored when None.
         force: replace what is in ``run``.
         optimizer: as for `record`.
-        **options: those of `replay`.
+        **options: those of `replay`, and those that only `record` has, such as ``sketch``.
 
     Returns:
         The sealed trace.
@@ -219,8 +219,11 @@ def two_pass(
     >>> two_pass(train, tempfile.mkdtemp(), seed=0)["cosine"][-1].round(5)
     np.float64(1.0)
     """
+    of_replay = {each.name for each in fields(ReplayOptions)}
+    of_record = {each.name for each in fields(RecordOptions)} - of_replay
+    recorded = {name: options.pop(name) for name in of_record & options.keys()}
     asked = ReplayOptions.of(**options)  # before the recording, which may take long
-    record(train, run, seed=seed, force=force, optimizer=optimizer)
+    record(train, run, seed=seed, force=force, optimizer=optimizer, **recorded)
     return run_replay(train, run, asked, function_script(train))
 
 

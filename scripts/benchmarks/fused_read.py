@@ -20,10 +20,12 @@ import torchvision
 from torch import Tensor
 
 from geomprobe.kernels.fused_read import FusedRead
+from geomprobe.kernels.sketch import Projector, numbered
 from geomprobe.kernels.tensor_digests import TensorDigests
 from geomprobe.report.table import table
 
 COSINE = 0.003
+SKETCH = 4096  # numbers of w, and as many of g
 
 
 def points(model: str) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -70,12 +72,21 @@ def main() -> None:
     fused = FusedRead(w, {"final": star}, backend=options.backend)
     setup = time.perf_counter() - began
     digests = TensorDigests(w[0].device)
+    projector = Projector(SKETCH, w[0].device)
+
+    def sketched(sums: bool) -> None:
+        fused.read(g, sums=sums)
+        projector(numbered(w, w))
+        projector(numbered(g, w))
+
     three, two = "plain read of w, w*, g", "plain read of w, g"
     ways: dict[str, Callable[[], object]] = {
         three: lambda: dot_each((w, star), (g, g)),
         two: lambda: dot_each((w, g)),
         "sums and both digests": lambda: fused.read(g),
         "both digests and norms": lambda: fused.read(g, sums=False),
+        f"sums, digests and a sketch of {SKETCH}": lambda: sketched(True),
+        f"digests, norms and a sketch of {SKETCH}": lambda: sketched(False),
         "both digests, by torch": lambda: digests([[tensor] for tensor in (*w, *g)]),
     }
     others = torch.ones(2**24)  # read before each call, so that the caches hold nothing of the model

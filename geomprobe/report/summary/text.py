@@ -134,11 +134,25 @@ def facts(summary: Summary) -> dict[str, str]:
         **_updates(manifest.get("updates") or {}),
         "parameters": f"{_first(summary, 'num_parameters', 'record', 'trace'):,}",
         "references": ", ".join(references),
+        "sketch": _sketch(manifest.get("sketch") or {}),
         "measured": _measured(trace),
         "software": ", ".join(f"{name} {v}" for name, v in (manifest.get("software") or {}).items() if v),
         "fingerprints": ", ".join(f"{name} {n}" for name, n in record.get("fingerprints", {}).items()),
     }
     return {name: printable(str(fact)) for name, fact in found.items() if fact not in (None, "")}
+
+
+def _sketch(sketch: Mapping[str, Any]) -> str:
+    """How large a recording's sketch is, and of which steps; empty where it has none.
+
+    >>> _sketch({"size": 4096, "every": 5})
+    '4,096 numbers of the weights and of the gradient, every 5 steps'
+    """
+    if not isinstance(size := sketch.get("size"), int):
+        return ""
+    every = sketch.get("every")
+    steps = "each step" if every == 1 else f"every {every} steps"
+    return f"{size:,} numbers of the weights and of the gradient, {steps}"
 
 
 def _optimizer(optimizer: Mapping[str, Any]) -> str:

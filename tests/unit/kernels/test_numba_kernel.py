@@ -127,7 +127,7 @@ def test_a_full_disk_costs_the_cache_and_not_the_pass(monkeypatch: pytest.Monkey
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    loop = numba_kernel._Loop(lambda *values: calls.append(values))
+    loop = numba_kernel.Loop(lambda *values: calls.append(values))
     loop._compiled = full
     monkeypatch.setattr(numba_kernel, "njit", lambda **_: lambda function: function)
     loop(1, 2)

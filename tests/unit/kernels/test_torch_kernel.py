@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from geomprobe.kernels import torch_kernel
-from geomprobe.kernels.torch_kernel import memory_order, products
+from geomprobe.kernels.torch_kernel import memory_order, products, squared_norm
 
 
 @pytest.mark.parametrize("shape", [(), (0, 3), (1,), (64,), (65,), (3, 5, 70)])
@@ -18,6 +18,7 @@ def test_tensors_of_any_shape_are_cut_into_blocks_without_loss(
     expected = [(x * y).sum() for x, y in [(g, g), (w, g), (w, w)]]
     expected += [(x * (w - star)).sum() for star in (a, b) for x in (g, w, w - star)]
     torch.testing.assert_close(products(w, g, [a, b]), torch.stack(expected))
+    torch.testing.assert_close(squared_norm(g), expected[0].view(1))
 
 
 def test_the_order_of_memory_is_that_of_the_strides() -> None:

@@ -115,6 +115,14 @@ def test_a_trace_finds_the_sketch_of_its_recording(tmp_path):
     np.testing.assert_allclose(trace.sketch.cosine().value, trace["cosine"], rtol=1e-9)
 
 
+def test_both_passes_in_one_call_keep_a_sketch_and_inspect_says_so(tmp_path, capsys):
+    trace = geomprobe.two_pass(Training(), tmp_path / "run", seed=0, sketch=64, sketch_every=5, curvature_every=0)
+    assert (trace.sketch.size, trace.sketch.steps.tolist()) == (64, [0, 5, 10, 15])
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "run")]) == 0
+    assert "64 numbers of the weights and of the gradient, every 5 steps" in capsys.readouterr().out
+
+
 def test_a_run_without_a_sketch_says_how_to_get_one(tmp_path):
     record = geomprobe.record(Training(), tmp_path / "run", seed=0)
     with pytest.raises(RunError, match="has no sketch: record it with --sketch 4096"):
