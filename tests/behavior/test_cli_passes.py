@@ -426,7 +426,7 @@ def test_an_interrupted_replay_is_unfinished_and_readable(folder):
 
 
 def test_a_file_that_may_not_grow_is_told_and_what_it_holds_is_kept(folder, long_record):
-    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (250_000, 250_000))"
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (450_000, 450_000))"
     script(folder, f"{TRAINING}\nimport resource\n{limit}\nfor _ in range({LONG_STEPS}): step()")
     words = "File too large", "safe and stay readable"
     failed(run("record", "--seed", 0, "-o", "run", "train.py", cwd=folder), 1, *words)
@@ -466,7 +466,7 @@ def long_record(tmp_path_factory):
 @pytest.mark.parametrize("swallow", [False, True])
 def test_a_disk_that_fills_up_while_recording_ends_it_with_what_was_kept(disk, folder, long_record, swallow):
     disk, leave = disk
-    leave(320_000)
+    leave(520_000)
     body = "    try: step()\n    except Exception: pass" if swallow else "    step()"
     script(folder, f"{TRAINING}\nfor _ in range({LONG_STEPS}):\n{body}")
     result = failed(
