@@ -304,7 +304,13 @@ class _Streaming(Record):
         return self._rows(schema.SKETCH, 0, self.num_steps)
 
     def _rows(self, path: str, start: int, stop: int) -> NDArray[Any]:
-        return read_rows(self._spans, self._tables[path], start, stop)[1]
+        found: NDArray[Any] = read_rows(self._spans, self._tables[path], start, stop)[1]
+        if len(found) != max(0, stop - start):
+            raise RunError(
+                f"{self.path} is damaged: of steps {start} to {stop - 1} only {len(found)} can be read. "
+                "Run the pass again"
+            )
+        return found
 
 
 def _contiguous(found: list[Span]) -> list[Span]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -230,7 +231,7 @@ class Watch:
         try:
             return find(file, schema.SCHEMAS[kind]).status
         except RunError:
-            if file.exists():
+            if os.path.lexists(file):  # what a link leads to is refused when it is read
                 raise
             return ""
 

@@ -5,6 +5,7 @@ import pytest
 from support.part_cases import RECORD_TABLES, expected, flip_bit, open_part, write_part
 
 from geomprobe.errors import RunError
+from geomprobe.trace import record as records
 from geomprobe.trace.record import open_record
 from geomprobe.trace.seal import seal_record, write_reference
 
@@ -58,6 +59,16 @@ def test_fingerprints_come_by_steps(run, start, stop):
             np.testing.assert_array_equal(found, expected(table, steps))
         for absent in ("buffers", "batch"):
             assert record.fingerprints(absent, start, stop).shape == (len(steps), 0)
+
+
+def test_rows_of_a_part_that_cannot_be_read_are_told(tmp_path, monkeypatch):
+    (tmp_path / "stream").mkdir()
+    write_part(tmp_path / "stream" / "p.h5", KIND)
+    with open_record(tmp_path) as record:
+        half = record.num_steps // 2  # as from a part whose later blocks fail their checks
+        monkeypatch.setattr(records, "read_rows", lambda spans, table, start, stop: ([], np.zeros((half, 2), np.int64)))
+        with pytest.raises(RunError, match=f"damaged: of steps 0 to {2 * half - 1} only {half} can be read"):
+            record.fingerprints("weights", 0, 2 * half)
 
 
 def test_steps_come_as_columns(run):
