@@ -459,7 +459,7 @@ class GradientSources(Events):
         """Of each pass, its share of the present gradients; and whether something else is part of them."""
         numbers = self._numbers
         if self._unfollowed:  # of one optimizer: see `Session.attached`
-            return [numbers.one] * len(self._passes), numbers.zero
+            return [numbers.one] * len(self._passes), numbers.zero > 0
         self._note_what_is_left(seen)
         moves = self._moves
         shares: list[Tensor] = []

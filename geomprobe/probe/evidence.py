@@ -17,7 +17,7 @@ def marks(tensors: Iterable[Tensor | None]) -> list[Mark]:
 
     A write through ``.data`` or NumPy leaves it as it is.
 
-    >>> weight = torch.zeros(2); before = marks([weight])
+    >>> import torch; weight = torch.zeros(2); before = marks([weight])
     >>> _ = weight.add_(1); marks([weight]) == before
     False
     """

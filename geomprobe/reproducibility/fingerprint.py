@@ -11,7 +11,7 @@ from torch import Tensor
 
 from geomprobe.distributed.dtensor import local
 from geomprobe.errors import UnsupportedTraining
-from geomprobe.kernels.fused_read import Reading
+from geomprobe.kernels.fused_read import FusedRead, Reading
 from geomprobe.kernels.tensor_digests import TensorDigests
 from geomprobe.probe.events import Events
 from geomprobe.probe.listeners import LossTracker
@@ -124,6 +124,8 @@ class StepFingerprint:
         self._order = torch.tensor(order, device=self.device) if order != sorted(order) else None
         self.reader = StepReader(measured, others)
         self._buffers = tuple(probe.buffers)
+        self._read: FusedRead | None = None  # for buffers of these shapes
+        self._shapes: list[torch.Size] = []
         self._streams = streams = tuple(rng_digests())
         self._hyperparameters = sorted({name for group in _groups(probe) for name in group} - {"params"})
         self._texts: list[str] = []  # of the hyperparameters, and their digests
@@ -148,7 +150,7 @@ class StepFingerprint:
         self._on_device = [
             (each.name, len(each.columns))
             for each in self.columns
-            if each.on_device and each.name not in ("weights", "gradients")
+            if each.on_device and each.name not in ("weights", "gradients", "buffers")
         ]
         self.layout: Layout = column_names(self.columns)
 
@@ -193,7 +195,6 @@ class StepFingerprint:
             "tensor hyperparameters": _tensor_hyperparameters(probe, grad_scale),
             "optimizer": state,
             "loss digest": [[loss.reshape(-1) for loss in self._losses.values]],
-            "buffers": [[local(buffer)] for buffer in buffers.values()],
         }
         digests = self._digests([group for name, _ in self._on_device for group in groups[name]])
         pieces = digests.split([width for _, width in self._on_device])
@@ -206,8 +207,17 @@ class StepFingerprint:
             "plain state": [0 if plain_state is None else host_digest(repr(plain_state).encode())],
             "weights": reading.weights if self._order is None else reading.weights[self._order],
             "gradients": reading.gradients,
+            "buffers": self._of_buffers([local(buffer).detach() for buffer in buffers.values()]),
             **{name: piece for (name, _), piece in zip(self._on_device, pieces, strict=True)},
         }
+
+    def _of_buffers(self, buffers: Sequence[Tensor]) -> Tensor:
+        if not buffers:
+            return torch.empty(0, dtype=torch.int64, device=self.device)
+        shapes = [buffer.shape for buffer in buffers]
+        if self._read is None or shapes != self._shapes:
+            self._read, self._shapes = FusedRead(buffers), shapes
+        return self._read.look(buffers)[0].to(self.device, non_blocking=True)
 
     def _plain_hyperparameters(self) -> list[int]:
         """A digest for each name of a hyperparameter, over all groups; what is no tensor."""

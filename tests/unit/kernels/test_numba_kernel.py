@@ -107,7 +107,7 @@ def test_where_no_cache_can_be_written_the_loop_is_compiled_without_one(monkeypa
 
     calls: list[tuple[int, ...]] = []
     monkeypatch.setattr(numba_kernel, "njit", njit)
-    numba_kernel._Loop(lambda *values: calls.append(values))(1, 2)
+    numba_kernel.Loop(lambda *values: calls.append(values))(1, 2)
     assert calls == [(1, 2)]
 
 
