@@ -3,7 +3,7 @@
 # a training framework, in an environment of their own. Further arguments go to pytest, such as `-n 0`, which runs the
 # tests in one process.
 #
-#     sh scripts/test.sh            15 minutes on 2 cores, once everything is installed
+#     sh scripts/test.sh            14 minutes on 2 cores, once everything is installed
 #     sh scripts/test.sh --all
 extras=test
 . "$(dirname "$0")/setup.sh"

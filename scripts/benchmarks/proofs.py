@@ -45,7 +45,7 @@ def train(name: str, data: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
     parameters: list[Tensor] = list(model.parameters())
     losses = LossTracker()
     sources = GradientSources(losses)
-    probe: Any = SimpleNamespace(parameters=dict(enumerate(parameters)))
+    probe: Any = SimpleNamespace(parameters=dict(enumerate(parameters)), optimizers=[optimizer])
     sources.attached(probe)
     curvature, look = Curvature(parameters, model), FusedRead(parameters)
     for images, labels in data:
