@@ -24,11 +24,12 @@ from torch import Tensor
 from geomprobe.errors import UnsupportedTraining, UsageError
 from geomprobe.kernels.tensor_digests import TensorDigests
 from geomprobe.kernels.torch_kernel import memory_order, products, squared_norm
+from geomprobe.kernels.transfer import moved
 
 SHARED = ("g.g", "w.g", "w.w")
 OF_REFERENCE = ("g.d", "w.d", "d.d")
 BACKENDS = ("triton", "numba", "torch")
-FASTEST = {"cuda": ["triton"], "cpu": ["numba"]}  # by the type of the device
+FASTEST = {"cuda": ("triton",), "cpu": ("numba",)}  # by the type of the device
 LAYOUTS = (torch.strided, torch.sparse_coo)  # of a gradient
 
 
@@ -102,9 +103,9 @@ class FusedRead:
         self._shapes = [w.shape for w in weights]
         self._stars = list(zip(*(references[name] for name in ordered), strict=True)) or [()] * len(weights)
         self._per_parameter = per_parameter
-        self._foreign = None if owned is None or all(owned) else ~_moved(owned, device).unsqueeze(1)
+        self._foreign = None if owned is None or all(owned) else ~moved(owned, device).unsqueeze(1)
         powers = [2.0, 1.0, 0.0] + [1.0, 0.0, 0.0] * len(ordered)
-        self._gradient_powers = _moved(powers, device).double()
+        self._gradient_powers = moved(powers, device, torch.float64)
         self._digests = TensorDigests(device)
         self.backend, self._kind = _chosen(backend, device)
         self._looks: list[Any] = []
@@ -217,13 +218,13 @@ class _Plan:
             else:
                 self._slow.append(i)
         self._groups = [
-            (self._kernel(kind, [weights[i] for i in group], star_dtype), group, _moved(group, device))
+            (self._kernel(kind, [weights[i] for i in group], star_dtype), group, moved(group, device))
             for (_, star_dtype), group in members.items()
         ]
         missing = [[g is None] for g in gradients]
-        self._missing = _moved(missing, device) if [True] in missing else None
-        self._of_gradient = _moved(of_gradient, device)
-        self._slow_rows = _moved(self._slow, device)
+        self._missing = moved(missing, device) if [True] in missing else None
+        self._of_gradient = moved(of_gradient, device)
+        self._slow_rows = moved(self._slow, device)
 
     def _kernel(self, kind: Any, weights: Sequence[Tensor], star_dtype: torch.dtype) -> Any:
         sizes = tuple(w.numel() for w in weights)
@@ -281,9 +282,7 @@ def _kernel(
 def _chosen(backend: str | None, device: torch.device) -> tuple[str, Any]:
     """The backend's name and its kernel, None for plain torch."""
     if backend is None:
-        wanted = (
-            ["triton", "torch"] if device.type == "cuda" else ["numba", "torch"] if device.type == "cpu" else ["torch"]
-        )
+        wanted = [*FASTEST.get(device.type, ()), "torch"]
     elif backend in BACKENDS:
         wanted = [backend]
     else:
@@ -306,12 +305,6 @@ def _imported(backend: str) -> Any:
 
         return TritonKernel
     return None
-
-
-def _moved(values: Sequence[Any], device: torch.device) -> Tensor:
-    """A tensor on the device, without waiting for it."""
-    tensor = torch.tensor(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _dense(tensor: Tensor | None) -> Any:

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from geomprobe.kernels.tensor_digests import WIDTH, positions, slots, words_in_rows
+from geomprobe.kernels.transfer import moved
 
 CHUNK = 16384  # elements of a program: two tiles of float32, one of 16 bits
 STEP = 2048  # elements of one iteration
@@ -232,10 +233,7 @@ class TritonKernel:
         """
         last, table = self._last
         if addresses != last:
-            table = torch.tensor(addresses, dtype=torch.int64)
-            if self._device.type == "cuda":
-                # The allocator of pinned memory gives none of it to others before the copy has been made.
-                table = table.pin_memory().to(self._device, non_blocking=True)
+            table = moved(addresses, self._device, torch.int64)
             self._last = addresses, table
         return self._run(table, self._chunks, self._bounds, *self._counts)
 

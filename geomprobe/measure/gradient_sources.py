@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from geomprobe.distributed.dtensor import is_dtensor
 from geomprobe.kernels.fused_read import FusedRead, Reading
+from geomprobe.kernels.transfer import moved
 from geomprobe.probe.events import Events, Weight
 from geomprobe.probe.evidence import Mark, marks
 from geomprobe.probe.graph import leaves_of
@@ -26,7 +27,6 @@ from geomprobe.probe.hooks.gradient_hooks import watching_hooks
 from geomprobe.probe.listeners import LossTracker
 from geomprobe.probe.parameters import holds
 from geomprobe.probe.probe import Probe
-from geomprobe.reproducibility.columns import moved
 from geomprobe.trace.absence import ABSENCES, CARRIED, NO_SCALAR, UNSEEN, WRITTEN, Absence
 
 

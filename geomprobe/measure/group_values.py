@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from geomprobe.reproducibility.columns import Columns, moved
+from geomprobe.kernels.transfer import moved
+from geomprobe.reproducibility.columns import Columns
 from geomprobe.trace.schema import GROUP_COLUMNS, MOVING_LR, STEPS, VALUES, group_column
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from geomprobe.distributed.dtensor import is_dtensor, local_gradient
 from geomprobe.distributed.layout import Layout
 from geomprobe.kernels.fused_read import Reading
+from geomprobe.kernels.transfer import moved
 from geomprobe.measure.curvature.autograd_graph import CurvatureUnavailable
 from geomprobe.measure.curvature.step_curvature import FiniteStep, HessianGradient, Sharpness, StepCurvature
 from geomprobe.measure.gradient_products import BeforeClipping, PerRankProducts, ReferenceProducts
@@ -21,7 +22,6 @@ from geomprobe.measure.side_gradient import FullGradient, HeldOutGradient
 from geomprobe.probe.events import Closure, Events
 from geomprobe.probe.hooks.global_hooks import muted
 from geomprobe.probe.probe import Probe
-from geomprobe.reproducibility.columns import moved
 from geomprobe.reproducibility.step_reader import StepReader
 from geomprobe.trace.absence import UNPROVEN, Absence
 from geomprobe.trace.record import Record

@@ -6,9 +6,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import torch
-from torch import Tensor
-
 
 class Columns(NamedTuple):
     """Values that a step gives under one name.
@@ -50,14 +47,3 @@ def by_table(columns: Sequence[Columns]) -> dict[str, list[Columns]]:
 def column_names(columns: Sequence[Columns]) -> dict[str, tuple[str, ...]]:
     """The names of the columns of each table, in order."""
     return {table: tuple(name for each in group for name in each.columns) for table, group in by_table(columns).items()}
-
-
-def moved(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """What the host knows, as a tensor on a device, without waiting for it; a step makes none that it can keep.
-
-    >>> moved([True, False], torch.device("cpu"))
-    tensor([ True, False])
-    """
-    tensor = torch.tensor(values, dtype=dtype)
-    # The allocator of pinned memory gives none of it to others before the copy has been made.
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

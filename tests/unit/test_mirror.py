@@ -17,6 +17,7 @@ TESTED_BY: dict[tuple[str, ...], str] = {
     ("behavior/test_two_pass.py",): "passes/api passes/replaying probe/loops",
     ("behavior/test_bad_input.py",): "errors",
     ("behavior/test_faults.py",): "reproducibility/comparison",
+    ("unit/kernels/test_fused_read.py",): "kernels/transfer",
     ("unit/measure/test_inner_products.py",): "reproducibility/step_reader",
     ("behavior/test_measuring.py",): "measure/options measure/quantity measure/curvature/step_curvature",
     ("behavior/test_held_out.py",): "measure/side_gradient",

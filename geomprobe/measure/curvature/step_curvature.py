@@ -16,6 +16,7 @@ from geomprobe.distributed.dtensor import local
 from geomprobe.distributed.layout import Layout
 from geomprobe.errors import GeomprobeError
 from geomprobe.kernels.fused_read import FusedRead
+from geomprobe.kernels.transfer import moved
 from geomprobe.measure.curvature.autograd_graph import (
     CurvatureUnavailable,
     coarsest_epsilon,
@@ -35,7 +36,6 @@ from geomprobe.probe.events import Closure, Events
 from geomprobe.probe.evidence import Mark, marks
 from geomprobe.probe.hooks.global_hooks import unscaled
 from geomprobe.probe.probe import Probe
-from geomprobe.reproducibility.columns import moved
 from geomprobe.reproducibility.isolation import RNGState, capture_rng
 from geomprobe.trace.absence import ELSEWHERE, GIVEN_UP, HOOKED, LATE, NOT_CAUGHT
 from geomprobe.trace.schema import parameter_column, product_column
