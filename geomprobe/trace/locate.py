@@ -69,7 +69,7 @@ def find(path: Path, kind: str) -> Source:
         RunError: there is nothing of that kind; the message says what there is instead.
     """
     if not path.exists():
-        raise NothingThere(f"{path} does not exist")
+        raise NothingThere(f"{path} {'is a link that leads to nothing' if path.is_symlink() else 'does not exist'}")
     if not path.is_dir():
         return _of_file(path, Path(os.path.realpath(path)) if path.is_symlink() else path, kind)
     sealed = path / schema.FILES[kind]
